@@ -1,0 +1,1 @@
+"""Scores for pictures of a subject: CLIP-I, CLIP-T and DINO."""
