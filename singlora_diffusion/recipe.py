@@ -34,6 +34,9 @@ class AdapterConfig:
     loraplus_ratio: float = 16.0
     """lora+: rate of B over rate of A. SingLoRA with dora: rate of the magnitudes over rate of A."""
 
+    rate_by_width: bool = False
+    """SingLoRA: lower the rate of wide layers as n^-1/2, the exponent of the paper's analysis."""
+
     def for_network(self, network: str) -> tuple[int, float, tuple[str, ...]]:
         """Rank, alpha and targets of one network, `unet` or a text encoder."""
         if not network.startswith("text_encoder"):
