@@ -1,8 +1,7 @@
-"""The one exception whose message is meant for the person at the keyboard."""
+"""The one exception whose message is meant for the person at the keyboard.
 
+It is the scores' own class: whoever catches one catches both, and the command line prints it as one line and exits
+with code 2.
+"""
 
-class UserError(Exception):
-    """A mistake its reader can mend: one line that says what is wrong, where, and what to do.
-
-    The command line prints it without a traceback and exits with code 2.
-    """
+from eval.errors import UserError as UserError
