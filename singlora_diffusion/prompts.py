@@ -17,9 +17,10 @@ RARE_WORDS = ("sks", "ohwx", "zwx")
 """Identifiers in common use: next to no meaning to a text encoder, which is what makes them good ones."""
 
 _MARKED_WORD = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]|\w*\*")  # <dog>, [v], S*
-_CLASS_NOUN_ENDS_AT = frozenset(
-    "in on at with without wearing under over near by beside behind before from against among inside outside "
-    "and or that which who is are sitting standing lying floating made holding".split()
+_DESCRIPTION_BEGINS = re.compile(
+    "in|on|at|with|without|wearing|under|over|near|by|beside|behind|before|from|against|among|inside|outside|and|or|"
+    "that|which|who|is|are|sitting|standing|lying|floating|made|holding",
+    re.IGNORECASE,
 )
 
 
@@ -67,7 +68,9 @@ def load(source: str | Path) -> list[Prompt]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text ({error}); save it as one, a template per line") from error
+        raise UserError(
+            f"{path}: cannot be read as UTF-8 text ({error}); save it as one, a template per line"
+        ) from error
     prompts: list[Prompt] = []
     for number, line in enumerate(lines, start=1):
         template = line.strip()
@@ -96,7 +99,9 @@ def split_instance_prompt(prompt: str, identifier: str | None = None) -> Instanc
             raise UserError("the identifier is empty; name a rare word, such as --identifier sks")
         starts = [i for i in range(len(words)) if [_bare(word) for word in words[i : i + len(sought)]] == sought]
         if not starts:
-            raise UserError(f'the instance prompt "{prompt}" lacks the identifier "{identifier}"; write it before the class noun')
+            raise UserError(
+                f'the instance prompt "{prompt}" lacks the identifier "{identifier}"; write it before the class noun'
+            )
         start, name = starts[0] + len(sought), " ".join(sought)
     else:
         guesses = [i for i, word in enumerate(words) if _is_identifier(_bare(word))]
@@ -144,7 +149,7 @@ def _check(template: str, where: str) -> None:
 def _class_noun(words: list[str]) -> str:
     noun: list[str] = []
     for word in words:
-        if word.lower() in _CLASS_NOUN_ENDS_AT:
+        if _DESCRIPTION_BEGINS.fullmatch(word):
             break
         if noun or word.lower() not in ("a", "an", "the"):
             noun.append(_bare(word))
