@@ -73,7 +73,7 @@ class Scene:
     """One place and one way of looking at it.
 
     `dx`, `dy`: offset of the object in fractions of the picture; `zoom`: factor near 1; `angle`: radians;
-    `light`: direction the light comes from, -1 left to 1 right; `tint`: factors of R, G, B; `layout`: seed of the place.
+    `light`: where the light comes from, -1 left to 1 right; `tint`: factors of R, G, B; `layout`: seed of the place.
     """
 
     background: str
