@@ -179,7 +179,7 @@ class SingLoRAAdapter:
             return
         merged = dict(self.delta_weights())
         self._originals = {name: base.weight.detach().clone() for name, base in self.layers().items()}
-        self.detach()
+        self._take_out()
         with torch.no_grad():
             for name, base in self.layers().items():
                 base.weight.copy_(base.weight.float() + merged[name])
@@ -194,6 +194,10 @@ class SingLoRAAdapter:
         self._attach()
 
     def detach(self) -> None:
+        self.unmerge()
+        self._take_out()
+
+    def _take_out(self) -> None:
         for undo in self._undo:
             undo()
         self._undo = []
