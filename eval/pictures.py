@@ -6,6 +6,7 @@ Needs Pillow and NumPy only.
 
 from __future__ import annotations
 
+import importlib
 import io
 import re
 from dataclasses import dataclass
@@ -256,12 +257,12 @@ def _count_pictures(folder: Path) -> int:
 
 def _register_heif(path: Path) -> None:
     try:
-        import pillow_heif
+        heif = importlib.import_module("pillow_heif")
     except ImportError as error:
         raise UserError(
             f"{path}: is a HEIC picture, which needs one more package: pip install pillow-heif, or save it as JPEG"
         ) from error
-    pillow_heif.register_heif_opener()
+    heif.register_heif_opener()
 
 
 def _natural_key(path: Path) -> tuple[list[tuple[int, int, str]], str]:
