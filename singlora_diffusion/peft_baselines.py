@@ -1,14 +1,14 @@
 """The baselines out of PEFT behind the `Adapter` contract; the only file that imports peft.
 
-PEFT's own layers do the work, on the bare diffusers UNet and transformers text encoder. This file says which layers, puts
-them in and takes them out exactly, names their tensors as files do, and reads W' - W0 off them. To add something PEFT has:
-one row in `ROWS` here and one in `adapters.METHODS`.
+PEFT's own layers do the work, on the bare diffusers UNet and transformers text encoder. This file says which layers,
+puts them in and takes them out exactly, names their tensors as files do, and reads W' - W0 off them. To add something
+PEFT has: one row in `ROWS` here and one in `adapters.METHODS`.
 
 What `rank` means beyond the LoRA family:
-    oft    the block size of the rotation, PEFT's `oft_block_size`: a layer trains in_features (rank - 1) / 2 numbers. Where it
-           does not divide in_features, PEFT takes the nearest divisor and warns. There is no alpha.
-    lokr   the rank of the second Kronecker factor: W1 is `LOKR_FACTOR` on each side where that divides; once rank reaches
-           half of W2's larger side, PEFT trains W2 in full and a larger rank changes nothing.
+    oft    the block size of the rotation, PEFT's `oft_block_size`: a layer trains in_features (rank - 1) / 2 numbers.
+           Where it does not divide in_features, PEFT takes the nearest divisor and warns. There is no alpha.
+    lokr   the rank of the second Kronecker factor: W1 is `LOKR_FACTOR` on each side where that divides; once rank
+           reaches half of W2's larger side, PEFT trains W2 in full and a larger rank changes nothing.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _dora(rank: int, alpha: float, layers: str) -> PeftConfig:
 
 def _oft(rank: int, alpha: float, layers: str) -> PeftConfig:
     if rank < 2:
-        raise UserError("oft: rank is the block size of the rotation, and a block of 1 has nothing to learn: use 2 or more")
+        raise UserError("oft: rank is the rotation's block size, and a block of 1 has nothing to learn: use 2 or more")
     if alpha != rank:
         raise UserError("oft has no alpha: leave it out")
     return OFTConfig(oft_block_size=rank, target_modules=layers)
@@ -84,7 +84,8 @@ def _one_rate(layers: Sequence[Layer], lr: float, ratio: float) -> list[dict[str
 
 def _loraplus(layers: Sequence[Layer], lr: float, ratio: float) -> list[dict[str, Any]]:
     """PEFT's own grouping: B learns `ratio` times faster than A. Weight decay is left to the caller's optimizer."""
-    optimizer = create_loraplus_optimizer(nn.ModuleList(layers), torch.optim.SGD, lr=lr, loraplus_lr_ratio=ratio)
+    tuned: Any = nn.ModuleList(layers)  # PEFT asks for its PeftModel, and needs no more than a module
+    optimizer = create_loraplus_optimizer(tuned, torch.optim.SGD, lr=lr, loraplus_lr_ratio=ratio)
     return [{"params": group["params"], "lr": group["lr"]} for group in optimizer.param_groups if group["params"]]
 
 
@@ -94,7 +95,7 @@ class Row(NamedTuple):
     config: Callable[[int, float, str], PeftConfig]  # rank, alpha, regular expression of the layers' paths
     change: Callable[[Layer, Tensor], Tensor]  # layer, W0 (out, in) float32 -> W' - W0 (out, in) float32
     scales: bool = True  # PEFT can scale the update itself
-    factors: Callable[[Layer], tuple[Tensor, Tensor]] | None = None  # up (out, k), down (k, in), where there is such a pair
+    factors: Callable[[Layer], tuple[Tensor, Tensor]] | None = None  # up (out, k), down (k, in), where such a pair is
     groups: Callable[[Sequence[Layer], float, float], list[dict[str, Any]]] = _one_rate  # layers, lr, ratio -> groups
 
 
@@ -110,7 +111,8 @@ ROWS: dict[str, Row] = {
 class PeftAdapter:
     """A method of PEFT on the attention projections of a UNet and of text encoders; see `adapters.Adapter`.
 
-    Trained tensors are float32 whatever the base's dtype. PEFT freezes the networks it enters; `detach` thaws what it froze.
+    Trained tensors are float32 whatever the base's dtype. PEFT freezes the networks it enters; `detach` thaws what it
+    froze. While merged, the networks are plain ones; `detach` from there restores the original weights too.
     """
 
     u = 1.0  # no ramp
@@ -263,7 +265,7 @@ def _enter(network: nn.Module, bases: Mapping[str, nn.Linear], config: PeftConfi
 def _as_float32(bases: Iterable[nn.Linear]) -> Iterator[None]:
     """Show PEFT float32 weights while it starts an adapter.
 
-    It takes the base's dtype for what it makes, and in bfloat16 DoRA's magnitudes would be rounded: W' would not start at W0.
+    It makes everything at the base's dtype: in bfloat16, DoRA's magnitudes would be rounded and W' not start at W0.
     """
     stored = [(base.weight, base.weight.data) for base in bases]
     try:

@@ -209,8 +209,10 @@ def test_rank_and_alpha_differ_per_network(networks: dict[str, nn.Module]) -> No
     assert {t.shape[0] for key, t in state.items() if key.endswith("lora_A")} == {4, 2}
     randomize(adapter)
     deltas = dict(adapter.delta_weights())
-    for name, scale in (("unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k", 2.0),
-                        ("text_encoder.text_model.encoder.layers.1.self_attn.v_proj", 0.5)):
+    for name, scale in (
+        ("unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k", 2.0),
+        ("text_encoder.text_model.encoder.layers.1.self_attn.v_proj", 0.5),
+    ):
         product = state[f"{name}.lora_B"] @ state[f"{name}.lora_A"]
         torch.testing.assert_close(deltas[name], scale * product)
 
