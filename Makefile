@@ -1,0 +1,54 @@
+# make demo   train, generate and score on the embedded model; ends with runs/demo/report.html
+# make test   the test suite: offline, on the CPU
+# make check  formatting, lint, types
+# make clean  remove the environment and the caches; runs/ stays
+#
+# Each target first sets up .venv, once, and again when pyproject.toml changes.
+# Another interpreter: make test PYTHON=python3.12
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+export OMP_NUM_THREADS ?= 2
+export TOKENIZERS_PARALLELISM ?= false
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format clean
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+demo: $(READY)
+	$(BIN)/singlora demo --output_dir runs/demo
+
+test: export HF_HUB_OFFLINE := 1
+test: export CUDA_VISIBLE_DEVICES :=
+test: $(READY)
+	$(BIN)/python -m pytest -q $(PYTEST_FLAGS)
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(READY): pyproject.toml
+	@command -v $(PYTHON) >/dev/null || \
+	    { echo "$(PYTHON) not found: install Python 3.10 or newer, or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "$$($(PYTHON) --version) is too old: install Python 3.10 or newer, or name one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	    { echo "Python's venv is missing: install it (Debian, Ubuntu: sudo apt install python3-venv)" >&2; exit 1; }
+	@echo "Setting up $(VENV): PyTorch and the rest are about 3 GB, this takes some minutes"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find singlora_diffusion eval benchmarks tests -name __pycache__ -prune -exec rm -rf {} +
