@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,6 +50,7 @@ class StableDiffusion:
         *,
         source: str,
         fingerprint: str,
+        hints: Mapping[str, Any] | None = None,
     ) -> None:
         self.unet, self.text_encoder, self.vae, self.tokenizer = unet, text_encoder, vae, tokenizer
         self.scheduler = scheduler
@@ -58,6 +61,9 @@ class StableDiffusion:
         self.resolution = int(unet.config.sample_size) * self.downsampling
         self.device = next(unet.parameters()).device
         self.dtype = next(unet.parameters()).dtype
+        # What a model's folder may say in singlora.json about how it likes to be used.
+        self.guidance = float((hints or {}).get("guidance_scale", 7.5))
+        self.prompts: str | None = (hints or {}).get("prompts")
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latents of pictures (N, 3, H, W) in [-1, 1], both (N, C, h, w) float32.
@@ -172,7 +178,10 @@ def load(path: Path, source: str, dtype: str, device: str) -> StableDiffusion:
     variant = _variant(path)
     try:
         parts = dict(
-            unet=UNet2DConditionModel.from_pretrained(path, subfolder="unet", variant=variant, **weights),
+            # At the wanted precision from the start: a full-size UNet in float32 first would take twice the memory.
+            unet=UNet2DConditionModel.from_pretrained(
+                path, subfolder="unet", variant=variant, torch_dtype=getattr(torch, dtype), **weights
+            ),
             vae=AutoencoderKL.from_pretrained(path, subfolder="vae", variant=variant, **weights),
             text_encoder=CLIPTextModel.from_pretrained(path / "text_encoder", variant=variant, **where),
             tokenizer=CLIPTokenizer.from_pretrained(path / "tokenizer", **where),
@@ -184,7 +193,13 @@ def load(path: Path, source: str, dtype: str, device: str) -> StableDiffusion:
     for name in ("unet", "text_encoder", "vae"):
         parts[name].requires_grad_(False).eval()
         parts[name].to(device=device, dtype=torch.float32 if name == "vae" else getattr(torch, dtype))
-    return StableDiffusion(**parts, source=source, fingerprint=fingerprint(path))
+    hints = path / "singlora.json"
+    return StableDiffusion(
+        **parts,
+        source=source,
+        fingerprint=fingerprint(path),
+        hints=json.loads(hints.read_text()) if hints.is_file() else None,
+    )
 
 
 def _variant(path: Path) -> str | None:
