@@ -173,26 +173,23 @@ def fingerprint(path: Path) -> str:
 
 def load(path: Path, source: str, dtype: str, device: str) -> StableDiffusion:
     """Load the parts from a diffusers folder, frozen; the autoencoder in float32, the rest in `dtype`."""
-    where = {"local_files_only": True}
-    weights = {**where, "use_safetensors": True, "low_cpu_mem_usage": True}
-    variant = _variant(path)
+    where = {"local_files_only": True, "use_safetensors": True}
+    files = {**where, "variant": _variant(path)}
+    kind = getattr(torch, dtype)
     try:
         parts = dict(
             # At the wanted precision from the start: a full-size UNet in float32 first would take twice the memory.
-            unet=UNet2DConditionModel.from_pretrained(
-                path, subfolder="unet", variant=variant, torch_dtype=getattr(torch, dtype), **weights
-            ),
-            vae=AutoencoderKL.from_pretrained(path, subfolder="vae", variant=variant, **weights),
-            text_encoder=CLIPTextModel.from_pretrained(path / "text_encoder", variant=variant, **where),
-            tokenizer=CLIPTokenizer.from_pretrained(path / "tokenizer", **where),
+            unet=UNet2DConditionModel.from_pretrained(path, subfolder="unet", torch_dtype=kind, **files),
+            vae=AutoencoderKL.from_pretrained(path, subfolder="vae", torch_dtype=torch.float32, **files),
+            text_encoder=CLIPTextModel.from_pretrained(path / "text_encoder", dtype=kind, **files),
+            tokenizer=CLIPTokenizer.from_pretrained(path / "tokenizer", local_files_only=True),
             scheduler=_scheduler(path),
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} cannot be loaded as a Stable Diffusion model: {reason}") from error
     for name in ("unet", "text_encoder", "vae"):
-        parts[name].requires_grad_(False).eval()
-        parts[name].to(device=device, dtype=torch.float32 if name == "vae" else getattr(torch, dtype))
+        parts[name].requires_grad_(False).eval().to(device)
     hints = path / "singlora.json"
     return StableDiffusion(
         **parts,
