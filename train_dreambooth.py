@@ -83,9 +83,13 @@ def main(recipe: Recipe) -> Path:
         eps=recipe.adam_epsilon,
     )
     peaks = [group["lr"] for group in optimizer.param_groups]
-    rate = get_scheduler(
-        recipe.lr_scheduler, optimizer, recipe.lr_warmup_steps, recipe.max_train_steps
-    ).lr_lambdas[0]  # a function of the step, so there is no state to keep
+    schedule = get_scheduler(
+        recipe.lr_scheduler,
+        optimizer,
+        num_warmup_steps=recipe.lr_warmup_steps,
+        num_training_steps=recipe.max_train_steps,
+    )
+    rate = schedule.lr_lambdas[0]  # a function of the step, so there is no state to keep
     start = 0
     if recipe.resume_from_checkpoint:
         found = checkpoint.find(out, recipe.resume_from_checkpoint)
