@@ -20,12 +20,14 @@ Scores = NDArray[np.float64]  # (N,)
 
 def mean_cosine(images: Vectors, references: Vectors) -> Scores:
     """Mean cosine of each picture with all references: (N, D), (M, D) -> (N,)."""
-    return np.asarray(np.mean(images @ references.T, axis=1, dtype=np.float64))
+    cosines: Vectors = images @ references.T
+    return np.asarray(cosines.mean(axis=1, dtype=np.float64))
 
 
 def paired_cosine(images: Vectors, texts: Vectors) -> Scores:
     """Cosine of each picture with its own text: (N, D), (N, D) -> (N,)."""
-    return np.sum(images * texts, axis=1, dtype=np.float32).astype(np.float64)
+    cosines: Vectors = np.einsum("nd,nd->n", images, texts)
+    return cosines.astype(np.float64)
 
 
 def real_to_real(references: Vectors) -> float | None:
