@@ -180,6 +180,8 @@ def make_package(settings: Pretraining) -> None:
     if source.exists():
         pipe = StableDiffusionPipeline.from_pretrained(source, local_files_only=True)
         pipe.to(dtype=torch.float16).save_pretrained(out / "pipeline")
+        hints = {"guidance_scale": 3.0, "prompts": "toyworld"}
+        (out / "pipeline" / "singlora.json").write_text(json.dumps(hints) + "\n")
     for name in ("reader", "clip", "dino"):
         for file in sorted((settings.work_dir / name).glob("*")):
             (out / name).mkdir(parents=True, exist_ok=True)
