@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -13,15 +14,22 @@ from torch import Tensor, nn
 from . import inject, peft_baselines
 from .errors import UserError
 from .recipe import AdapterConfig
-from .singlora import SingLoRA, ramp
+from .singlora import INITS, SIGNATURES, SingLoRA, ramp
 from .singlora_dora import DoraSingLoRA
 
 
 class Adapter(Protocol):
-    """Trained modules inside frozen networks. Layers are named as in files: `unet.….to_q`, `text_encoder.text_model.….q_proj`."""
+    """Trained modules inside frozen networks.
+
+    Layers are named as in files: `unet.….attn1.to_q`, `text_encoder.text_model.….q_proj`.
+    """
 
     config: AdapterConfig
-    networks: Mapping[str, nn.Module]
+
+    @property
+    def networks(self) -> Mapping[str, nn.Module]:
+        """Those it is attached to, by name."""
+        ...
 
     @property
     def u(self) -> float:
@@ -40,7 +48,11 @@ class Adapter(Protocol):
         ...
 
     def set_scale(self, scale: float) -> None:
-        """Strength at inference; 1.0 is as trained, 0.0 is the base model."""
+        """Strength at inference: 1.0 is as trained, 0.0 the base model.
+
+        For one call of a UNet, `cross_attention_kwargs={"scale": s}` multiplies it. A pipeline passes that on to its
+        UNet alone: text encoders follow `set_scale` only.
+        """
         ...
 
     def layers(self) -> dict[str, nn.Linear]:
@@ -94,15 +106,27 @@ class SingLoRAAdapter:
             self._deltas[name] = {}
             for path, base in self._bases[name].items():
                 # A layer's start depends on its name and the seed alone, not on which other layers are adapted.
-                start = torch.Generator().manual_seed(seed * 0x9E3779B1 + zlib.crc32(f"{name}.{path}".encode()))
+                key = zlib.crc32(inject.outside_name(name, path).encode())
+                start = torch.Generator().manual_seed(seed * 0x9E3779B1 + key)
                 self._deltas[name][path] = form(
                     base, rank, alpha, init=config.init, signature=config.signature, generator=start
                 )
-        self._attach()
+        if not self.networks:
+            raise UserError("nothing to adapt: no targets are named for any of the networks")
+        self._put_in()
         self.set_step(0)
 
-    def _attach(self) -> None:
-        self._undo = [inject.attach(network, self._deltas[name]) for name, network in self.networks.items()]
+    def _put_in(self) -> None:
+        try:
+            for name, network in self.networks.items():
+                self._undo.append(inject.attach(network, self._deltas[name]))
+        except UserError:
+            self._take_out()
+            raise
+
+    def _take_out(self) -> None:
+        while self._undo:
+            self._undo.pop()()
 
     def _named(self) -> Iterator[tuple[str, nn.Linear, SingLoRA]]:
         for name, deltas in self._deltas.items():
@@ -143,12 +167,14 @@ class SingLoRAAdapter:
 
     def set_ramp(self, u: float) -> None:
         """Set u directly, as a file that was saved in mid-ramp asks for."""
-        for _, _, delta in self._named():
-            delta.set_ramp(u)
+        with self._unmerged():
+            for _, _, delta in self._named():
+                delta.set_ramp(u)
 
     def set_scale(self, scale: float) -> None:
-        for _, _, delta in self._named():
-            delta.set_scale(scale)
+        with self._unmerged():
+            for _, _, delta in self._named():
+                delta.set_scale(scale)
 
     def layers(self) -> dict[str, nn.Linear]:
         return {name: base for name, base, _ in self._named()}
@@ -170,7 +196,7 @@ class SingLoRAAdapter:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         own = self.state_dict()
         check_state(own, state)
-        with torch.no_grad():
+        with self._unmerged(), torch.no_grad():
             for key, tensor in own.items():
                 tensor.copy_(state[key])
 
@@ -191,16 +217,20 @@ class SingLoRAAdapter:
             for name, base in self.layers().items():
                 base.weight.copy_(self._originals[name])
         self._originals = None
-        self._attach()
+        self._put_in()
 
     def detach(self) -> None:
         self.unmerge()
         self._take_out()
 
-    def _take_out(self) -> None:
-        for undo in self._undo:
-            undo()
-        self._undo = []
+    @contextmanager
+    def _unmerged(self) -> Iterator[None]:
+        """What is changed inside is in effect afterwards, merged or not."""
+        merged = self._originals is not None
+        self.unmerge()
+        yield
+        if merged:
+            self.merge()
 
 
 def check_state(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
@@ -210,7 +240,7 @@ def check_state(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
             raise UserError(f"the adapter has no tensor {key}: it was made for another model or other targets")
         if state[key].shape != tensor.shape:
             found, wanted = tuple(state[key].shape), tuple(tensor.shape)
-            raise UserError(f"{key} has shape {found}, this model needs {wanted}: the adapter was made for another model")
+            raise UserError(f"{key} has shape {found}, not {wanted}: the adapter was made for another model")
     for key in state:
         if key not in own:
             raise UserError(f"the adapter has a tensor {key} that this model has no place for")
@@ -238,6 +268,12 @@ def attach(networks: Mapping[str, nn.Module], config: AdapterConfig, seed: int =
     """
     if config.method not in METHODS:
         raise UserError(f"unknown method {config.method!r}; there are {', '.join(METHODS)}")
-    if config.rank < 1 or (config.text_rank is not None and config.text_rank < 1):
-        raise UserError(f"rank must be at least 1, not {min(config.rank, config.text_rank or config.rank)}")
+    rank = min(config.rank, config.rank if config.text_rank is None else config.text_rank)
+    if rank < 1:
+        raise UserError(f"rank must be at least 1, not {rank}")
+    if config.init not in INITS or config.signature not in SIGNATURES:
+        raise UserError(
+            f"init {config.init!r}, signature {config.signature!r}: "
+            f"there are {', '.join(INITS)} and {', '.join(SIGNATURES)}"
+        )
     return METHODS[config.method](networks, config, seed)

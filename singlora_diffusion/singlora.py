@@ -1,6 +1,6 @@
 """SingLoRA: one matrix per adapted weight.  W = W0 + (alpha / r) u(t) A A^T
 
-Bensaid et al. 2025, "SingLoRA: Low Rank Adaptation Using a Single Matrix", arXiv 2507.05566, equation 8 and section 4.4.
+Bensaid et al. 2025, "SingLoRA: Low Rank Adaptation Using a Single Matrix", arXiv 2507.05566, eq. 8 and section 4.4.
 For a weight W0 of shape (out, in), A has n = max(out, in) rows and the smaller side uses the first rows of A:
 
     dW = (alpha / r) u(t) A[:out] S A[:in]^T          S = identity in the paper
@@ -30,8 +30,8 @@ def ramp(step: int, ramp_steps: int) -> float:
 def kaiming(rows: int, rank: int, generator: torch.Generator | None = None) -> Tensor:
     """Initial A, (rows, rank) float32, entries uniform in +-1/sqrt(rows).
 
-    The paper wants entries of order n^-1/2 for A in R^{n x r}. `nn.init.kaiming_uniform_` on an (n, r) tensor would read
-    fan_in = r and give a product 25 to 80 times too large, hence fan_in = n here.
+    The paper wants entries of order n^-1/2 for A in R^{n x r}. `nn.init.kaiming_uniform_` on an (n, r) tensor would
+    read fan_in = r and give a product 25 to 80 times too large, hence fan_in = n here.
     """
     return torch.empty(rows, rank).uniform_(-1.0, 1.0, generator=generator).mul_(1.0 / math.sqrt(rows))
 
@@ -76,64 +76,67 @@ class SingLoRA(nn.Module):
         self.register_buffer("S", signs if signature == "balanced" else None, persistent=False)
         # One number on the device, so that the ramp neither recompiles a compiled model nor makes the host wait.
         self.register_buffer("gain", torch.empty((), device=device), persistent=False)
-        self._u, self._scale = 1.0, 1.0
-        self._refresh()
-
-    def _refresh(self) -> None:
-        self.gain.fill_(self.alpha / self.rank * self._u * self._scale)
+        self.scale = 1.0
+        self.set_ramp(1.0)
 
     @property
     def u(self) -> float:
         """The ramp's value now, 0 to 1."""
         return self._u
 
-    @property
-    def scale(self) -> float:
-        """The user's strength at inference; 1.0 is as trained."""
-        return self._scale
-
     def set_ramp(self, u: float) -> None:
         """Set u(t). The training loop calls it once per optimizer step; nothing counts in forward."""
         self._u = float(u)
-        self._refresh()
+        self.gain.fill_(self.alpha / self.rank * self._u)
 
     def set_scale(self, scale: float) -> None:
-        """Set the strength at inference."""
-        self._scale = float(scale)
-        self._refresh()
+        """Set the strength at inference: 1.0 is as trained, 0.0 the base layer."""
+        self.scale = float(scale)
 
-    def update(self, x: Tensor) -> Tensor:
-        """x dW^T for x (..., in), in x.dtype; (..., out)."""
+    def forward(self, base: nn.Linear, x: Tensor) -> Tensor:
+        """What the adapted layer answers to x (..., in): base(x) + x dW^T, (..., out) in x.dtype."""
+        return torch.add(base(x), self._update(x), alpha=self.scale)
+
+    def _update(self, x: Tensor) -> Tensor:
+        """x dW^T at strength 1."""
         y = self._product(x, self.A)
         return y if self.A0 is None else y - self._product(x, self.A0)
 
     def _product(self, x: Tensor, a: Tensor) -> Tensor:
         a = a.to(x.dtype)
         z = x @ a[: self.in_features]  # (..., r)
-        z = z * (self.gain if self.S is None else self.gain * self.S).to(x.dtype)
-        return z @ a[: self.out_features].T
+        return (z * self._middle().to(x.dtype)) @ a[: self.out_features].T
 
-    def forward(self, base: nn.Linear, x: Tensor) -> Tensor:
-        """What the adapted layer answers to x (..., in): base(x) + x dW^T, (..., out) in x.dtype."""
-        return base(x) + self.update(x)
+    def _middle(self) -> Tensor:
+        """(alpha / r) u S: a number, or (r,) with signs."""
+        return self.gain if self.S is None else self.gain * self.S
+
+    def _pair(self) -> tuple[Tensor, Tensor]:
+        """`factors` at strength 1."""
+        a, a0, middle = self.A.detach(), self.A0, self._middle()
+        up, down = a[: self.out_features] * middle, a[: self.in_features].T
+        if a0 is not None:
+            up = torch.cat([up, a0[: self.out_features] * -middle], dim=1)
+            down = torch.cat([down, a0[: self.in_features].T])
+        return up, down
+
+    def _dense(self) -> Tensor:
+        """dW at strength 1. The halves of an offset are multiplied apart, so that they cancel exactly at the start."""
+        up, down = self._pair()
+        products = [u @ d for u, d in zip(up.split(self.rank, dim=1), down.split(self.rank), strict=True)]
+        return torch.stack(products).sum(dim=0)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """An ordinary LoRA pair with dW = up @ down exactly: up (out, k), down (k, in), float32, scale and u in `up`.
+        """An ordinary LoRA pair with dW = up @ down exactly: up (out, k), down (k, in), float32, scaled in up.
 
         k = r, or 2 r with `init="offset"`.
         """
-        gain = self.gain if self.S is None else self.gain * self.S
-        a, a0 = self.A.detach(), self.A0
-        up, down = a[: self.out_features] * gain, a[: self.in_features].T
-        if a0 is not None:
-            up = torch.cat([up, a0[: self.out_features] * -gain], dim=1)
-            down = torch.cat([down, a0[: self.in_features].T], dim=0)
-        return up.contiguous(), down.contiguous()
+        up, down = self._pair()
+        return up * self.scale, down.clone(memory_format=torch.contiguous_format)
 
     def delta_weight(self, weight: Tensor) -> Tensor:
         """dW, (out, in) float32. `weight` is W0, which this purely additive form does not need."""
-        up, down = self.factors()
-        return up @ down
+        return self._dense() * self.scale
 
     def extra_repr(self) -> str:
         return f"in={self.in_features}, out={self.out_features}, rank={self.rank}, alpha={self.alpha:g}"
