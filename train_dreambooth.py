@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import json
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from singlora_diffusion import prompts, subjects
 from singlora_diffusion.errors import UserError
+from singlora_diffusion.progress import track
 from singlora_diffusion.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -47,6 +46,7 @@ def main(recipe: Recipe) -> Path:
     from torch import nn
 
     from singlora_diffusion import adapters, checkpoint, families, formats, objective
+    from singlora_diffusion.run_log import RunLog
 
     # ---- the frozen base, and what the adapter learns from
     accelerator = Accelerator(
@@ -123,10 +123,10 @@ def main(recipe: Recipe) -> Path:
         announce(console, family, adapter, recipe, len(pictures), resolution)
 
     # ---- the loop
-    log = Log(out, recipe, start) if accelerator.is_main_process else None
+    log = RunLog(out, start, tensorboard=recipe.report_to == "tensorboard") if accelerator.is_main_process else None
     per_pass = recipe.train_batch_size * accelerator.num_processes
     timesteps = family.noise_schedule.config.num_train_timesteps
-    for step in track(range(start, recipe.max_train_steps), recipe.max_train_steps, console):
+    for step in track(range(start, recipe.max_train_steps), "training", console, recipe.max_train_steps):
         adapter.set_step(step + 1)  # u(0) = 0 would make the first gradient exactly zero, so the clock starts at 1
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * rate(step)
@@ -185,7 +185,9 @@ def main(recipe: Recipe) -> Path:
     if not torch.equal(live, probe(family)):
         raise UserError(f"{out / ADAPTER} does not answer like the model it was saved from: do not use it")
     read_back.detach()
-    console.print(f"[bold]{out / ADAPTER}[/bold], {(out / ADAPTER).stat().st_size / 1e6:.2f} MB, read back and verified")
+    console.print(
+        f"[bold]{out / ADAPTER}[/bold], {(out / ADAPTER).stat().st_size / 1e6:.2f} MB, read back and verified"
+    )
     shown = prompts.suggested(family.prompts, named.class_noun)
     console.print(f"next: singlora generate --adapter {out} --prompts {shown} --seeds 0-3 --output_dir {out}/samples")
     return out / ADAPTER
@@ -219,7 +221,7 @@ def encode_pictures(family: Family, pictures: list[Path], resolution: int, flip:
     import torch
 
     means, stds = [], []
-    for path in track(pictures, len(pictures), console, "encoding pictures"):
+    for path in track(pictures, "encoding pictures", console):
         pixels = torch.from_numpy(subjects.to_square(subjects.open_picture(path), resolution))
         views = torch.stack([pixels, pixels.flip(-1)] if flip else [pixels])
         mean, std = family.encode_images(views)
@@ -246,8 +248,10 @@ def class_folder(recipe: Recipe, family: Family, prompt: str, resolution: int, c
     wanted = range(len(present), recipe.num_class_images)
     size = recipe.sample_batch_size
     chunks = [list(wanted[i : i + size]) for i in range(0, len(wanted), size)]
-    for seeds in track(chunks, len(chunks), console, f"generating pictures of {prompt!r}"):
-        made = family.sample([prompt] * len(seeds), seeds, guidance=family.guidance, height=resolution, width=resolution)
+    for seeds in track(chunks, f"generating pictures of {prompt!r}", console):
+        made = family.sample(
+            [prompt] * len(seeds), seeds, guidance=family.guidance, height=resolution, width=resolution
+        )
         for seed, picture in zip(seeds, made, strict=True):
             picture.save(folder / f"class-{recipe.seed}-{seed:05d}.png")
     return subjects.check(folder).pictures[: recipe.num_class_images]
@@ -280,45 +284,6 @@ def probe(family: Family) -> Tensor:
         return family.predict(noise.to(family.device), torch.tensor([500], device=family.device), text).float().cpu()
 
 
-class Log:
-    """Figures of every step in log.jsonl and TensorBoard, fetched from the device a few steps at a time."""
-
-    def __init__(self, out: Path, recipe: Recipe, start: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        path = out / "log.jsonl"
-        before = path.read_text().splitlines()[:start] if start and path.exists() else []
-        self.file = path.open("w")
-        self.file.writelines(f"{line}\n" for line in before)
-        self.board = SummaryWriter(str(out / "logs"), purge_step=start) if recipe.report_to == "tensorboard" else None
-        self.rows: list[dict[str, Any]] = []
-        self.began = time.monotonic()
-
-    def add(self, **row: Any) -> None:
-        """Take a step's figures; tensors are read later."""
-        self.rows.append({**row, "seconds": time.monotonic() - self.began})
-        if len(self.rows) >= 10:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write what has been taken."""
-        for row in self.rows:
-            plain = {key: value if isinstance(value, int) else round(float(value), 8) for key, value in row.items()}
-            self.file.write(json.dumps(plain) + "\n")
-            for key in ("loss", "lr", "u", "grad_norm"):
-                if self.board is not None:
-                    self.board.add_scalar(key, plain[key], plain["step"])
-        self.file.flush()
-        self.rows = []
-
-    def close(self) -> None:
-        """Write the rest."""
-        self.flush()
-        self.file.close()
-        if self.board is not None:
-            self.board.close()
-
-
 def announce(console: Any, family: Family, adapter: Adapter, recipe: Recipe, pictures: int, resolution: int) -> None:
     """Say what is about to happen, with the exact number of trained parameters."""
     config = adapter.config
@@ -326,19 +291,9 @@ def announce(console: Any, family: Family, adapter: Adapter, recipe: Recipe, pic
         f"{config.method} rank {config.rank} on {len(adapter.layers())} layers of {family.source}: "
         f"[bold]{adapter.num_parameters():,}[/bold] trained parameters"
     )
-    console.print(f"{pictures} pictures at {resolution} px, {recipe.max_train_steps} steps of {recipe.train_batch_size}")
-
-
-def track(sequence: Any, total: int, console: Any, what: str = "training") -> Iterator[Any]:
-    """A progress bar with the time that is left."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
-        task = progress.add_task(what, total=total, completed=total - len(sequence))
-        for item in sequence:
-            yield item
-            progress.advance(task)
+    console.print(
+        f"{pictures} pictures at {resolution} px, {recipe.max_train_steps} steps of {recipe.train_batch_size}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Resumable training state: `checkpoint-N/` with the adapter, the optimizer's moments and the step. Atomic, exact, no pickle.
+"""Resumable training state: `checkpoint-N/` with the adapter, the optimizer's moments and the step. Atomic, no pickle.
 
 The loop draws all its randomness from (seed, position), so these three are the whole state: a run resumed from a
 checkpoint ends with the same bits as one that was never interrupted.
@@ -35,7 +35,13 @@ FREE = {"output_dir", "max_train_steps", "resume_from_checkpoint", "overwrite", 
 
 
 def save(
-    run: Path, step: int, adapter: Adapter, optimizer: torch.optim.Optimizer, recipe: Mapping[str, Any], *, limit: int | None
+    run: Path,
+    step: int,
+    adapter: Adapter,
+    optimizer: torch.optim.Optimizer,
+    recipe: Mapping[str, Any],
+    *,
+    limit: int | None,
 ) -> Path:
     """Write `run/checkpoint-{step}`, complete or not at all, then drop the oldest beyond `limit`."""
     final, part = run / f"checkpoint-{step}", run / f".checkpoint-{step}.part"
@@ -60,7 +66,9 @@ def save(
 
 def existing(run: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
-    found = [(int(m[1]), path) for path in run.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", path.name))]
+    found = [
+        (int(m[1]), path) for path in run.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    ]
     return [path for _, path in sorted(found) if (path / STATE).is_file()]
 
 
@@ -72,7 +80,9 @@ def find(run: Path, wanted: str) -> Path:
     """
     if wanted == "latest":
         if not existing(run):
-            raise UserError(f"{run} holds no checkpoint to resume from: leave out --resume_from_checkpoint to begin anew")
+            raise UserError(
+                f"{run} holds no checkpoint to resume from: leave out --resume_from_checkpoint to begin anew"
+            )
         return existing(run)[-1]
     path = Path(wanted)
     if not (path / STATE).is_file():
@@ -95,7 +105,9 @@ def restore(path: Path, adapter: Adapter, optimizer: torch.optim.Optimizer, reci
     now = json.loads(json.dumps(dict(recipe)))
     for key in sorted(set(before) - FREE):
         if before[key] != now.get(key):
-            raise UserError(f"{path} was made with --{key} {before[key]}, now it is {now.get(key)}: resume with the same")
+            raise UserError(
+                f"{path} was made with --{key} {before[key]}, now it is {now.get(key)}: resume with the same"
+            )
     _, state = formats.native.read(path / ADAPTER)
     adapter.load_state_dict(state)
     names = _names(adapter)

@@ -20,7 +20,9 @@ class Verb(NamedTuple):
 
 
 VERBS = {
-    "train": Verb("singlora_diffusion.recipe:Recipe", "train_dreambooth:main", "learn a subject from a folder of pictures"),
+    "train": Verb(
+        "singlora_diffusion.recipe:Recipe", "train_dreambooth:main", "learn a subject from a folder of pictures"
+    ),
     "generate": Verb(
         "singlora_diffusion.generate:GenerateSettings",
         "singlora_diffusion.generate:generate",
@@ -28,7 +30,9 @@ VERBS = {
     ),
     "score": Verb("eval.score:ScoreSettings", "eval.score:score", "CLIP-I, CLIP-T and DINO of a folder of pictures"),
     "demo": Verb(
-        "singlora_diffusion.demo:DemoSettings", "singlora_diffusion.demo:demo", "all of it on a toyworld subject, with a report"
+        "singlora_diffusion.demo:DemoSettings",
+        "singlora_diffusion.demo:demo",
+        "all of it on a toyworld subject, with a report",
     ),
     "toyworld": Verb(
         "singlora_diffusion.toyworld.verb:SubjectSettings",
@@ -36,7 +40,9 @@ VERBS = {
         "write a toyworld subject's pictures: singlora toyworld subject --name dog-1",
     ),
     "budget": Verb(
-        "singlora_diffusion.budget:BudgetSettings", "singlora_diffusion.budget:budget", "ranks of equal numbers of parameters"
+        "singlora_diffusion.budget:BudgetSettings",
+        "singlora_diffusion.budget:budget",
+        "ranks of equal numbers of parameters",
     ),
     "export": Verb(
         "singlora_diffusion.formats.settings:ExportSettings",
@@ -54,7 +60,9 @@ VERBS = {
         "say what an adapter file is, layer by layer",
     ),
     "add": Verb(
-        "singlora_diffusion.formats.settings:AddSettings", "singlora_diffusion.formats.verbs:add", "add SingLoRAs up, exactly"
+        "singlora_diffusion.formats.settings:AddSettings",
+        "singlora_diffusion.formats.verbs:add",
+        "add SingLoRAs up, exactly",
     ),
 }
 
@@ -82,7 +90,8 @@ def usage() -> str:
             "",
             *lines,
             "",
-            'first steps: singlora demo, or  singlora train --instance_data_dir my_dog --instance_prompt "a photo of sks dog"',
+            "first steps: singlora demo",
+            '             singlora train --instance_data_dir my_dog --instance_prompt "a photo of sks dog"',
         ]
     )
 

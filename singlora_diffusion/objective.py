@@ -41,9 +41,7 @@ def examples(seed: int, positions: Sequence[int], count: int, stream: int = INST
     return chosen
 
 
-def draw(
-    seed: int, positions: Sequence[int], shape: tuple[int, ...], timesteps: int, stream: int = INSTANCE
-) -> Draw:
+def draw(seed: int, positions: Sequence[int], shape: tuple[int, ...], timesteps: int, stream: int = INSTANCE) -> Draw:
     """Noise, timesteps and flips for the examples at these positions.
 
     Args:

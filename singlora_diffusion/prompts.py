@@ -166,9 +166,13 @@ def _bare(word: str) -> str:
     return word.strip(",.;:!?\"'()")
 
 
-LIVE = frozenset("dog puppy cat kitten pet bird horse rabbit hamster fox man woman person boy girl child baby".split())
+LIVE = frozenset(
+    ("dog", "puppy", "cat", "kitten", "pet", "bird", "horse", "rabbit", "hamster", "fox")
+    + ("man", "woman", "person", "boy", "girl", "child", "baby")
+)
+"""Class nouns for which DreamBooth's live-subject prompts fit."""
 
 
 def suggested(model_set: str | None, class_noun: str) -> str:
-    """The bundled set to try first: the one a model names for itself, else DreamBooth's for live subjects or objects."""
+    """The bundled set to try first: the one a model names for itself, else DreamBooth's live subjects or objects."""
     return model_set or ("live_subject" if LIVE & set(class_noun.lower().split()) else "object")

@@ -1,4 +1,4 @@
-"""Settings as frozen dataclasses: command-line flags, the recipe file and the adapter's header are made from their fields."""
+"""Settings as frozen dataclasses: flags, the recipe file and the adapter's header are made from their fields."""
 
 from __future__ import annotations
 

@@ -106,7 +106,9 @@ def test_training_lowers_the_loss(recipe: Recipe) -> None:
 
 
 def test_the_clock_follows_the_optimizer_steps(recipe: Recipe) -> None:
-    path = train_dreambooth.main(replace(recipe, ramp_steps=8, gradient_accumulation_steps=2, gradient_checkpointing=True))
+    path = train_dreambooth.main(
+        replace(recipe, ramp_steps=8, gradient_accumulation_steps=2, gradient_checkpointing=True)
+    )
     assert [row["u"] for row in rows(recipe.output_dir)] == [0.125, 0.25, 0.375, 0.5]
     assert formats.read_header(path).u == 0.5
 
@@ -181,8 +183,7 @@ def test_two_processes_train_the_same_weights_as_one(recipe: Recipe, tmp_path: P
         "report_to": "none",
         "device": "cpu",
     }
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    command = [*launch, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [train_dreambooth.__file__, *(str(part) for key, value in flags.items() for part in (f"--{key}", value))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]

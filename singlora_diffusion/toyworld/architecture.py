@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 RESOLUTION = 64
 LATENT_CHANNELS = 8
-TEXT_WIDTH = 112  # between the UNet's 96 and 128: cross-attention then has wide and tall weights, self-attention square ones
+TEXT_WIDTH = (
+    112  # between the UNet's 96 and 128: cross-attention then has wide and tall weights, self-attention square ones
+)
 CONTEXT = 24  # tokens
 
 CLIP: dict[str, Any] = {

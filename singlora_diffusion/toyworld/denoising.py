@@ -102,5 +102,3 @@ def pipeline(model: TextToLatents, vae: AutoencoderKL, tokenizer: CLIPTokenizer)
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-

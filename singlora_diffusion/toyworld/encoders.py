@@ -20,11 +20,15 @@ from .reader import Reader
 def jitter(pixels: Tensor, draw: torch.Generator) -> Tensor:
     """Small brightness changes, blur and noise, so that an encoder does not live off the renderer's exactness."""
     n = len(pixels)
-    pixels = pixels * (1 + 0.1 * torch.randn(n, 1, 1, 1, generator=draw)) + 0.05 * torch.randn(n, 1, 1, 1, generator=draw)
+    pixels = pixels * (1 + 0.1 * torch.randn(n, 1, 1, 1, generator=draw)) + 0.05 * torch.randn(
+        n, 1, 1, 1, generator=draw
+    )
     blurred = F.avg_pool2d(F.pad(pixels, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     share = torch.rand(n, 1, 1, 1, generator=draw)
     pixels = torch.lerp(pixels, blurred, share)
-    return (pixels + 0.05 * torch.rand(n, 1, 1, 1, generator=draw) * torch.randn(pixels.shape, generator=draw)).clamp(-1, 1)
+    return (pixels + 0.05 * torch.rand(n, 1, 1, 1, generator=draw) * torch.randn(pixels.shape, generator=draw)).clamp(
+        -1, 1
+    )
 
 
 def train_reader(

@@ -121,7 +121,9 @@ def clip(groups: int = 20, size: int = 50) -> dict[str, float]:
             pictures.append(Image.fromarray(world.render(who, where)[0]))
             before, after = PATTERN_WORDS[who.pattern][0]
             place = world.PLACES[where.background][0]
-            captions.append(world.compose(who.cls, colour=who.colour, before=before, after=after, place=place, photo=True))
+            captions.append(
+                world.compose(who.cls, colour=who.colour, before=before, after=after, place=place, photo=True)
+            )
         similarity = encoders.images(pictures) @ encoders.texts(captions).T
         # Two pictures may have one caption between them; either is right.
         own = similarity.diagonal()

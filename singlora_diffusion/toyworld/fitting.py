@@ -9,10 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-
-from rich.console import Console
 
 console = Console(highlight=False)
 

@@ -91,9 +91,7 @@ def read(settings: Pretraining) -> tuple[np.ndarray, list[list[str]], dict[str, 
 
 def make_autoencoder(settings: Pretraining) -> None:
     images, _, _ = read(settings)
-    vae = autoencoding.train(
-        images, steps=settings.autoencoder_steps, folder=settings.work_dir, device=settings.device
-    )
+    vae = autoencoding.train(images, steps=settings.autoencoder_steps, folder=settings.work_dir, device=settings.device)
     autoencoding.whiten(vae, images[:2000])
     vae.save_pretrained(settings.work_dir / "vae")
     held_out = world.batch(range(HELD_OUT, HELD_OUT + 256))["images"]
@@ -147,12 +145,7 @@ def make_clip(settings: Pretraining) -> None:
 
 def make_dino(settings: Pretraining) -> None:
     subjects = np.load(settings.work_dir / "subjects.npy", mmap_mode="r")
-    classes = np.array(
-        [
-            world.CLASSES.index(world.pretraining_identity(500_000 + i).cls)
-            for i in range(len(subjects))
-        ]
-    )
+    classes = np.array([world.CLASSES.index(world.pretraining_identity(500_000 + i).cls) for i in range(len(subjects))])
     dino = encoders.train_dino(
         subjects, classes, steps=settings.dino_steps, folder=settings.work_dir, device=settings.device
     )
