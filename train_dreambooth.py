@@ -2,8 +2,8 @@
 
     python train_dreambooth.py --instance_data_dir my_dog --instance_prompt "a photo of sks dog" --output_dir runs/dog
 
-The run reads from top to bottom in `main`. It leaves in OUTPUT_DIR: adapter.safetensors (read back and compared with the
-live model), recipe.json, log.jsonl, logs/ for TensorBoard, previews/ and checkpoint-N/.
+The run reads from top to bottom in `main`. It leaves in OUTPUT_DIR: adapter.safetensors (read back and compared with
+the live model), recipe.json, log.jsonl, logs/ for TensorBoard, previews/ and checkpoint-N/.
 """
 
 from __future__ import annotations

@@ -166,10 +166,7 @@ def _bare(word: str) -> str:
     return word.strip(",.;:!?\"'()")
 
 
-LIVE = frozenset(
-    ("dog", "puppy", "cat", "kitten", "pet", "bird", "horse", "rabbit", "hamster", "fox")
-    + ("man", "woman", "person", "boy", "girl", "child", "baby")
-)
+LIVE = frozenset({"dog", "puppy", "cat", "kitten", "pet", "bird", "horse", "man", "woman", "person", "boy", "girl"})
 """Class nouns for which DreamBooth's live-subject prompts fit."""
 
 

@@ -1,7 +1,8 @@
-"""Every model of toyworld as a configuration of a stock class: diffusers' pipeline parts, open_clip's CLIP, timm's ViT."""
+"""Every model of toyworld as a configuration of a stock class out of diffusers, transformers, open_clip or timm."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def tokenizer(words: Iterable[str]) -> CLIPTokenizer:
     for word in words:
         symbols = [*word[:-1], f"{word[-1]}</w>"]
         while len(symbols) > 1:
-            pairs = list(zip(symbols, symbols[1:], strict=False))
+            pairs = list(pairwise(symbols))
             # As the tokenizer will: the oldest known pair first. A new pair ranks last, so earlier words stay whole.
             pair = min(pairs, key=lambda one: ranks.get(one, len(ranks)))
             ranks.setdefault(pair, len(ranks))

@@ -17,7 +17,7 @@ console = Console(highlight=False)
 
 
 def rate(step: int, steps: int, warmup: int = 150, decay: float = 0.3) -> float:
-    """Share of the peak learning rate: linear warm-up, plateau, linear decay to zero over the last `decay` of the steps.
+    """Share of the peak rate: linear warm-up, plateau, linear decay to zero over the last `decay` of the steps.
 
     The plateau does not depend on the end: a run can be cut short or prolonged by asking for another number of steps.
     """

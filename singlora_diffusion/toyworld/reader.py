@@ -1,4 +1,4 @@
-"""The attribute reader: what was drawn (class, background, main colour, pattern), read off a picture. The oracle of prompt following."""
+"""The attribute reader: class, background, main colour and pattern read off a picture. The oracle of prompt following."""
 
 from __future__ import annotations
 
