@@ -150,11 +150,12 @@ def clip_folder(source: str, device: str, batch_size: int) -> Encoder:
             f"{folder}: has no {_CLIP_WEIGHTS[0]}, the weights of the CLIP encoder; pickled ones are not read"
         )
     try:
-        size, picture = config["model_cfg"]["vision_cfg"]["image_size"], config.get("preprocess_cfg", {})
+        size, width = config["model_cfg"]["vision_cfg"]["image_size"], config["model_cfg"]["embed_dim"]
     except (KeyError, TypeError) as error:
         raise UserError(
             f"{folder / 'open_clip_config.json'}: describes no open_clip model ({error} is missing)"
         ) from error
+    picture = config.get("preprocess_cfg", {})
     if picture.get("resize_mode", "shortest") != "shortest":
         raise UserError(f"{folder}: resize_mode {picture['resize_mode']} is not supported, only shortest")
 
@@ -167,7 +168,7 @@ def clip_folder(source: str, device: str, batch_size: int) -> Encoder:
     preprocessing = _preprocessing(folder, picture, size, 1.0, CLIP_MEAN, CLIP_STD)
     described_by = [name for name in ("open_clip_config.json", *_TOKENIZER_FILES) if (folder / name).is_file()]
     files = {"weights": sha256(weights), **{name: sha256(folder / name) for name in described_by}}
-    about = {"architecture": "as in open_clip_config.json", "files": files, "preprocessing": asdict(preprocessing)}
+    about = {"architecture": f"CLIP of {width} dimensions", "files": files, "preprocessing": asdict(preprocessing)}
     return _encoder(load, preprocessing, about, folder, device, batch_size, has_texts=True)
 
 

@@ -123,7 +123,7 @@ def score(settings: ScoreSettings) -> dict[str, Any]:
         _keep(stores.values())
 
     count = len(generated.paths)
-    prompts = [row.get("prompt_index", row.get("prompt")) for row in generated.about]
+    prompts = [tuple(row.get(name) for name in ("prompt_index", "prompt")) for row in generated.about]
     reference_keys = embedded.keys[count:]
     rows = [
         {
@@ -185,36 +185,39 @@ def score(settings: ScoreSettings) -> dict[str, Any]:
 def show(result: dict[str, Any]) -> None:
     """Prints a result as a table, what to know about it, and the next command."""
     console = Console()
-    table = Table(title=f"{result['count']} pictures in {result['settings']['images']}", title_justify="left")
-    for heading in ("score", "mean", "sd over pictures", "prompts", "real pictures", ""):
-        table.add_column(heading, justify="left" if heading in ("score", "") else "right", overflow="fold")
+    table = Table()
+    for heading in ("score", "mean", "sd", "n", "real to real", ""):
+        table.add_column(heading, justify="left" if heading in ("score", "") else "right")
     for name, row in result["metrics"].items():
-        numbers = [_rounded(row["mean"]), _rounded(row["sd"]), str(row["prompts"]), _rounded(row["real_to_real"])]
+        numbers = [_rounded(row["mean"]), _rounded(row["sd"]), str(row["n"]), _rounded(row["real_to_real"])]
         table.add_row(name, *numbers, row["about"])
-    console.print(table)
+    prompts = max(row["prompts"] for row in result["metrics"].values())
 
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
+    say(f"{result['settings']['images']}: {_count(result['count'], 'picture')} of {_count(prompts, 'prompt')}")
+    console.print(table)
     say(f"protocol {result['protocol']}: {result['protocol_because']}")
     for role, made in result["encoders"].items():
         picture = made["preprocessing"]
         way = f"{picture['interpolation']} to {picture['resize']}, centre {picture['crop']} x {picture['crop']} pixels"
         say(f"  {role}: {made['architecture']}, {way}; {made['source']}")
     if result["references"]:
-        say(f"references: {len(result['references'])} pictures, mode {result['reference_mode']}")
+        place, number = result["settings"]["references"], _count(len(result["references"]), "picture")
+        say(f"references: {place}, {number}, mode {result['reference_mode']}")
     for name, reason in result["skipped"].items():
         say(f"no {name}: {reason}")
     for count, what in (
-        (result["blank"], "black or of one colour; they count"),
+        (result["blank"], "black or of one colour, and counted like the others"),
         (result["copies"], "pixel for pixel equal to a reference"),
     ):
         if count:
-            say(f"{count} of the {result['count']} pictures {'is' if count == 1 else 'are'} {what}")
+            say(f"{_count(count, 'picture')} of {result['count']} {what}")
     if result["left_out"]:
         say("left out: " + ", ".join(f"{name} ({reason})" for name, reason in result["left_out"].items()))
     say(f"written: {result['output']}")
-    say(f"next: python -m json.tool {shlex.quote(result['output'])}")
+    say(f"next: {_next(result)}")
 
 
 def run(settings: ScoreSettings) -> None:
@@ -409,6 +412,21 @@ def _command(settings: ScoreSettings) -> str:
         if value != field.default:
             words += [f"--{field.name}", *(value if isinstance(value, tuple) else (str(value),))]
     return shlex.join(words)
+
+
+def _next(result: dict[str, Any]) -> str:
+    """The page that shows the pictures with their scores; it looks for the result beside the pictures."""
+    images, output = result["settings"]["images"], Path(result["output"])
+    if output.parent != Path(images):
+        return shlex.join(["python", "-m", "json.tool", str(output)])
+    words = ["python", "-m", "eval.report", "--runs", images]
+    if result["references"]:
+        words += ["--references", result["settings"]["references"]]
+    return shlex.join([*words, "--output", str(output.with_name("report.html"))])
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _plain(value: Any) -> Any:

@@ -74,6 +74,12 @@ def test_missing_files_are_pointed_to_what_there_is(tmp_path: Path) -> None:
         prompts.load(tmp_path)
 
 
+def test_the_set_to_try_first() -> None:
+    assert prompts.suggested(None, "fluffy Dog") == "live_subject"
+    assert prompts.suggested(None, "catalogue") == prompts.suggested(None, "teapot") == "object"
+    assert prompts.suggested("toyworld", "dog") == "toyworld"
+
+
 @pytest.mark.parametrize(
     ("prompt", "identifier", "expected"),
     [

@@ -129,6 +129,13 @@ def test_the_second_time_no_encoder_is_loaded(
         score(settings(folders, encoders))
 
 
+def test_prompts_of_two_files_do_not_mix(folders: tuple[Path, Path], encoders: dict[str, str]) -> None:
+    manifest = folders[0] / "manifest.jsonl"
+    manifest.write_text(manifest.read_text().replace('"prompt_index": 1', '"prompt_index": 0'))
+    result = score(settings(folders, encoders, metrics=("dino",)))
+    assert result["metrics"]["dino"]["prompts"] == 2
+
+
 def test_only_the_encoders_that_are_needed(folders: tuple[Path, Path], encoders: dict[str, str]) -> None:
     result = score(settings(folders, encoders, metrics=("dino",), clip="/nowhere"))
     assert list(result["metrics"]) == ["dino"] and list(result["encoders"]) == ["dino"]
@@ -255,7 +262,9 @@ def test_the_program_prints_a_table_and_the_next_command(
     assert "protocol toyworld: the pictures were made by toyworld" in finished.stdout
     assert "bicubic to 36, centre 32 x 32" in finished.stdout
     assert "left out: contact_sheet.png" in finished.stdout
-    assert finished.stdout.strip().splitlines()[-1] == "next: python -m json.tool samples/scores.json"
+    assert "samples: 5 pictures of 2 prompts" in finished.stdout
+    report = "python -m eval.report --runs samples --references 'my dog' --output samples/report.html"
+    assert finished.stdout.strip().splitlines()[-1] == f"next: {report}"
 
 
 def test_the_program_ends_with_one_line_and_code_2(tmp_path: Path) -> None:
