@@ -1,0 +1,204 @@
+"""What is in an adapter file, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from . import columns, container, inward, names, native, pairs, recognition
+from .container import Index, shown
+
+
+@dataclass(frozen=True)
+class Row:
+    """One adapted layer; None where the file, or the file without its base model, does not say."""
+
+    name: str
+    shape: tuple[int, ...] | None
+    rank: int | None
+    alpha: float | None
+    dtype: str
+    update: float | None
+    """||dW||, Frobenius, u and scale included."""
+    relative: float | None = None
+    """||dW|| / ||W0||."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `inspect` found."""
+
+    path: Path
+    kind: str
+    form: str
+    note: str
+    rows: list[Row]
+    facts: dict[str, str] = field(default_factory=dict)
+    """Header or metadata, for people."""
+
+
+def inspect(path: str | Path, networks: Mapping[str, nn.Module] | None = None) -> Report:
+    """Describe a file or run folder.
+
+    Args:
+        networks: of the base model, unadapted: adds names in our spelling, ||dW|| of every method, and ||dW|| / ||W0||.
+
+    Raises:
+        UserError: damaged, or not for these networks.
+    """
+    found = recognition.recognise(path)
+    index = found.index
+    if found.kind == recognition.NATIVE:
+        rows, facts = _native(index, networks)
+    else:
+        rows = [] if found.kind == recognition.UNKNOWN else _foreign(found, networks)
+        facts = {key: text for key, text in sorted(index.metadata.items())}
+    facts = {key: shown(text, 300) for key, text in facts.items() if text}
+    return Report(index.path, found.kind, found.form, found.note, rows, facts)
+
+
+def _native(index: Index, networks: Mapping[str, nn.Module] | None) -> tuple[list[Row], dict[str, str]]:
+    header, state = native.read(index.path)
+    config = header.config
+    updates: dict[str, tuple[float, float | None]] = {}
+    if networks is not None:
+        adapter = native.attach(index.path, networks, header, state)
+        try:
+            bases = adapter.layers()
+            for name, change in adapter.delta_weights():
+                updates[name] = _norms(change, bases[name].weight)
+        finally:
+            adapter.detach()
+    elif config.method == "singlora" and not config.dora:
+        for name in header.layers:
+            updates[name] = _product_norm(*columns.of_layer(header, state, name).pair()), None
+    rows = []
+    for name, shape in header.layers.items():
+        rank, alpha, _ = config.for_network(name.partition(".")[0])
+        dtype = next(entry.dtype for key, entry in index.tensors.items() if key.rpartition(".")[0] == name)
+        rows.append(Row(name, shape, rank, alpha, dtype, *updates.get(name, (None, None))))
+    method = config.method + "".join(
+        f", {word}"
+        for word, on in (
+            (f"init={config.init}", config.init != "kaiming"),
+            (f"signature={config.signature}", config.signature != "positive"),
+            ("dora", config.dora),
+        )
+        if on
+    )
+    facts = {
+        "method": method,
+        "numbers": f"{sum(tensor.numel() for tensor in state.values()):,}",
+        "u": f"{header.u:g}",
+        "steps": str(header.step),
+        "trigger": header.trigger(),
+        "instance prompt": header.instance_prompt,
+        "base model": header.base_model,
+        "base hash": header.base_hash,
+        "resolution": str(header.resolution or ""),
+        "sha256": header.sha256,
+    }
+    return rows, facts
+
+
+def _foreign(found: recognition.Recognised, networks: Mapping[str, nn.Module] | None) -> list[Row]:
+    index = found.index
+    if networks is not None:
+        return _fitted(found, networks)
+    parts: dict[str, dict[str, str]] = {}
+    for key in index.tensors:
+        tagged = names.tag(key)
+        if tagged is not None and tagged.role not in ("step", "base"):
+            parts.setdefault(tagged.layer, {})[tagged.role] = key
+    rows = []
+    for layer, part in parts.items():
+        tensors = container.read_tensors(index, part.values())
+        alpha = (
+            float(tensors[part["alpha"]].reshape(-1)[0]) if "alpha" in part and tensors[part["alpha"]].numel() else None
+        )
+        if {"up", "down"} <= set(part):
+            up, down = tensors[part["up"]], tensors[part["down"]]
+            if up.ndim < 2 or down.ndim < 2 or up.shape[1] != down.shape[0] or not up.numel() or not down.numel():
+                raise UserError(f"{index.path}: {shown(layer)} is no LoRA pair: {tuple(up.shape)}, {tuple(down.shape)}")
+            rank, shape = len(down), (up.shape[0], *down.shape[1:])
+            scale = 1.0 if alpha is None else alpha / rank
+            norm = (
+                None if "magnitude" in part else _product_norm(up.flatten(1).double() * scale, down.flatten(1).double())
+            )
+            dtype = index.tensors[part["up"]].dtype
+            rows.append(Row(shown(layer), shape, rank, alpha, dtype, norm))
+        elif "one" in part:
+            entry = index.tensors[part["one"]]
+            rank_ = entry.shape[1] if len(entry.shape) == 2 else None
+            rows.append(Row(shown(layer), None, rank_, alpha, entry.dtype, None))
+    return rows
+
+
+def _fitted(found: recognition.Recognised, networks: Mapping[str, nn.Module]) -> list[Row]:
+    index = found.index
+    dtype = next(iter(index.tensors.values())).dtype
+    if found.kind == recognition.SINGLORA:
+        adapter, header = inward.import_(index.path, networks)
+        try:
+            bases = adapter.layers()
+            changes = {name: (change, bases[name].weight) for name, change in adapter.delta_weights()}
+        finally:
+            adapter.detach()
+        return [
+            Row(
+                name,
+                tuple(change.shape),
+                header.config.for_network(name.partition(".")[0])[0],
+                None,
+                dtype,
+                *_norms(change, w),
+            )
+            for name, (change, w) in changes.items()
+        ]
+    modules = names.modules(networks)
+    rows = []
+    for name, pair in pairs.of_file(index, networks).items():
+        weight: Any = modules[name].weight
+        norms: tuple[float | None, float | None] = (None, None)
+        if pair.magnitude is None:
+            norms = _norms((pair.up.flatten(1) @ pair.down.flatten(1)), weight)
+        rows.append(Row(name, tuple(weight.shape), pair.rank, None, dtype, *norms))
+    return rows
+
+
+def _product_norm(up: Tensor, down: Tensor) -> float:
+    """||up @ down|| without the product: the square is the sum of (up^T up) * (down down^T)."""
+    return float(((up.T @ up) * (down @ down.T)).sum().clamp_min(0).sqrt())
+
+
+def _norms(change: Tensor, weight: Tensor) -> tuple[float, float]:
+    update, base = float(torch.linalg.norm(change.double())), float(torch.linalg.norm(weight.detach().double()))
+    return update, update / base if base else 0.0
+
+
+def show(report: Report) -> None:
+    """Print a report."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    console.print(Text(f"{report.path}: {report.kind}" + (f", {report.form}" if report.form else "")), style="bold")
+    for line in [report.note, *(f"{key}: {value}" for key, value in report.facts.items())]:
+        if line:
+            console.print(Text(line), soft_wrap=True)
+    if not report.rows:
+        return
+    table = Table("layer", "weight", "rank", "alpha", "stored", "‖dW‖", "‖dW‖/‖W0‖")
+    for row in report.rows:
+        shape = "" if row.shape is None else "x".join(map(str, row.shape))
+        numbers = [("" if value is None else f"{value:.4g}") for value in (row.update, row.relative)]
+        alpha = "" if row.alpha is None else f"{row.alpha:g}"
+        table.add_row(Text(row.name), shape, str(row.rank or ""), alpha, row.dtype, *numbers)
+    console.print(table)

@@ -1,0 +1,73 @@
+"""The flags of the verbs that handle adapter files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Format = Literal["kohya", "diffusers", "peft"]
+Precision = Literal["float32", "fp16", "bf16"]
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """Write an adapter as a file that other programs load, or merge it into a full model."""
+
+    adapter: str
+    """A run folder or an adapter file."""
+    output: str | None = None
+    """The file to write, `.safetensors`."""
+    format: Format = "kohya"
+    """kohya: ComfyUI, A1111, Forge, InvokeAI and diffusers. diffusers, peft: `pipe.load_lora_weights`."""
+    dtype: Precision = "float32"
+    """Precision of the stored numbers. fp16 halves the file and rounds the adapter."""
+    merge_into: str | None = None
+    """Instead of a file: a new folder that gets the whole pipeline with the adapter merged into it."""
+    pretrained_model_name_or_path: str | None = None
+    """The base model. None: the one the adapter's header names."""
+    overwrite: bool = False
+    """Replace `output` if it exists."""
+
+
+@dataclass(frozen=True)
+class ImportSettings:
+    """Turn a SingLoRA of another program into one of ours."""
+
+    file: str
+    """The file to read, `.safetensors`."""
+    output: str
+    """The adapter file to write, `.safetensors`."""
+    pretrained_model_name_or_path: str
+    """The base model it was trained on."""
+    alpha: float | None = None
+    """Its alpha, where the file does not say. None: what lies beside the file says, else the rank."""
+    ramp_steps: int = 1000
+    """T of its ramp, used if the file carries the trainer's step: u = min(step / T, 1). 0: u = 1."""
+    dtype: Precision = "float32"
+    """Precision of the stored numbers."""
+    overwrite: bool = False
+    """Replace `output` if it exists."""
+
+
+@dataclass(frozen=True)
+class InspectSettings:
+    """Say what an adapter file is, layer by layer."""
+
+    file: str
+    """A run folder or a `.safetensors` file."""
+    pretrained_model_name_or_path: str | None = None
+    """The base model, to relate each update to the weight it changes. None: updates are given by themselves."""
+
+
+@dataclass(frozen=True)
+class AddSettings:
+    """Add SingLoRA adapters up into one, exactly."""
+
+    adapters: tuple[str, ...]
+    """Run folders or adapter files."""
+    output: str
+    """The adapter file to write, `.safetensors`."""
+    scales: tuple[float, ...] = ()
+    """One factor per adapter. Empty: 1 for each."""
+    overwrite: bool = False
+    """Replace `output` if it exists."""

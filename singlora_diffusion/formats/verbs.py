@@ -1,0 +1,83 @@
+"""The verbs of the command line that handle adapter files: settings in, files and a few printed lines out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .. import families
+from ..errors import UserError
+from . import arithmetic, inspection, inward, native, outward
+from .native import Header
+from .settings import AddSettings, ExportSettings, ImportSettings, InspectSettings
+
+
+def export(settings: ExportSettings) -> None:
+    """`singlora export`."""
+    if (settings.output is None) == (settings.merge_into is None):
+        raise UserError("say where to: --output FILE.safetensors, or --merge_into DIR for a full model")
+    header = native.read_header(settings.adapter)
+    family = load_base(header, settings.pretrained_model_name_or_path)
+    if settings.merge_into is not None:
+        adapter = native.load(settings.adapter, family.networks)
+        print(f"wrote the merged pipeline {outward.merge_into(family, adapter, settings.merge_into)}")
+        return
+    assert settings.output is not None
+    proof = outward.export(
+        settings.adapter,
+        settings.format,
+        settings.output,
+        networks=family.networks,
+        dtype=settings.dtype,
+        overwrite=settings.overwrite,
+    )
+    size = Path(settings.output).stat().st_size
+    print(f"wrote {settings.output} ({settings.format}, {settings.dtype}, {size / 1e6:.2f} MB, {proof.layers} layers)")
+    print(
+        f"loaded back through diffusers: layers differ by at most {proof.layer_difference:.1e}, "
+        f"outputs by {proof.output_difference:.1e} (relative)"
+    )
+
+
+def import_(settings: ImportSettings) -> None:
+    """`singlora import`."""
+    if Path(settings.output).exists() and not settings.overwrite:
+        raise UserError(f"{settings.output}: exists already; name another file, or pass --overwrite")
+    family = families.load(settings.pretrained_model_name_or_path)
+    adapter, header = inward.import_(
+        settings.file, family.networks, alpha=settings.alpha, ramp_steps=settings.ramp_steps
+    )
+    about = {
+        "step": header.step,
+        "identifier": header.identifier,
+        "class_noun": header.class_noun,
+        "family": family.name,
+        "base_model": family.source,
+        "base_hash": family.fingerprint,
+        "recipe": {"imported_from": Path(settings.file).name},
+    }
+    native.save(adapter, settings.output, about=about, dtype=settings.dtype, overwrite=settings.overwrite)
+    config = adapter.config
+    print(f"wrote {settings.output} (singlora, rank {config.rank}, {len(adapter.layers())} layers, {config.signature})")
+
+
+def inspect(settings: InspectSettings) -> None:
+    """`singlora inspect`."""
+    base = settings.pretrained_model_name_or_path
+    networks = families.load(base).networks if base else None
+    inspection.show(inspection.inspect(settings.file, networks))
+
+
+def add(settings: AddSettings) -> None:
+    """`singlora add`."""
+    header = arithmetic.add(settings.adapters, settings.output, settings.scales or None, overwrite=settings.overwrite)
+    print(f"wrote {settings.output} (singlora, rank {header.config.rank}, {header.config.signature})")
+
+
+def load_base(header: Header, named: str | None, **options: str) -> families.Family:
+    """The base model of an adapter: the one the user names, else the one the header names; says so if it is another."""
+    if not (named or header.base_model):
+        raise UserError("the adapter does not say what it was trained on: --pretrained_model_name_or_path MODEL")
+    family = families.load(named or header.base_model, **options)
+    if header.base_hash and family.fingerprint != header.base_hash:
+        print(f"note: {family.source} is not the very model this adapter was trained on ({header.base_model})")
+    return family
