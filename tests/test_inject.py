@@ -1,0 +1,266 @@
+"""Adapters into networks and out again: every layer of every choice, bit for bit, on a tiny Stable Diffusion."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from torch import Tensor, nn
+
+from singlora_diffusion import inject
+from singlora_diffusion.errors import UserError
+from singlora_diffusion.singlora import SingLoRA
+
+TOKENS = torch.tensor([[1, 5, 7, 2], [1, 9, 3, 2]])
+LATENTS = torch.linspace(-2, 2, 2 * 4 * 8 * 8).reshape(2, 4, 8, 8)
+
+
+def answer(unet: nn.Module, text: nn.Module, **kwargs: Any) -> Tensor:
+    dtype = next(unet.parameters()).dtype
+    states = text(TOKENS).last_hidden_state
+    return unet(LATENTS.to(dtype), torch.tensor([3, 500]), states.to(dtype), **kwargs).sample
+
+
+def deltas_for(network: nn.Module, targets: tuple[str, ...], size: float = 0.3) -> dict[str, nn.Module]:
+    generator = torch.Generator().manual_seed(1)
+    deltas = {}
+    for path, base in inject.projections(network, targets).items():
+        deltas[path] = SingLoRA(base, 4, 4.0, generator=generator)
+        with torch.no_grad():
+            deltas[path].A.normal_(0, size, generator=generator)
+    return deltas
+
+
+def snapshot(network: nn.Module) -> list[tuple[Any, ...]]:
+    """Everything attach must give back: modules by identity, keys, flags, bits, processors, hooks."""
+    modules = [(name, id(module), type(module)) for name, module in network.named_modules()]
+    tensors = [(key, id(p), p.dtype, p.requires_grad, p.detach().clone()) for key, p in network.named_parameters()]
+    processors = [id(m.processor) for m in network.modules() if isinstance(m, Attention)]
+    hooks = [len(network._forward_pre_hooks), len(network._forward_hooks), len(network._forward_hooks_always_called)]
+    return [modules, tensors, list(network.state_dict()), processors, hooks]
+
+
+def assert_same(network: nn.Module, before: list[tuple[Any, ...]]) -> None:
+    modules, tensors, keys, processors, hooks = snapshot(network)
+    assert modules == before[0] and keys == before[2] and processors == before[3] and hooks == before[4]
+    for now, then in zip(tensors, before[1], strict=True):
+        assert now[:4] == then[:4] and torch.equal(now[4], then[4])
+
+
+def test_projections_by_name(networks) -> None:
+    unet, text = networks["unet"], networks["text_encoder"]
+    every = inject.projections(unet, ("to_q", "to_k", "to_v", "to_out.0"))
+    shapes = {(tuple(layer.weight.shape)) for layer in every.values()}
+    assert shapes == {(32, 32), (64, 64), (32, 48), (64, 48)}  # square, wide and tall
+    attentions = {name for name, module in unet.named_modules() if isinstance(module, Attention)}
+    assert set(every) == {f"{name}.{target}" for name in attentions for target in ("to_q", "to_k", "to_v", "to_out.0")}
+    order = [name for name, _ in unet.named_modules()]
+    assert list(every) == sorted(every, key=order.index)
+    assert list(inject.projections(unet, ("to_out.0", "to_q"))) == [
+        p for p in every if not p.endswith(("to_k", "to_v"))
+    ]
+    assert set(inject.projections(unet, ("attn2.to_k",))) == {p for p in every if p.endswith("attn2.to_k")}
+    assert all(unet.get_submodule(path) is layer for path, layer in every.items())
+    names = [inject.outside_name("text_encoder", path) for path in inject.projections(text, ("q_proj",))]
+    assert names == [f"text_encoder.text_model.encoder.layers.{i}.self_attn.q_proj" for i in range(2)]
+    assert inject.outside_name("text_encoder", "text_model.x.q_proj") == "text_encoder.text_model.x.q_proj"
+    assert inject.outside_name("unet", "mid_block.x.to_q") == "unet.mid_block.x.to_q"
+
+
+def test_an_unknown_target_is_named_with_what_there_is(networks) -> None:
+    with pytest.raises(UserError, match=r"no layer 'query' in UNet2DConditionModel; it has .*to_out\.0, to_q, to_v"):
+        inject.projections(networks["unet"], ("to_q", "query"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "targets",
+    [("to_q",), ("to_k",), ("to_v",), ("to_out.0",), ("attn1.to_k", "attn2.to_v"), ("to_q", "ff.net.2", "proj")],
+)
+def test_each_adapted_layer_of_the_unet_gets_its_own_delta(make_networks, targets, dtype) -> None:
+    """Attached equals the plain network with dW written into its weights."""
+    networks = make_networks(dtype)
+    unet, text = networks["unet"], networks["text_encoder"]
+    deltas = deltas_for(unet, targets)
+    dense = copy.deepcopy(unet)
+    with torch.no_grad():
+        plain = answer(unet, text)
+        for path, delta in deltas.items():
+            weight = dense.get_submodule(path).weight
+            weight.add_(delta.delta_weight(weight).to(dtype))
+        expected = answer(dense, text)
+        before = snapshot(unet)
+        detach = inject.attach(unet, deltas)
+        found = answer(unet, text)
+        detach()
+        assert_same(unet, before)
+        assert torch.equal(answer(unet, text), plain)
+    assert found.dtype == dtype
+    tolerance = 1e-5 if dtype == torch.float32 else 5e-2
+    assert (found.float() - expected.float()).norm() < tolerance * expected.float().norm()
+    assert (found.float() - plain.float()).norm() > 1e-2 * plain.float().norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("targets", [("q_proj",), ("k_proj",), ("v_proj",), ("out_proj",), ("q_proj", "v_proj", "fc1")])
+def test_each_adapted_layer_of_the_text_encoder_gets_its_own_delta(make_networks, targets, dtype) -> None:
+    text = make_networks(dtype)["text_encoder"]
+    deltas = deltas_for(text, targets)
+    dense = copy.deepcopy(text)
+    with torch.no_grad():
+        plain = text(TOKENS).last_hidden_state
+        for path, delta in deltas.items():
+            weight = dense.get_submodule(path).weight
+            weight.add_(delta.delta_weight(weight).to(dtype))
+        expected = dense(TOKENS).last_hidden_state
+        before = snapshot(text)
+        detach = inject.attach(text, deltas)
+        found = text(TOKENS).last_hidden_state
+        wrapped = text.get_submodule(next(iter(deltas)))
+        assert torch.equal(wrapped.weight, wrapped.base.weight) and wrapped.bias is wrapped.base.bias
+        detach()
+        assert_same(text, before)
+        assert torch.equal(text(TOKENS).last_hidden_state, plain)
+    assert found.dtype == dtype
+    tolerance = 1e-5 if dtype == torch.float32 else 5e-2
+    assert (found.float() - expected.float()).norm() < tolerance * expected.float().norm()
+    assert (found.float() - plain.float()).norm() > 1e-2 * plain.float().norm()
+
+
+def test_the_network_holds_the_deltas_while_attached(networks) -> None:
+    """So that `.to()`, DDP and the like see them."""
+    unet = networks["unet"]
+    deltas = deltas_for(unet, ("to_q", "ff.net.2"))
+    own = {id(p) for delta in deltas.values() for p in delta.parameters()}
+    detach = inject.attach(unet, deltas)
+    assert {id(p) for p in unet.parameters() if p.requires_grad} == own
+    detach()
+    assert not own & {id(p) for p in unet.parameters()}
+
+
+def test_attaching_twice_is_refused(networks) -> None:
+    for network, target in (
+        (networks["unet"], "to_q"),
+        (networks["unet"], "ff.net.2"),
+        (networks["text_encoder"], "fc1"),
+    ):
+        detach = inject.attach(network, deltas_for(network, (target,)))
+        with pytest.raises(UserError, match="already"):
+            inject.projections(network, ("to_k",))
+        detach()
+        inject.projections(network, (target,))
+
+
+def test_other_processors_keep_doing_the_attention(networks) -> None:
+    unet, text = networks["unet"], networks["text_encoder"]
+    with torch.no_grad():
+        unet.set_attn_processor(AttnProcessor2_0())
+        detach = inject.attach(unet, deltas_for(unet, ("to_q", "to_k", "to_v", "to_out.0")))
+        fast = answer(unet, text)
+        detach()
+        kept = AttnProcessor()
+        unet.set_attn_processor(kept)
+        detach = inject.attach(unet, deltas_for(unet, ("to_q", "to_k", "to_v", "to_out.0")))
+        torch.testing.assert_close(answer(unet, text), fast, rtol=1e-4, atol=1e-5)
+        detach()
+    assert all(processor is kept for processor in unet.attn_processors.values())
+
+
+def test_lost_processors_are_noticed(networks) -> None:
+    unet, text = networks["unet"], networks["text_encoder"]
+    detach = inject.attach(unet, deltas_for(unet, ("to_q",)))
+    unet.set_attention_slice("auto")
+    with pytest.raises(UserError, match="processors were replaced"):
+        answer(unet, text)
+    detach()
+    answer(unet, text)
+
+
+def test_fused_projections_are_refused(networks) -> None:
+    unet = networks["unet"]
+    deltas = deltas_for(unet, ("ff.net.2", "to_q"))
+    before = snapshot(unet)
+    attention = unet.mid_block.attentions[0].transformer_blocks[0].attn1
+    attention.fused_projections = True
+    with pytest.raises(UserError, match=r"mid_block.*attn1 has fused projections"):
+        inject.attach(unet, deltas)
+    assert_same(unet, before)
+
+
+def test_the_processor_takes_what_diffusers_passes(networks, caplog, monkeypatch) -> None:
+    """Attention.forward reads the signature of the processor's call, and drops with a warning what is not in it."""
+    wanted = list(inspect.signature(AttnProcessor2_0().__call__).parameters)
+    found = list(inspect.signature(inject.AdaptedAttnProcessor(AttnProcessor2_0(), {}).__call__).parameters)
+    assert found[: len(found) - 1] == wanted[: len(found) - 1]  # all but the last, *args and **kwargs
+    unet, text = networks["unet"], networks["text_encoder"]
+    inject.attach(unet, deltas_for(unet, ("to_q",)))
+    with diffusers_log(caplog, monkeypatch):
+        answer(unet, text, cross_attention_kwargs={"scale": 0.5})
+        answer(unet, text)
+        assert not caplog.records
+        answer(unet, text, cross_attention_kwargs={"unknown": 1})
+        assert "unknown" in caplog.text  # the log is indeed read
+
+
+@contextmanager
+def diffusers_log(caplog, monkeypatch) -> Iterator[None]:
+    from diffusers.utils import logging
+
+    monkeypatch.setattr(logging.get_logger("diffusers"), "propagate", True)
+    with caplog.at_level("WARNING"):
+        yield
+
+
+def test_scale_of_one_call(networks) -> None:
+    unet, text = networks["unet"], networks["text_encoder"]
+    deltas = deltas_for(unet, ("to_q", "to_k", "to_v", "to_out.0"))
+    with torch.no_grad():
+        base = answer(unet, text)
+        inject.attach(unet, deltas)
+        full = answer(unet, text)
+        given = {"scale": 0.5}
+        half = answer(unet, text, cross_attention_kwargs=given)
+        assert given == {"scale": 0.5}  # the caller's own dictionary
+        assert torch.equal(answer(unet, text), full)  # over with the call
+        assert torch.equal(answer(unet, text, cross_attention_kwargs={"scale": 0.0}), base)
+        assert torch.equal(answer(unet, text, cross_attention_kwargs={}), full)
+        for delta in deltas.values():
+            delta.set_scale(0.5)
+        assert torch.equal(answer(unet, text), half)
+        assert torch.equal(answer(unet, text, cross_attention_kwargs={"scale": 2.0}), full)  # both multiply
+        assert torch.equal(answer(unet, text), half)
+    assert not torch.equal(half, full)
+
+
+def test_scale_of_one_call_ends_with_an_error_too(networks, monkeypatch) -> None:
+    unet, text = networks["unet"], networks["text_encoder"]
+    deltas = deltas_for(unet, ("to_q",))
+    inject.attach(unet, deltas)
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        assert {delta.scale for delta in deltas.values()} == {0.25}
+        raise RuntimeError("on purpose")
+
+    monkeypatch.setattr(unet.conv_out, "forward", fail)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        answer(unet, text, cross_attention_kwargs={"scale": 0.25})
+    assert {delta.scale for delta in deltas.values()} == {1.0}
+
+
+def test_scale_of_one_call_leaves_gradients_right(networks) -> None:
+    unet, text = networks["unet"], networks["text_encoder"]
+    deltas = deltas_for(unet, ("to_q", "to_v"))
+    inject.attach(unet, deltas)
+    answer(unet, text, cross_attention_kwargs={"scale": 0.5}).square().mean().backward()
+    found = [delta.A.grad.clone() for delta in deltas.values()]
+    for delta in deltas.values():
+        delta.A.grad = None
+        delta.set_scale(0.5)
+    answer(unet, text).square().mean().backward()
+    assert all(torch.equal(delta.A.grad, grad) for delta, grad in zip(deltas.values(), found, strict=True))
