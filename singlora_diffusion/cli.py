@@ -28,7 +28,7 @@ VERBS = {
         "singlora_diffusion.generate:generate",
         "make pictures with an adapter, prompts x seeds",
     ),
-    "score": Verb("eval.score:ScoreSettings", "eval.score:score", "CLIP-I, CLIP-T and DINO of a folder of pictures"),
+    "score": Verb("eval.score:ScoreSettings", "eval.score:run", "CLIP-I, CLIP-T and DINO of a folder of pictures"),
     "demo": Verb(
         "singlora_diffusion.demo:DemoSettings",
         "singlora_diffusion.demo:demo",
