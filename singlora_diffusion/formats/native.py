@@ -296,6 +296,8 @@ def _shape(value: Any) -> tuple[int, int]:
 
 def _check(header: Header, index: Index) -> None:
     config = header.config
+    if config.method not in adapters.METHODS:
+        raise ValueError(f"names the unknown method {shown(config.method, 40)}")
     for network in ("unet", "text_encoder"):
         rank, alpha, targets = config.for_network(network)
         if not 1 <= rank <= MAX_RANK:
