@@ -1,0 +1,162 @@
+"""Which file may import which: read from the sources, nothing is run."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+LEVELS = (
+    "errors singlora singlora_dora recipe prompts subjects progress run_log contact_sheet",
+    "inject families toyworld",
+    "peft_baselines adapters objective budget formats",
+    "checkpoint",
+    "gallery generate",
+    "train_dreambooth demo cli benchmarks",
+)
+"""From the ground up. A file imports from its own level and those below; what is new gets a place here."""
+
+LEVEL = {unit: number for number, units in enumerate(LEVELS) for unit in units.split()}
+
+ONLY_IN = {
+    "peft": ("singlora_diffusion.peft_baselines",),
+    "open_clip": ("eval.features", "singlora_diffusion.toyworld."),
+    "timm": ("eval.features", "singlora_diffusion.toyworld."),
+}
+SETTINGS = ("singlora_diffusion.cli", "singlora_diffusion.recipe", "singlora_diffusion.formats.settings")
+SETTINGS += ("singlora_diffusion.generate", "singlora_diffusion.budget", "singlora_diffusion.toyworld.verb")
+DRIVERS = ("eval.compare",)
+"""The one part of eval that knows the trainer; all else reads folders, whoever made them."""
+
+HEAVY = {"torch", "torchvision", "diffusers", "transformers", "accelerate", "peft", "open_clip", "timm", "scipy"}
+
+
+def sources() -> dict[str, Path]:
+    """Module name -> file, of everything that ships, and the benchmarks."""
+    files = [*ROOT.glob("*.py")]
+    for folder in ("singlora_diffusion", "eval", "benchmarks"):
+        files += (ROOT / folder).rglob("*.py")
+    parts = {file: file.relative_to(ROOT).with_suffix("").parts for file in files}
+    return {".".join(p[:-1] if p[-1] == "__init__" else p): file for file, p in sorted(parts.items())}
+
+
+MODULES = sources()
+
+
+@cache
+def imports(module: str, *, at_start: bool = False) -> frozenset[str]:
+    """Absolute names that a module imports, anywhere in it; `at_start`: those that run when it is imported."""
+    file = MODULES[module]
+    package = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
+    found: set[str] = set()
+    for node in walk(ast.parse(file.read_text()), at_start):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            start = package[: len(package) - node.level + 1] if node.level else []
+            origin = ".".join([*start, *([node.module] if node.module else [])])
+            names = {f"{origin}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else origin for name in names}
+    return frozenset(found - {module})
+
+
+def walk(node: ast.AST, at_start: bool) -> Iterator[ast.AST]:
+    """`ast.walk`, without the insides of functions and of `if TYPE_CHECKING` where `at_start`."""
+    yield node
+    for child in ast.iter_child_nodes(node):
+        is_function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        is_typing = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
+        if not (at_start and (is_function or is_typing)):
+            yield from walk(child, at_start)
+
+
+def unit(module: str) -> str:
+    """What LEVELS calls it: the first name inside the package, or the name outside of it."""
+    return module.removeprefix("singlora_diffusion.").partition(".")[0]
+
+
+def ours(module: str) -> bool:
+    return module.partition(".")[0] in ("singlora_diffusion", "train_dreambooth")
+
+
+def test_every_file_has_a_level() -> None:
+    units = {unit(module) for module in MODULES if module.partition(".")[0] != "eval"} - {"singlora_diffusion"}
+    assert not units - set(LEVEL), "give it a level in LEVELS"
+
+
+@pytest.mark.parametrize(
+    "module", [m for m in MODULES if m not in ("singlora_diffusion",) and not m.startswith("eval")]
+)
+def test_imports_go_downwards(module: str) -> None:
+    level = LEVEL.get(unit(module), len(LEVELS))
+    above = {name for name in imports(module) if ours(name) and LEVEL.get(unit(name), -1) > level}
+    assert not above, f"{module} is below {above}"
+    drivers = imports(module) & set(DRIVERS)
+    assert not drivers or level == len(LEVELS) - 1
+
+
+def test_no_two_files_import_each_other() -> None:
+    """Counting what runs when a file is imported."""
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join([*path, module])
+        if module not in done:
+            for name in sorted(imports(module, at_start=True) & set(MODULES)):
+                visit(name, (*path, module))
+            done.add(module)
+
+    for module in MODULES:
+        visit(module, ())
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m.startswith("eval") and m not in DRIVERS])
+def test_scores_know_nothing_of_the_trainer(module: str) -> None:
+    assert not {name for name in imports(module) if ours(name) or name in DRIVERS}
+
+
+@pytest.mark.parametrize("library", ONLY_IN)
+def test_a_library_stays_in_its_file(library: str) -> None:
+    users = {m for m in MODULES for name in imports(m) if name.partition(".")[0] == library}
+    assert users <= {m for m in users if m.startswith(ONLY_IN[library])}, users
+
+
+def test_flags_are_parsed_where_programs_begin() -> None:
+    for module, file in MODULES.items():
+        if any(name.partition(".")[0] == "tyro" for name in imports(module)):
+            assert module in SETTINGS or '__name__ == "__main__"' in file.read_text(), module
+
+
+def test_help_loads_nothing_heavy() -> None:
+    """What stands behind `singlora VERB --help`: the command itself and every verb's settings."""
+    from singlora_diffusion.cli import VERBS
+
+    todo = ["singlora_diffusion.cli", *(verb.settings.partition(":")[0] for verb in VERBS.values())]
+    seen: set[str] = set()
+    while todo:
+        module = todo.pop()
+        if module in seen or module not in MODULES:
+            continue
+        seen.add(module)
+        heavy = {name for name in imports(module, at_start=True) if name.partition(".")[0] in HEAVY}
+        assert not heavy, f"{module} imports {heavy}"
+        todo += imports(module, at_start=True)
+        todo += [".".join(module.split(".")[:n]) for n in range(1, module.count(".") + 1)]  # packages run as well
+
+
+def test_nothing_is_unpickled() -> None:
+    for module, file in MODULES.items():
+        assert not {name.partition(".")[0] for name in imports(module)} & {"pickle", "dill", "joblib", "shelve"}, module
+        calls = {ast.unparse(node) for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Attribute)}
+        assert not calls & {"torch.load", "torch.save"}, module
+
+
+def test_no_file_is_named_for_nothing() -> None:
+    files = [*MODULES.values(), *(ROOT / "tests").rglob("*.py")]
+    names = {part for file in files for part in file.relative_to(ROOT).parts}
+    assert not {name.removesuffix(".py") for name in names} & {"utils", "util", "helpers", "helper", "common", "misc"}
