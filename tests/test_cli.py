@@ -1,0 +1,226 @@
+"""The command line as a person meets it: help without waiting, and one line with exit code 2 for what can be mended."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pytest
+from PIL import Image
+
+from singlora_diffusion.cli import VERBS
+
+if TYPE_CHECKING:
+    from conftest import MakeNetworks
+
+ROOT = Path(__file__).parent.parent
+HEAVY = {"torch", "diffusers", "transformers", "accelerate", "peft", "timm", "open_clip", "matplotlib"}
+
+DRIVER = """
+import contextlib, json, os, sys, tempfile
+from singlora_diffusion.cli import run
+
+answers = {}
+for name, words in json.load(open(sys.argv[1])).items():
+    with tempfile.TemporaryFile("w+") as file:
+        kept = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            code = run(words[0], words[1:])
+        except SystemExit as error:
+            code = error.code
+        except BaseException as error:
+            code = repr(error)
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+        file.seek(0)
+        answers[name] = [code, file.read()]
+json.dump(answers, open(sys.argv[2], "w"))
+"""
+
+
+def program(*words: str) -> subprocess.CompletedProcess[str]:
+    """A program of ours in a process of its own, without a network."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
+    return subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, check=False, cwd=ROOT, env=environment
+    )
+
+
+def test_help_names_every_verb() -> None:
+    done = program("-m", "singlora_diffusion.cli", "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    for name, verb in VERBS.items():
+        assert f"  {name:<10}{verb.line}" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 120
+
+
+def test_help_of_every_verb_imports_nothing_heavy() -> None:
+    done = program(
+        "-c",
+        "import sys\n"
+        "from singlora_diffusion.cli import VERBS, run\n"
+        "for verb in VERBS:\n"
+        "    try:\n"
+        "        run(verb, ['--help'])\n"
+        "    except SystemExit as error:\n"
+        "        assert error.code == 0, verb\n"
+        f"assert not (found := {HEAVY!r} & set(sys.modules)), found\n",
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    for verb in VERBS:
+        assert f"usage: singlora {verb} " in done.stdout
+    for flag in ("--instance_data_dir", "--adapter", "--references", "--subject"):
+        assert flag in done.stdout
+
+
+def test_scripts_are_the_same_programs() -> None:
+    done = program("train_dreambooth.py", "--instance_data_dir", "nowhere", "--instance_prompt", "a sks dog")
+    assert done.returncode == 2
+    assert done.stderr.startswith("singlora train: ") and done.stderr.count("\n") == 1 and "nowhere" in done.stderr
+
+
+@pytest.mark.parametrize("words", [[], ["trian", "--rank", "8"]])
+def test_no_verb(words: list[str]) -> None:
+    done = program("-m", "singlora_diffusion.cli", *words)
+    assert done.returncode == 2
+    assert "train, generate, score" in done.stderr or "usage: singlora VERB" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+class Case(NamedTuple):
+    """Words that cannot work, what the one line must say, and what must not be left behind."""
+
+    words: list[str]
+    said: list[str]
+    untouched: Path | None = None
+
+
+def picture_folder(folder: Path, count: int = 3) -> Path:
+    folder.mkdir()
+    for number in range(count):
+        Image.new("RGB", (40, 32), (80 * number, 40, 90)).save(folder / f"{number}.png")
+    return folder
+
+
+def foreign_adapter(path: Path, make_networks: MakeNetworks, base_model: Path) -> Path:
+    """A file made for a UNet of other widths."""
+    from diffusers import UNet2DConditionModel
+
+    from singlora_diffusion import adapters, formats
+    from singlora_diffusion.recipe import AdapterConfig
+
+    config = {**make_networks()["unet"].config, "block_out_channels": (16, 32), "cross_attention_dim": 40}
+    other = {"unet": UNet2DConditionModel.from_config(config)}
+    attached = adapters.attach(other, AdapterConfig(rank=2))
+    about = dict(family="stable_diffusion", base_model=str(base_model), identifier="sks", class_noun="dog")
+    formats.save(attached, path, about=about)
+    return path
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, make_networks: MakeNetworks) -> dict[str, Case]:
+    """Mistakes that people make, by name."""
+    here = tmp_path_factory.mktemp("mistakes")
+    good = picture_folder(here / "good")
+    (here / "empty").mkdir()
+    junk = here / "junk"
+    (junk / "folder.png").mkdir(parents=True)
+    (junk / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
+    (junk / "notes.txt").write_text("no picture")
+    torn = picture_folder(here / "torn")
+    whole = (torn / "1.png").read_bytes()
+    (torn / "1.png").write_bytes(whole[: len(whole) // 2])
+    trained = here / "trained"
+    trained.mkdir()
+    (trained / "adapter.safetensors").write_bytes(b"precious")
+    foreign = foreign_adapter(here / "foreign.safetensors", make_networks, tiny_model)
+
+    def train(folder: Path, *more: str, prompt: str = "a photo of sks dog", model: str | None = None) -> list[str]:
+        return [
+            *("train", "--instance_data_dir", str(folder), "--instance_prompt", prompt, "--device", "cpu"),
+            *("--output_dir", str(here / "out"), "--max_train_steps", "1", "--report_to", "none"),
+            *("--pretrained_model_name_or_path", model or str(tiny_model), *more),
+        ]
+
+    def generate(adapter: Path, *more: str) -> list[str]:
+        return ["generate", "--adapter", str(adapter), "--prompt", "a sks dog", "--device", "cpu", *more]
+
+    out, samples, others = here / "out", here / "samples", here / "others"
+    return {
+        "missing folder": Case(train(here / "nowhere"), [str(here / "nowhere")], out),
+        "empty folder": Case(train(here / "empty"), [str(here / "empty")], out),
+        "only junk": Case(train(junk), [str(junk)], out),
+        "unreadable picture": Case(train(torn), ["1.png"], out),
+        "no identifier": Case(train(good, prompt="a photo of a dog"), ["identifier", "a photo of sks dog"], out),
+        "no model": Case(train(good, model=str(good)), [str(good), "model_index.json"], out),
+        "no such model": Case(train(good, model=str(here / "nowhere")), ["nowhere"], out),
+        "hub id offline": Case(train(good, model="someone/some-model"), ["someone/some-model"], out),
+        "too many targets": Case(train(good, "--targets", "to_x"), ["to_x"], out),
+        "no steps": Case(train(good, "--max_train_steps", "0"), ["--max_train_steps"], out),
+        "old adapter in the way": Case(
+            train(good, "--output_dir", str(trained)), ["adapter.safetensors", "--overwrite"]
+        ),
+        "other architecture": Case(
+            generate(foreign, "--output_dir", str(others)), [foreign.name], others / "000-0.png"
+        ),
+        "no adapter": Case(generate(here / "empty", "--output_dir", str(samples)), [str(here / "empty")], samples),
+        "damaged adapter": Case(
+            generate(trained, "--output_dir", str(samples)), [str(trained / "adapter.safetensors")], samples
+        ),
+        "no prompts": Case(
+            ["generate", "--output_dir", str(samples), "--adapter", str(foreign), "--prompts", str(here / "no.txt")],
+            ["no.txt"],
+            samples,
+        ),
+        "nothing to score": Case(["score", "--images", str(here / "empty")], [str(here / "empty")]),
+        "no references": Case(["score", "--images", str(good), "--references", str(here / "nowhere")], ["nowhere"]),
+        "no encoders offline": Case(
+            ["score", "--images", str(good), "--references", str(picture_folder(here / "real")), "--metrics", "dino"],
+            ["--dino"],
+            good / "scores.json",
+        ),
+        "no such subject": Case(["demo", "--subject", "dog-77", "--output_dir", str(out)], ["dog-77", "dog-1"], out),
+        "folder in use": Case(
+            ["toyworld", "subject", "--name", "dog-1", "--output_dir", str(good)], [str(good), "empty folder"]
+        ),
+        "no such budget": Case(
+            ["budget", "--match", "lora:none", "--pretrained_model_name_or_path", str(tiny_model)], ["lora:none"]
+        ),
+        "no adapter to look at": Case(["inspect", str(here / "nowhere")], ["nowhere"]),
+    }
+
+
+@pytest.fixture(scope="module")
+def answers(cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    """Exit code and stderr of each case, all in one process."""
+    here = tmp_path_factory.mktemp("driver")
+    (here / "driver.py").write_text(DRIVER)
+    (here / "cases.json").write_text(json.dumps({name: case.words for name, case in cases.items()}))
+    done = program(str(here / "driver.py"), str(here / "cases.json"), str(here / "answers.json"))
+    assert done.returncode == 0, done.stderr
+    found: dict[str, list[Any]] = json.loads((here / "answers.json").read_text())
+    return found
+
+
+def test_mistakes_end_in_one_line(cases: dict[str, Case], answers: dict[str, list[Any]]) -> None:
+    wrong = {}
+    for name, case in cases.items():
+        code, said = answers[name]
+        right = code == 2 and said.startswith(f"singlora {case.words[0]}: ") and said.count("\n") == 1
+        if not right or not all(words in said for words in case.said):
+            wrong[name] = (code, said[-600:])
+    assert not wrong
+
+
+def test_mistakes_leave_nothing_behind(cases: dict[str, Case], answers: dict[str, list[Any]]) -> None:
+    assert answers.keys() == cases.keys()
+    assert not [name for name, case in cases.items() if case.untouched and case.untouched.exists()]
+    trained = Path(cases["old adapter in the way"].words[-1])
+    assert (trained / "adapter.safetensors").read_bytes() == b"precious"
+    assert [path.name for path in trained.iterdir()] == ["adapter.safetensors"]

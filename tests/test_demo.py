@@ -1,0 +1,202 @@
+"""The demo on a tiny random model: equal budgets, the verbs' own results, nothing done twice, nothing overwritten."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import tyro
+from encoder_folders import clip_folder, timm_folder
+
+from eval.pictures import open_picture, pictures
+from eval.runs import Column, Loaded, Picture, Run
+from singlora_diffusion import demo
+from singlora_diffusion.demo import DemoSettings
+from singlora_diffusion.errors import UserError
+from singlora_diffusion.generate import GenerateSettings
+from singlora_diffusion.recipe import Recipe
+from singlora_diffusion.toyworld import verb
+from singlora_diffusion.toyworld.captions import PLACES
+from singlora_diffusion.toyworld.subjects import HELD_OUT, references, subject
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> DemoSettings:
+    """A demo of two steps and two prompts."""
+    folder = tmp_path_factory.mktemp("demo")
+    prompts = folder / "prompts.txt"
+    prompts.write_text("a {token} {class} in the snow\na red {token} {class}\n")
+    return DemoSettings(
+        subject="cat-1",
+        output_dir=folder / "out",
+        match="lora:4",
+        max_train_steps=2,
+        prompts=str(prompts),
+        seeds="3",
+        pretrained_model_name_or_path=str(tiny_model),
+        clip=str(clip_folder(folder / "clip")),
+        dino=str(timm_folder(folder / "dino")),
+    )
+
+
+@pytest.fixture(scope="module")
+def done(settings: DemoSettings) -> SimpleNamespace:
+    """The demo, run once: its folder and what it printed."""
+    import contextlib
+    import io
+
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        page = demo.demo(settings)
+    return SimpleNamespace(out=settings.output_dir, page=page, said=said.getvalue())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_adapters_of_equal_size_on_the_same_terms(done: SimpleNamespace) -> None:
+    from singlora_diffusion import formats
+
+    headers = {
+        method: formats.read_header(done.out / method / "adapter.safetensors") for method in ("singlora", "lora")
+    }
+    assert headers["lora"].config.rank == 4
+    sizes = {}
+    for method, header in headers.items():
+        ends = {"singlora": lambda r, shape: r * max(shape), "lora": lambda r, shape: r * sum(shape)}[method]
+        sizes[method] = sum(ends(header.config.rank, shape) for shape in header.layers.values())
+        assert f"trains {sizes[method]:,} parameters" in done.said
+    assert sizes["singlora"] == pytest.approx(sizes["lora"], rel=0.06)  # the nearest whole rank
+    differing = {key for key, value in headers["lora"].recipe.items() if value != headers["singlora"].recipe[key]}
+    assert differing == {"method", "rank", "output_dir"}
+
+
+def test_same_prompts_and_seeds_for_every_column(done: SimpleNamespace) -> None:
+    manifests = {}
+    for name in ("base", "singlora", "lora"):
+        lines = (done.out / name / "samples" / "manifest.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        manifests[name] = [(row["prompt"], row["seed"], row["guidance_scale"], row["height"]) for row in rows]
+        assert all((row["adapter"] is None) == (name == "base") for row in rows)
+    assert manifests["base"] == manifests["singlora"] == manifests["lora"]
+    assert [row[:2] for row in manifests["base"]] == [("a sks cat in the snow", 3), ("a red sks cat", 3)]
+
+
+def test_the_table_says_what_the_scores_say(done: SimpleNamespace) -> None:
+    for name, label in (("base", "base model"), ("singlora", "SingLoRA"), ("lora", "LoRA")):
+        result = json.loads((done.out / name / "samples" / "scores-heldout.json").read_text())
+        assert result["reference_mode"] == "heldout" and len(result["references"]) == len(PLACES)
+        (line,) = [line for line in done.said.splitlines() if line.startswith(f"│ {label} ")]
+        numbers = [f"{result['metrics'][metric]['mean']:.3f}" for metric in ("dino", "clip_i", "clip_t")]
+        assert [cell.strip() for cell in line.split("│")[2:5]] == numbers
+        train = json.loads((done.out / name / "samples" / "scores.json").read_text())
+        assert train["reference_mode"] == "train" and len(train["references"]) == 5
+    assert "One subject, one training seed, a toy model." in done.said
+
+
+def test_the_page_shows_all_of_it(done: SimpleNamespace) -> None:
+    html = done.page.read_text()
+    assert done.page == done.out / "report.html"
+    assert html.count("data:image/webp") == 5 + 3 * 2 + 1  # references, generated, and the real cat in the snow
+    for command in ("singlora toyworld subject --name cat-1", "singlora train", "singlora generate", "singlora score"):
+        assert command in html
+
+
+def test_held_out_pictures_are_none_of_the_training_ones(done: SimpleNamespace) -> None:
+    held_out = {path.stem: np.asarray(open_picture(path)) for path in pictures(done.out / "heldout")}
+    training = [np.asarray(open_picture(path)) for path in pictures(done.out / "references")]
+    assert len(held_out) == len(PLACES)
+    assert not any(np.array_equal(one, other) for one in held_out.values() for other in training)
+    for picture, _, scene in references(subject("cat-1"), len(PLACES), start=HELD_OUT):
+        assert np.array_equal(held_out[scene.background.replace(" ", "-")], picture)
+    (line,) = (done.out / "heldout" / "manifest.jsonl").read_text().splitlines()
+    assert json.loads(line)["file"] == "snow.png"
+    assert json.loads(line)["prompt_without_token"] == "a cat in the snow"
+
+
+def test_nothing_is_done_twice(
+    done: SimpleNamespace, settings: DemoSettings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import train_dreambooth
+    from singlora_diffusion.families.stable_diffusion import StableDiffusion
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("done again")
+
+    before = contents(done.out)
+    monkeypatch.setattr(train_dreambooth, "main", never)
+    monkeypatch.setattr(StableDiffusion, "sample", never)
+    demo.demo(settings)
+    after = contents(done.out)
+    assert before.keys() == after.keys()
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed <= {"report.html"} | {name for name in before if Path(name).name.startswith("scores")}
+    table = [line for line in done.said.splitlines() if line.startswith("│")]
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")] == table
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"subject": "cat-2"}, "references: holds other pictures"),
+        ({"max_train_steps": 3}, "max_train_steps 2, now 3"),
+        ({"match": "lora:2"}, "rank"),
+        ({"subject": "cat-99"}, "no subject 'cat-99'"),
+        ({"methods": ("lora", "lora")}, "--methods"),
+    ],
+)
+def test_another_demo_is_not_overwritten(
+    done: SimpleNamespace, settings: DemoSettings, change: dict[str, Any], words: str
+) -> None:
+    before = contents(done.out)
+    with pytest.raises(UserError, match=words) as caught:
+        demo.demo(replace(settings, **change))
+    assert "\n" not in str(caught.value)
+    assert contents(done.out) == before
+
+
+def test_commands_say_the_same_as_the_settings(settings: DemoSettings) -> None:
+    chosen = subject("cat-1")
+    recipe = demo._recipe(settings, chosen, "singlora", 7)
+    for name, wanted in [
+        ("train", recipe),
+        *(("generate", one) for one in demo._generations(settings, chosen).values()),
+    ]:
+        words = shlex.split(demo.command(name, wanted))
+        assert words[:2] == ["singlora", name]
+        kind: type[Recipe | GenerateSettings] = type(wanted)
+        assert tyro.cli(kind, args=words[2:], use_underscores=True) == wanted
+
+
+@pytest.mark.parametrize(
+    ("differences", "words"), [([0.1, -0.1, 0.06], "within noise"), ([0.1, 0.11, 0.12], "no claim rests on it")]
+)
+def test_the_caveat_weighs_the_difference(differences: list[float], words: str) -> None:
+    column = Column("dino", "heldout")
+
+    def run(name: str, scores: list[float]) -> Loaded:
+        shown = [Picture(Path(f"{i}.png"), {"prompt": f"p{i}"}, {column: score}) for i, score in enumerate(scores)]
+        return Loaded(Run(name, Path()), True, shown, [], {}, [])
+
+    text = demo.caveat([run("A", [0.5 + each for each in differences]), run("B", [0.5] * 3)])
+    assert words in text and f"A minus B: DINO {np.mean(differences):+.3f}" in text
+    assert f"{np.std(differences, ddof=1):.3f}" in text
+
+
+def test_toyworld_subject_writes_a_folder_to_train_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "my dog"
+    verb.write(verb.SubjectSettings("subject", "dog-2", folder, pictures=2, masks=True))
+    assert [path.name for path in pictures(folder)] == ["00.png", "01.png"]
+    assert len(pictures(folder / "masks")) == 2
+    last = capsys.readouterr().out.splitlines()[-1]
+    words = shlex.split(last.removeprefix("next: singlora train "))
+    recipe = tyro.cli(Recipe, args=words, use_underscores=True)
+    assert (recipe.instance_data_dir, recipe.instance_prompt) == (folder, "a photo of sks dog")
