@@ -5,6 +5,8 @@ Every part calls what the verbs call, and what an earlier run has finished is no
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import shlex
 import time
@@ -106,7 +108,10 @@ def demo(settings: DemoSettings) -> Path:
 
     generations = _generations(settings, chosen)
     for name, generation in generations.items():
-        lines = generate(generation, quiet=True)
+        with contextlib.redirect_stdout(
+            io.StringIO()
+        ):  # its progress bar is on stderr; what to type next is not due yet
+            lines = generate(generation)
         console.print(f"{name}: {len(lines)} pictures in {generation.output_dir}")
 
     _heading(console, 4, "likeness to the subject, agreement with the prompts")
