@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from .errors import UserError
+from .manifest import read_manifest
 from .metrics import METRICS, mean_over_prompts
 from .pictures import check
 
@@ -93,7 +94,7 @@ def load(run: Run) -> Loaded:
     """
     folder = run.images.expanduser()
     manifest = folder / "manifest.jsonl"
-    lines = {str(row.get("file")): row for row in _jsonl(manifest)} if manifest.is_file() else {}
+    lines = read_manifest(manifest) if manifest.is_file() else {}
     results = [_result(path) for path in (sorted(folder.glob("scores*.json")) if run.scores is None else run.scores)]
     scores = _scores(results)
     pictures = [
@@ -189,7 +190,7 @@ def _training(folder: Path | None) -> tuple[dict[str, Any], list[dict[str, Any]]
     if folder is None:
         return {}, []
     recipe, log = folder / "recipe.json", folder / "log.jsonl"
-    return _json(recipe) if recipe.is_file() else {}, _jsonl(log) if log.is_file() else []
+    return _json(recipe) if recipe.is_file() else {}, _log(log) if log.is_file() else []
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -202,20 +203,14 @@ def _json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _jsonl(path: Path) -> list[dict[str, Any]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); make it again") from error
+def _log(path: Path) -> list[dict[str, Any]]:
+    """Its rows; what a crash left of the last line does not count."""
     rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}: is no JSON; remove or mend it") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}: is no JSON object; remove or mend it")
-        rows.append(row)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and "step" in row:
+            rows.append(row)
     return rows
