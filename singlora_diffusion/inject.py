@@ -78,7 +78,7 @@ class AdaptedAttnProcessor(nn.Module):
     def __init__(self, inner: Any, deltas: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.inner = inner
-        self.deltas = nn.ModuleDict({name.replace(".", "_"): delta for name, delta in deltas.items()})
+        self.deltas: Any = nn.ModuleDict({name.replace(".", "_"): delta for name, delta in deltas.items()})
 
     # Not `forward`: Attention.forward reads this signature to decide which keyword arguments it may pass on.
     def __call__(
@@ -138,13 +138,11 @@ def attach(network: nn.Module, deltas: Mapping[str, nn.Module]) -> Callable[[], 
         undo.append(_wrap_linear(network.get_submodule(parent), name, delta))
     processors: list[tuple[Any, AdaptedAttnProcessor]] = []
     for owner, group in by_attention.items():
-        attention = network.get_submodule(owner)
-        inner = attention.processor
-        processors.append((attention, AdaptedAttnProcessor(inner, group)))
-        attention.set_processor(processors[-1][1])
-        undo.append(partial(attention.set_processor, inner))
-    if processors:
-        undo += _watch(network, processors)
+        owned: Any = network.get_submodule(owner)
+        undo.append(partial(owned.set_processor, owned.processor))
+        processors.append((owned, AdaptedAttnProcessor(owned.processor, group)))
+        owned.set_processor(processors[-1][1])
+    undo += _watch(network, list(deltas.values()), processors)
 
     def detach() -> None:
         while undo:
@@ -159,14 +157,15 @@ def _wrap_linear(parent: nn.Module, name: str, delta: nn.Module) -> Callable[[],
     return partial(setattr, parent, name, base)
 
 
-def _watch(network: nn.Module, processors: Sequence[tuple[Any, AdaptedAttnProcessor]]) -> list[Callable[[], None]]:
+def _watch(
+    network: nn.Module, deltas: Sequence[Any], processors: Sequence[tuple[Any, AdaptedAttnProcessor]]
+) -> list[Callable[[], None]]:
     """Around each call: refuse to run with processors lost, and honour `cross_attention_kwargs={"scale": s}`.
 
     diffusers takes `scale` out of the arguments before any processor sees it, for PEFT's layers. Here it multiplies the
     deltas' own strength until the call ends, one way or another. It is for inference: what gradient checkpointing
     computes again in the backward pass no longer sees it. Training at another strength is what alpha is for.
     """
-    deltas: list[Any] = [delta for _, processor in processors for delta in processor.deltas.values()]
     usual: list[float] = []
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

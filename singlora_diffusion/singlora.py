@@ -52,6 +52,7 @@ class SingLoRA(nn.Module):
 
     A0: Tensor | None
     S: Tensor | None
+    gain: Tensor
 
     def __init__(
         self,

@@ -25,6 +25,8 @@ class DoraSingLoRA(SingLoRA):
     The strength at inference goes with the whole change, W0 + scale (W' - W0); `factors` is a UserError one level up.
     """
 
+    squares: Tensor
+
     def __init__(self, base: nn.Linear, rank: int, alpha: float, **options: Any) -> None:
         super().__init__(base, rank, alpha, **options)
         squares = base.weight.detach().float().square().sum(dim=1)  # ||W0||^2 per output row

@@ -217,9 +217,10 @@ def diffusers_log(caplog, monkeypatch) -> Iterator[None]:
         yield
 
 
-def test_scale_of_one_call(networks) -> None:
+@pytest.mark.parametrize("targets", [("to_q", "to_k", "to_v", "to_out.0"), ("to_q", "ff.net.2"), ("ff.net.2",)])
+def test_scale_of_one_call(targets, networks) -> None:
     unet, text = networks["unet"], networks["text_encoder"]
-    deltas = deltas_for(unet, ("to_q", "to_k", "to_v", "to_out.0"))
+    deltas = deltas_for(unet, targets)
     with torch.no_grad():
         base = answer(unet, text)
         inject.attach(unet, deltas)

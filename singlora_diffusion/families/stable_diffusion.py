@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import (
@@ -26,6 +27,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from ..errors import UserError
 
 SAMPLERS = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler, "euler": EulerDiscreteScheduler}
+PREDICTIONS = ("epsilon", "v_prediction")
 BLOCK = 1 << 16
 
 
@@ -46,7 +48,7 @@ class StableDiffusion:
         text_encoder: CLIPTextModel,
         vae: AutoencoderKL,
         tokenizer: CLIPTokenizer,
-        scheduler: object,
+        scheduler: Any,
         *,
         source: str,
         fingerprint: str,
@@ -54,7 +56,10 @@ class StableDiffusion:
     ) -> None:
         self.unet, self.text_encoder, self.vae, self.tokenizer = unet, text_encoder, vae, tokenizer
         self.scheduler = scheduler
-        self.noise_schedule = DDPMScheduler.from_config(scheduler.config)  # type: ignore[attr-defined]
+        kind = scheduler.config.get("prediction_type", "epsilon")
+        if kind not in PREDICTIONS:
+            raise ValueError(f"its scheduler's prediction_type is {kind!r}, which is none of {', '.join(PREDICTIONS)}")
+        self.noise_schedule = DDPMScheduler.from_config(scheduler.config)
         self.source, self.fingerprint = source, fingerprint
         self.networks: dict[str, nn.Module] = {"unet": unet, "text_encoder": text_encoder}
         self.downsampling = 2 ** (len(vae.config.block_out_channels) - 1)
@@ -70,7 +75,7 @@ class StableDiffusion:
 
         The autoencoder computes in float32, in which no known one overflows.
         """
-        with torch.inference_mode():
+        with torch.no_grad():
             posterior = self.vae.encode(pixels.to(self.device, torch.float32)).latent_dist
             shift = getattr(self.vae.config, "shift_factor", None) or 0.0
             scale = self.vae.config.scaling_factor
@@ -109,10 +114,13 @@ class StableDiffusion:
         return self.unet(noisy.to(self.dtype), t, text.to(self.dtype)).sample
 
     def pipeline(self, sampler: str | None = None) -> StableDiffusionPipeline:
-        """A stock pipeline around the same modules; `sampler` None keeps the model's own scheduler."""
+        """A stock pipeline around the same modules; `sampler` None keeps the model's own scheduler.
+
+        The autoencoder is in float32: with the others in half precision, ask the pipeline for `output_type="latent"`.
+        """
         scheduler = self.scheduler
         if sampler is not None:
-            scheduler = SAMPLERS[sampler].from_config(self.scheduler.config)  # type: ignore[attr-defined]
+            scheduler = SAMPLERS[sampler].from_config(self.scheduler.config)
         pipe = StableDiffusionPipeline(
             vae=self.vae,
             text_encoder=self.text_encoder,
@@ -126,7 +134,7 @@ class StableDiffusion:
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def sample(
         self,
         prompts: Sequence[str],
@@ -139,16 +147,23 @@ class StableDiffusion:
         negative_prompt: str = "",
         sampler: str | None = None,
     ) -> list[Image.Image]:
-        """One picture per prompt and seed. Each has its own generator, so a picture does not depend on its batch."""
+        """One picture per prompt and seed. Each has its own generator, so a picture does not depend on its batch.
+
+        Raises:
+            UserError: a side that the autoencoder and the network cannot halve evenly.
+        """
+        height, width = height or self.resolution, width or self.resolution
+        if height % 8 or width % 8 or min(height, width) < 8:
+            raise UserError(f"{width}x{height} pixels: both sides must be multiples of 8")
         pipe = self.pipeline(sampler)
         latents = pipe(
             list(prompts),
             num_inference_steps=steps,
             guidance_scale=guidance,
-            height=height or self.resolution,
-            width=width or self.resolution,
+            height=height,
+            width=width,
             negative_prompt=[negative_prompt] * len(prompts),
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            generator=[torch.Generator().manual_seed(seed) for _, seed in zip(prompts, seeds, strict=True)],
             output_type="latent",
         ).images
         scale, shift = self.vae.config.scaling_factor, getattr(self.vae.config, "shift_factor", None) or 0.0
@@ -158,10 +173,10 @@ class StableDiffusion:
         return [Image.fromarray(np.ascontiguousarray(one)) for one in pixels]
 
 
-def fingerprint(path: Path) -> str:
-    """sha256 of a model's UNet weight files: of size, head, tail and 64 blocks between, as gigabytes would take long."""
+def fingerprint(files: Sequence[Path]) -> str:
+    """sha256 of weight files: of size, head, tail and 64 blocks between, as all of some gigabytes would take long."""
     digest = hashlib.sha256()
-    for file in sorted((path / "unet").glob("*.safetensors")):
+    for file in files:
         size = file.stat().st_size
         digest.update(str(size).encode())
         with file.open("rb") as stream:
@@ -173,43 +188,60 @@ def fingerprint(path: Path) -> str:
 
 def load(path: Path, source: str, dtype: str, device: str) -> StableDiffusion:
     """Load the parts from a diffusers folder, frozen; the autoencoder in float32, the rest in `dtype`."""
-    where = {"local_files_only": True, "use_safetensors": True}
-    files = {**where, "variant": _variant(path)}
-    kind = getattr(torch, dtype)
-    try:
-        parts = dict(
-            # At the wanted precision from the start: a full-size UNet in float32 first would take twice the memory.
-            unet=UNet2DConditionModel.from_pretrained(path, subfolder="unet", torch_dtype=kind, **files),
-            vae=AutoencoderKL.from_pretrained(path, subfolder="vae", torch_dtype=torch.float32, **files),
-            text_encoder=CLIPTextModel.from_pretrained(path / "text_encoder", dtype=kind, **files),
-            tokenizer=CLIPTokenizer.from_pretrained(path / "tokenizer", local_files_only=True),
-            scheduler=_scheduler(path),
-        )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} cannot be loaded as a Stable Diffusion model: {reason}") from error
-    for name in ("unet", "text_encoder", "vae"):
-        parts[name].requires_grad_(False).eval().to(device)
     hints = path / "singlora.json"
-    return StableDiffusion(
-        **parts,
-        source=source,
-        fingerprint=fingerprint(path),
-        hints=json.loads(hints.read_text()) if hints.is_file() else None,
+    compute = getattr(torch, dtype)
+    try:
+        return StableDiffusion(
+            unet=_part(UNet2DConditionModel, path / "unet", device, torch_dtype=compute),
+            text_encoder=_part(CLIPTextModel, path / "text_encoder", device, dtype=compute),
+            vae=_part(AutoencoderKL, path / "vae", device, torch_dtype=torch.float32),
+            tokenizer=CLIPTokenizer.from_pretrained(_folder(path / "tokenizer"), local_files_only=True),
+            scheduler=_scheduler(_folder(path / "scheduler")),
+            source=source,
+            fingerprint=fingerprint(weights(path / "unet")[0]),
+            hints=json.loads(hints.read_text()) if hints.is_file() else None,
+        )
+    except Exception as error:  # damage shows in many ways, and each library has its own errors
+        reason = " ".join(str(error).replace(f"{path}/", "").split())[:200]
+        raise UserError(f"{path} cannot be loaded as a Stable Diffusion model: {reason}") from error
+
+
+def weights(folder: Path) -> tuple[list[Path], str | None]:
+    """The weight files of a part that are read, and their variant (`fp16`); None where there are files without one."""
+    variants: dict[str, list[Path]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        variants.setdefault(file.stem.partition(".")[2].partition("-")[0], []).append(file)
+    variant = "" if "" in variants else next(iter(variants), "")
+    return variants.get(variant, []), variant or None
+
+
+def _folder(path: Path) -> Path:
+    if not path.is_dir():
+        raise FileNotFoundError(f"it has no folder {path.name}")
+    return path
+
+
+def _part(kind: Any, folder: Path, device: str, **precision: torch.dtype) -> Any:
+    """One network, at its precision from the start: a full-size UNet in float32 first would take twice the memory."""
+    files, variant = weights(_folder(folder))
+    if not files:
+        raise FileNotFoundError(f"{folder.name} has no .safetensors file, and pickled weights are not read")
+    module, report = kind.from_pretrained(
+        folder,
+        variant=variant,
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,
+        **precision,
     )
+    missing = sorted(report["missing_keys"])
+    if missing:  # the libraries would leave them random
+        raise ValueError(f"{folder.name} lacks {len(missing)} tensors, {missing[0]} for one")
+    return module.requires_grad_(False).eval().to(device)
 
 
-def _variant(path: Path) -> str | None:
-    """`fp16` where only half-precision files are there."""
-    files = [file.name for file in (path / "unet").glob("*.safetensors")]
-    return "fp16" if files and all(".fp16." in name for name in files) else None
-
-
-def _scheduler(path: Path) -> object:
-    import diffusers
-
-    config = diffusers.DDIMScheduler.load_config(path, subfolder="scheduler", local_files_only=True)
-    kind = getattr(diffusers, str(config.get("_class_name")), None)
-    if kind is None or not hasattr(kind, "add_noise"):
-        kind = diffusers.DDIMScheduler
-    return kind.from_config(config)
+def _scheduler(folder: Path) -> Any:
+    """The scheduler that the model names; DDIM where diffusers has none of that name or it adds no noise."""
+    config = DDIMScheduler.load_config(folder, local_files_only=True)
+    kind: Any = getattr(diffusers, str(config.get("_class_name")), None)
+    return kind.from_config(config) if hasattr(kind, "add_noise") else DDIMScheduler.from_config(config)
