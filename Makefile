@@ -1,6 +1,7 @@
 # make demo   train, generate and score on the embedded model; ends with runs/demo/report.html
 # make test   the test suite: offline, on the CPU
 # make check  formatting, lint, types
+# make format let ruff mend style and imports
 # make clean  remove the environment and the caches; runs/ stays
 #
 # Each target first sets up .venv, once, and again when pyproject.toml changes.
