@@ -65,7 +65,7 @@ def encode(vae: AutoencoderKL, images: np.ndarray) -> Tensor:
         with torch.autocast(vae.device.type, torch.bfloat16):
             mean = vae.encode(tensor(images[start : start + 64]).to(vae.device)).latent_dist.mean
         chunks.append(mean.to(torch.float16).cpu())
-    return torch.cat(chunks)
+    return torch.cat(chunks).contiguous()
 
 
 @torch.no_grad()

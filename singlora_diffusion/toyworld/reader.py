@@ -1,4 +1,4 @@
-"""The attribute reader: class, background, main colour and pattern read off a picture. The oracle of prompt following."""
+"""The attribute reader: class, background, main colour and pattern, read off a picture; the oracle of toyworld."""
 
 from __future__ import annotations
 
