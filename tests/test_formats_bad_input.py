@@ -135,7 +135,7 @@ def test_overlapping_tensors(networks: Networks, tmp_path: Path) -> None:
         (lambda h: h["config"].update(targets="to_k"), "for targets"),
         (lambda h: h["config"].update(targets=[], text_targets=[]), "cannot be loaded"),
         (lambda h: h["config"].update(method="magic"), "unknown method"),
-        (lambda h: h["config"].update(method="lora"), "which lora does not know"),
+        (lambda h: h["config"].update(method="lora"), "promises"),
         (lambda h: h["config"].update(init="zeros"), "init 'zeros'"),
         (lambda h: h["config"].update(init="offset"), "has no tensor .*A0"),
         (lambda h: h["config"].update(dora=True), "has no tensor .*magnitude"),
@@ -285,7 +285,7 @@ def test_fuzz(file: Path, networks: Networks, tmp_path: Path) -> None:
     path = tmp_path / "mutant.safetensors"
     chance = random.Random(0)
     outcomes = {"loaded": 0, "refused": 0}
-    for i in range(600):
+    for i in range(400):
         source, make, verb = [
             (raw, mutate, formats.load),
             (raw, edit_values, formats.load),
@@ -306,7 +306,7 @@ def test_fuzz(file: Path, networks: Networks, tmp_path: Path) -> None:
             loaded.detach()
             outcomes["loaded"] += 1
         assert structure(networks) == modules, f"mutant {i} left something behind"
-    assert min(outcomes.values()) > 20, outcomes
+    assert min(outcomes.values()) > 10, outcomes
 
 
 def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:

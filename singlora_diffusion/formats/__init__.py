@@ -1,11 +1,20 @@
 """Adapter files, in and out. Importing this package loads no torch: each verb brings what it needs when first used.
 
-native      our own file: save, load, verify, read_header
-outward     export to kohya, diffusers, PEFT; merge_into a full pipeline
-inward      recognise what a file is; import other people's SingLoRA; attach anything readable for generation
-inspection  what is in a file, layer by layer
-arithmetic  exact sums of SingLoRAs
-settings    the flags of the verbs; verbs runs them
+What users ask for:
+    native       our own file: save, load, verify, read_header
+    outward      export to kohya, diffusers, PEFT; merge_into a full pipeline
+    inward       import other programs' SingLoRAs; attach anything readable for generation
+    inspection   what is in a file, layer by layer
+    arithmetic   exact sums of SingLoRAs
+    settings     the flags of the verbs; verbs runs them
+
+What they stand on:
+    container    safetensors files, read with suspicion and written whole or not at all
+    names        how the outside world spells layers and tensors
+    recognition  what a file is
+    columns      a SingLoRA as signed columns: sums, disguises
+    pairs        any adapter as ordinary LoRA pairs
+    proof        an exported file loaded back through diffusers and compared
 """
 
 from __future__ import annotations

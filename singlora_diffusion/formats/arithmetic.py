@@ -40,11 +40,9 @@ def add(
         config = header.config
         if not math.isfinite(scale):
             raise UserError(f"{path}: scale {scale} is not a finite number")
-        if config.method != "singlora" or config.dora:
+        if not columns.are_all_of(config):
             kind = "singlora with magnitudes" if config.dora else config.method
-            raise UserError(
-                f"{path}: is {kind}; only plain SingLoRAs add up exactly: give several to `generate` instead"
-            )
+            raise UserError(f"{path}: is {kind}; only plain SingLoRAs add up exactly")
         first = first or header
         if header.base_hash != first.base_hash:
             raise UserError(f"{path}: was made for another base model than {files[0]}: their sum would mean nothing")

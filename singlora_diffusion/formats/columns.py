@@ -39,6 +39,11 @@ class Columns:
         return Columns(self.values * math.sqrt(abs(factor)), self.signs * math.copysign(1.0, factor), self.shape)
 
 
+def are_all_of(config: AdapterConfig) -> bool:
+    """Whether an adapter is its columns and nothing else."""
+    return config.method == "singlora" and not config.dora
+
+
 def of_layer(header: Header, state: Mapping[str, Tensor], name: str) -> Columns:
     """The columns of a layer in one of our files; of a `dora` adapter, those of its direction."""
     rank, alpha, _ = header.config.for_network(name.partition(".")[0])

@@ -75,7 +75,7 @@ def _native(index: Index, networks: Mapping[str, nn.Module] | None) -> tuple[lis
                 updates[name] = _norms(change, bases[name].weight)
         finally:
             adapter.detach()
-    elif config.method == "singlora" and not config.dora:
+    elif columns.are_all_of(config):
         for name in header.layers:
             updates[name] = _product_norm(*columns.of_layer(header, state, name).pair()), None
     rows = []
@@ -185,7 +185,7 @@ def _norms(change: Tensor, weight: Tensor) -> tuple[float, float]:
 def show(report: Report) -> None:
     """Print a report."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
     console = Console()
@@ -195,7 +195,7 @@ def show(report: Report) -> None:
             console.print(Text(line), soft_wrap=True)
     if not report.rows:
         return
-    table = Table("layer", "weight", "rank", "alpha", "stored", "‖dW‖", "‖dW‖/‖W0‖")
+    table = Table(Column("layer", overflow="fold"), "weight", "rank", "alpha", "stored", "‖dW‖", "‖dW‖/‖W0‖")
     for row in report.rows:
         shape = "" if row.shape is None else "x".join(map(str, row.shape))
         numbers = [("" if value is None else f"{value:.4g}") for value in (row.update, row.relative)]

@@ -208,6 +208,8 @@ def attach(path: Path, networks: Mapping[str, nn.Module], header: Header, state:
         adapter.set_step(header.step)
         if isinstance(adapter, adapters.SingLoRAAdapter):
             adapter.set_ramp(header.u)  # as saved, even where the clock would say something else
+        if adapter.u != header.u:
+            raise UserError(f"it has u = {header.u:g}, and {header.config.method} has no ramp")
     except Exception as error:  # whatever a wrong header provokes: nothing stays attached, and it is one line
         if adapter is not None:
             adapter.detach()
@@ -308,8 +310,6 @@ def _check(header: Header, index: Index) -> None:
             raise ValueError(f"has impossible targets for {network}")
     if not 0.0 <= header.u <= 1.0 or header.step < 0 or config.ramp_steps < 0:
         raise ValueError(f"has an impossible clock: step {header.step}, u {header.u}, ramp {config.ramp_steps}")
-    if config.method != "singlora" and header.u != 1.0:
-        raise ValueError(f"has a ramp, u {header.u}, which {shown(config.method, 20)} does not know")
     names = set(header.layers)
     for name in index.tensors:
         if name.rpartition(".")[0] not in names:

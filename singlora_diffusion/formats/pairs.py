@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -32,32 +32,45 @@ class Pair:
 
 
 def of_adapter(adapter: Adapter) -> Iterator[tuple[str, Pair]]:
-    """The layers of an adapter as (name, pair), at its present scale (`dora`: as trained).
+    """The layers of an adapter as (name, pair), at its present scale (those with magnitudes: as trained).
 
     Raises:
         UserError: the method has no such form (OFT, LoKr).
     """
-    config = adapter.config
-    if config.method == "singlora" and config.dora:
-        layers = {name: (base.out_features, base.in_features) for name, base in adapter.layers().items()}
-        header = Header(config=config, u=adapter.u, layers=layers)
-        state = {key: tensor.cpu() for key, tensor in adapter.state_dict().items()}
-        for name in layers:
-            up, down = _steady(columns.of_layer(header, state, name).pair(), config.init)
-            yield name, Pair(up.float(), down.float(), state[f"{name}.magnitude"].float())
-    elif config.method == "dora":
-        state = adapter.state_dict()
-        for name in adapter.layers():
-            rank, alpha, _ = config.for_network(name.partition(".")[0])
-            up, down, m = (state[f"{name}.{key}"].float() for key in ("lora_B", "lora_A", "lora_magnitude_vector"))
-            yield name, Pair(up * (alpha / rank), down, m)
-    elif config.method in ("oft", "lokr"):
-        raise UserError(
-            f"{config.method} is no up/down pair and fits no LoRA file: --merge_into DIR writes a full model instead"
-        )
-    else:
+    return MAGNITUDES.get((adapter.config.method, adapter.config.dora), _factors)(adapter)
+
+
+def _factors(adapter: Adapter) -> Iterator[tuple[str, Pair]]:
+    try:
         for name, up, down in adapter.factors():
-            yield name, Pair(*_steady((up.float(), down.float()), config.init))
+            yield name, Pair(*_steady((up.float(), down.float()), adapter.config.init))
+    except UserError as error:
+        method = adapter.config.method
+        raise UserError(f"no LoRA file can hold {method}: --merge_into DIR writes a full model instead") from error
+
+
+def _singlora_dora(adapter: Adapter) -> Iterator[tuple[str, Pair]]:
+    layers = {name: (base.out_features, base.in_features) for name, base in adapter.layers().items()}
+    header = Header(config=adapter.config, u=adapter.u, layers=layers)
+    state = {key: tensor.cpu() for key, tensor in adapter.state_dict().items()}
+    for name in layers:
+        up, down = _steady(columns.of_layer(header, state, name).pair(), adapter.config.init)
+        yield name, Pair(up.float(), down.float(), state[f"{name}.magnitude"].float())
+
+
+def _peft_dora(adapter: Adapter) -> Iterator[tuple[str, Pair]]:
+    state = adapter.state_dict()
+    for name in adapter.layers():
+        rank, alpha, _ = adapter.config.for_network(name.partition(".")[0])
+        up, down, m = (state[f"{name}.{key}"].float() for key in ("lora_B", "lora_A", "lora_magnitude_vector"))
+        yield name, Pair(up * (alpha / rank), down, m)
+
+
+MAGNITUDES: dict[tuple[str, bool], Callable[[Adapter], Iterator[tuple[str, Pair]]]] = {
+    ("singlora", True): _singlora_dora,
+    ("dora", False): _peft_dora,
+}
+"""By method and its `dora` option: what has a magnitude beside its pair."""
 
 
 def _steady(pair: tuple[Tensor, Tensor], init: str) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from tyro.conf import Positional
+
 Format = Literal["kohya", "diffusers", "peft"]
 Precision = Literal["float32", "fp16", "bf16"]
 
@@ -33,7 +35,7 @@ class ExportSettings:
 class ImportSettings:
     """Turn a SingLoRA of another program into one of ours."""
 
-    file: str
+    file: Positional[str]
     """The file to read, `.safetensors`."""
     output: str
     """The adapter file to write, `.safetensors`."""
@@ -53,7 +55,7 @@ class ImportSettings:
 class InspectSettings:
     """Say what an adapter file is, layer by layer."""
 
-    file: str
+    file: Positional[str]
     """A run folder or a `.safetensors` file."""
     pretrained_model_name_or_path: str | None = None
     """The base model, to relate each update to the weight it changes. None: updates are given by themselves."""
@@ -63,7 +65,7 @@ class InspectSettings:
 class AddSettings:
     """Add SingLoRA adapters up into one, exactly."""
 
-    adapters: tuple[str, ...]
+    adapters: Positional[tuple[str, ...]]
     """Run folders or adapter files."""
     output: str
     """The adapter file to write, `.safetensors`."""

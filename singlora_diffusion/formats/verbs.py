@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .. import families
 from ..errors import UserError
-from . import arithmetic, inspection, inward, native, outward
+from . import arithmetic, container, inspection, inward, native, outward
 from .native import Header
 from .settings import AddSettings, ExportSettings, ImportSettings, InspectSettings
 
@@ -36,6 +36,10 @@ def export(settings: ExportSettings) -> None:
         f"loaded back through diffusers: layers differ by at most {proof.layer_difference:.1e}, "
         f"outputs by {proof.output_difference:.1e} (relative)"
     )
+    if header.u < 1.0:
+        print(f"note: its ramp stood at u = {header.u:g}, which is folded in")
+    if any("magnitude" in key for key in container.read_index(settings.output).tensors):
+        print("note: its magnitudes load in diffusers only; for ComfyUI and A1111 use --merge_into DIR")
 
 
 def import_(settings: ImportSettings) -> None:
