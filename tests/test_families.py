@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from singlora_diffusion import adapters, families
 from singlora_diffusion.errors import UserError
+from singlora_diffusion.families import stable_diffusion
 from singlora_diffusion.recipe import AdapterConfig
 
 PROMPTS = ["a photo of sks dog", "a cat in the snow", "a teapot on the grass", "the red house"]
@@ -195,6 +196,7 @@ def test_a_folder_as_real_ones_are(copied: Path, family: families.Family) -> Non
     (copied / "singlora.json").write_text(json.dumps({"guidance_scale": 3.0, "prompts": "toyworld"}))
     loaded = families.load(str(copied))
     assert isinstance(loaded.scheduler, PNDMScheduler)
+    assert loaded.fingerprint == stable_diffusion.fingerprint([copied / "unet" / "diffusion_pytorch_model.safetensors"])
     assert {p.dtype for p in loaded.unet.parameters()} == {torch.float32}
     assert (loaded.guidance, loaded.prompts, family.guidance, family.prompts) == (3.0, "toyworld", 7.5, None)
     assert torch.equal(loaded.encode_prompts(PROMPTS), family.encode_prompts(PROMPTS))

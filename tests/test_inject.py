@@ -76,6 +76,8 @@ def test_projections_by_name(networks) -> None:
 def test_an_unknown_target_is_named_with_what_there_is(networks) -> None:
     with pytest.raises(UserError, match=r"no layer 'query' in UNet2DConditionModel; it has .*to_out\.0, to_q, to_v"):
         inject.projections(networks["unet"], ("to_q", "query"))
+    with pytest.raises(UserError, match="no layer 'o_q'"):  # whole names only
+        inject.projections(networks["unet"], ("o_q",))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
