@@ -9,6 +9,7 @@ the live model), recipe.json, log.jsonl, logs/ for TensorBoard, previews/ and ch
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,8 +29,11 @@ if TYPE_CHECKING:
 ADAPTER = "adapter.safetensors"
 
 
-def main(recipe: Recipe) -> Path:
+def main(recipe: Recipe, *, hint: bool = True) -> Path:
     """Run the recipe; returns the adapter's path.
+
+    Args:
+        hint: end by printing the command to type next.
 
     Raises:
         UserError: something in the recipe or its files must be mended first. Nothing is left half-written.
@@ -55,7 +59,7 @@ def main(recipe: Recipe) -> Path:
         gradient_accumulation_steps=recipe.gradient_accumulation_steps,
         cpu=recipe.device == "cpu",
     )
-    console = Console(highlight=False, quiet=not accelerator.is_main_process)
+    console = Console(highlight=False, soft_wrap=True, quiet=not accelerator.is_main_process)
     dtype = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}[recipe.mixed_precision]
     family = families.load(recipe.pretrained_model_name_or_path, dtype, recipe.device or str(accelerator.device))
     resolution = recipe.resolution or family.resolution
@@ -189,8 +193,9 @@ def main(recipe: Recipe) -> Path:
     console.print(
         f"[bold]{out / ADAPTER}[/bold], {(out / ADAPTER).stat().st_size / 1e6:.2f} MB, read back and verified"
     )
-    shown = prompts.suggested(family.prompts, named.class_noun)
-    console.print(f"next: singlora generate --adapter {out} --prompts {shown} --seeds 0-3 --output_dir {out}/samples")
+    if hint:
+        shown, folder = prompts.suggested(family.prompts, named.class_noun), shlex.quote(str(out))
+        console.print(f"next: singlora generate --adapter {folder} --prompts {shown} --output_dir {folder}/samples")
     return out / ADAPTER
 
 

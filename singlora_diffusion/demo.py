@@ -221,7 +221,7 @@ def train(recipe: Recipe, console: Console) -> Path:
 
     out = recipe.output_dir
     if not (out / train_dreambooth.ADAPTER).exists():
-        train_dreambooth.main(recipe)
+        train_dreambooth.main(recipe, hint=False)
         return out
     try:
         old = json.loads((out / "recipe.json").read_text(encoding="utf-8"))

@@ -124,11 +124,11 @@ def generate(settings: GenerateSettings, *, quiet: bool = False) -> list[Line]:
         for seed in seeds
     ]
     _warn_of_cut_prompts(family, plan)
+    if adapter:
+        adapter.attach(family, settings.scale, settings.merge)  # an adapter for another model leaves no folder behind
     todo = gallery.missing(settings.output_dir, plan, settings.overwrite)
     began = time.monotonic()
     if todo:
-        if adapter:
-            adapter.attach(family, settings.scale, settings.merge)
         for line, picture in _sampled(family, todo, settings, quiet):
             gallery.add(settings.output_dir, line, picture)
     seconds = time.monotonic() - began

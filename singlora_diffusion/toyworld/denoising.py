@@ -44,13 +44,15 @@ def train(
     device: str,
     seed: int = 0,
 ) -> TextToLatents:
-    """v-prediction with min-SNR weights (gamma 5; Hang et al. 2023, arXiv 2303.09556); one caption in ten is empty."""
+    """v-prediction; min-SNR weights (gamma 5; Hang et al. 2023, arXiv 2303.09556) plus one; one caption in ten empty."""
     torch.manual_seed(seed)
     model = TextToLatents(tokenizer).to(device)
     noise_schedule = architecture.scheduler()
     alphas = noise_schedule.alphas_cumprod
     snr = alphas / (1 - alphas)
-    weights = (snr.clamp(max=5) / (snr + 1)).to(device)  # for v the minimum is divided by SNR + 1
+    # In terms of the clean latents the weight is min(SNR, 5) + 1: without the 1, the noisiest steps, where class and
+    # colour are settled, count for next to nothing.
+    weights = ((snr.clamp(max=5) + 1) / (snr + 1)).to(device)
     tokens = torch.stack([tokenize(tokenizer, list(column)) for column in zip(*captions, strict=True)], dim=1)
     empty = tokenize(tokenizer, [""])[0]
 

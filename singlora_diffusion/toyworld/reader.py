@@ -13,7 +13,7 @@ class Reader(nn.Module):
         sizes: number of values by attribute, {"class": 12, "background": 12, ...}.
     """
 
-    def __init__(self, sizes: dict[str, int], width: int = 24) -> None:
+    def __init__(self, sizes: dict[str, int], width: int = 16) -> None:
         super().__init__()
         self.sizes = sizes
         widths = [width, 2 * width, 4 * width, 6 * width]
