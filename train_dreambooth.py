@@ -13,7 +13,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from singlora_diffusion import prompts, subjects
 from singlora_diffusion.errors import UserError
@@ -51,6 +51,7 @@ def main(recipe: Recipe, *, hint: bool = True) -> Path:
     from torch import nn
 
     from singlora_diffusion import adapters, checkpoint, families, formats, objective
+    from singlora_diffusion.latents import batch, encode_pictures
     from singlora_diffusion.run_log import RunLog
 
     # ---- the frozen base, and what the adapter learns from
@@ -212,38 +213,6 @@ def check_recipe(recipe: Recipe) -> None:
     old = recipe.output_dir / ADAPTER
     if old.exists() and not (recipe.overwrite or recipe.resume_from_checkpoint):
         raise UserError(f"{old} exists: choose another --output_dir, or say --overwrite to replace it")
-
-
-class Encoded(NamedTuple):
-    """Latent distributions of a folder of pictures."""
-
-    mean: Tensor
-    """(n, flips, C, h, w) float32; flips is 2 with --random_flip."""
-    std: Tensor
-
-
-def encode_pictures(family: Family, pictures: Sequence[Path], resolution: int, flip: bool, console: Any) -> Encoded:
-    """Decode, crop and encode every picture once: nothing that makes the latents is trained."""
-    import torch
-
-    means, stds = [], []
-    for path in track(pictures, "encoding pictures", console):
-        pixels = torch.from_numpy(subjects.to_square(subjects.open_picture(path), resolution))
-        views = torch.stack([pixels, pixels.flip(-1)] if flip else [pixels])
-        mean, std = family.encode_images(views)
-        means.append(mean.cpu())
-        stds.append(std.cpu())
-    return Encoded(torch.stack(means), torch.stack(stds))
-
-
-def batch(data: Encoded, seed: int, positions: range, timesteps: int, stream: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents, noise and timesteps for these positions of the stream, on the CPU."""
-    from singlora_diffusion import objective
-
-    drawn = objective.draw(seed, positions, tuple(data.mean.shape[2:]), timesteps, stream)
-    chosen = objective.examples(seed, positions, len(data.mean), stream)
-    view = drawn.flip.long() * (data.mean.shape[1] - 1)
-    return data.mean[chosen, view] + data.std[chosen, view] * drawn.latent_noise, drawn.noise, drawn.t
 
 
 def class_folder(recipe: Recipe, family: Family, prompt: str, resolution: int, console: Any) -> Sequence[Path]:

@@ -15,7 +15,7 @@ LEVELS = (
     "errors singlora singlora_dora recipe prompts subjects progress run_log contact_sheet",
     "inject families toyworld",
     "peft_baselines adapters objective budget formats",
-    "checkpoint",
+    "checkpoint latents",
     "gallery generate",
     "train_dreambooth demo cli benchmarks",
 )

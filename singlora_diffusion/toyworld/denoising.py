@@ -44,7 +44,7 @@ def train(
     device: str,
     seed: int = 0,
 ) -> TextToLatents:
-    """v-prediction; min-SNR weights (gamma 5; Hang et al. 2023, arXiv 2303.09556) plus one; one caption in ten empty."""
+    """v-prediction, min-SNR weights (gamma 5; arXiv 2303.09556) plus one; one caption in ten is empty."""
     torch.manual_seed(seed)
     model = TextToLatents(tokenizer).to(device)
     noise_schedule = architecture.scheduler()
