@@ -16,7 +16,7 @@ from .fitting import fit
 
 def tensor(images: np.ndarray) -> Tensor:
     """(N, H, W, 3) uint8 to (N, 3, H, W) float32 in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
+    return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 
 def train(images: np.ndarray, *, steps: int, folder: Path, device: str, seed: int = 0) -> AutoencoderKL:

@@ -94,7 +94,7 @@ def train_dino(images: np.ndarray, classes: np.ndarray, *, steps: int, folder: P
     torch.manual_seed(3)
     dino = architecture.dino().to(device)
     members = [np.flatnonzero(classes == index) for index in np.unique(classes)]
-    half = 32
+    half = min(32, *(len(one) for one in members))
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         draw, rng = torch.Generator().manual_seed(step), np.random.default_rng((3, step))

@@ -36,6 +36,7 @@ def fit(
     weight_decay: float = 0.01,
     picture: Callable[[nn.Module, int], None] | None = None,
     picture_every: int = 1000,
+    keep_every: float = 120.0,
 ) -> None:
     """Train `module` in place and leave it with the averaged weights, in eval mode.
 
@@ -45,6 +46,7 @@ def fit(
         lr: peak rate.
         ema: decay of the weight average.
         picture: called now and then with the module (averaged weights inside) and the step.
+        keep_every: seconds between checkpoints.
     """
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / f"{name}.state.safetensors"
@@ -71,7 +73,7 @@ def fit(
             shown = now
             text = "  ".join(f"{key} {number:.4g}" for key, number in {"loss": value.item(), **figures}.items())
             console.print(f"{name}: step {step + 1}/{steps}  {text}  ETA {eta / 60:.1f} min")
-        if now - kept > 120 or step + 1 == steps:
+        if now - kept > keep_every or step + 1 == steps:
             _keep(checkpoint, module, optimizer, average, step + 1)
             kept = now
         if picture is not None and (step + 1) % picture_every == 0:
