@@ -26,8 +26,9 @@ demo: $(READY)
 
 test: export HF_HUB_OFFLINE := 1
 test: export CUDA_VISIBLE_DEVICES :=
+test: export OMP_NUM_THREADS := 1
 test: $(READY)
-	$(BIN)/python -m pytest -q $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 $(PYTEST_FLAGS)
 
 check: $(READY)
 	$(BIN)/ruff check .
