@@ -16,6 +16,7 @@ from .errors import UserError
 from .recipe import AdapterConfig
 from .singlora import INITS, SIGNATURES, SingLoRA, ramp
 from .singlora_dora import DoraSingLoRA
+from .states import check_state
 
 
 class Adapter(Protocol):
@@ -231,19 +232,6 @@ class SingLoRAAdapter:
         yield
         if merged:
             self.merge()
-
-
-def check_state(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    """Raise a UserError that names the first tensor of `state` that does not fit `own`."""
-    for key, tensor in own.items():
-        if key not in state:
-            raise UserError(f"the adapter has no tensor {key}: it was made for another model or other targets")
-        if state[key].shape != tensor.shape:
-            found, wanted = tuple(state[key].shape), tuple(tensor.shape)
-            raise UserError(f"{key} has shape {found}, not {wanted}: the adapter was made for another model")
-    for key in state:
-        if key not in own:
-            raise UserError(f"the adapter has a tensor {key} that this model has no place for")
 
 
 METHODS: dict[str, Callable[[Mapping[str, nn.Module], AdapterConfig, int], Adapter]] = {

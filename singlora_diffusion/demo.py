@@ -308,7 +308,7 @@ def _generations(settings: DemoSettings, subject: Subject) -> dict[str, Generate
     )
     adapted = {
         LABELS[method]: GenerateSettings(
-            output_dir=settings.output_dir / method / "samples", adapter=settings.output_dir / method, **common
+            output_dir=settings.output_dir / method / "samples", adapter=(settings.output_dir / method,), **common
         )
         for method in settings.methods
     }

@@ -144,7 +144,7 @@ def _difference(old: Line, new: Line, keys: Sequence[str]) -> str:
         if old.get(key) != new[key]:
             values = [json.dumps(value) for value in (old.get(key), new[key])]
             if key.endswith(("sha256", "hash")):
-                values = [value.strip('"')[:12] for value in values]
+                values = [" + ".join(part[:12] for part in value.strip('"').split(" + ")) for value in values]
             return f"{key} {' instead of '.join(values)}"
     return ""
 

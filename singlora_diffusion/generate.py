@@ -1,4 +1,4 @@
-"""Pictures: prompts x seeds with an adapter or the base model alone. The adapter's header says what is needed."""
+"""Pictures: prompts x seeds with adapters or the base model alone. The first adapter's header says what is needed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from . import gallery, prompts
 from .errors import UserError
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GenerateSettings:
-    """Make pictures, prompts x seeds, with an adapter or with the base model alone."""
+    """Make pictures, prompts x seeds, with adapters or with the base model alone."""
 
     output_dir: Path
     """Folder for the pictures, manifest.jsonl and contact_sheet.png. What is there already is not made again."""
-    adapter: Path | None = None
-    """A run folder, an adapter file, or a LoRA of another program. None: the base model alone."""
+    adapter: tuple[Path, ...] = ()
+    """Run folders, adapter files or LoRAs of other programs; several add up. Empty: the base model alone."""
     pretrained_model_name_or_path: str | None = None
-    """`toyworld`, a diffusers folder or a hub id. None: the model that the adapter was trained on."""
+    """`toyworld`, a diffusers folder or a hub id. None: the model that the first adapter was trained on."""
     prompts: str | None = None
     """A prompt file, a template per line, or a set that comes with the package: object, live_subject, toyworld.
     None, and no --prompt: the set that suits the model and the class noun."""
@@ -43,9 +43,9 @@ class GenerateSettings:
     seeds: str = "0-3"
     """One picture per prompt and seed: 7, or 0,5,7, or 0-3."""
     identifier: str | None = None
-    """What stands for {token}; "" for nothing. None: the adapter's own."""
+    """What stands for {token}; "" for nothing. None: the first adapter's own."""
     class_noun: str | None = None
-    """What stands for {class}. None: the adapter's own."""
+    """What stands for {class}. None: the first adapter's own."""
     num_inference_steps: int = 25
     """Denoising steps."""
     guidance_scale: float | None = None
@@ -58,10 +58,10 @@ class GenerateSettings:
     """Pixels, a multiple of 8. None: the model's own."""
     width: int | None = None
     """Pixels, a multiple of 8. None: the model's own."""
-    scale: float = 1.0
-    """Strength of the adapter: 1 as trained, 0 the base model."""
+    scale: tuple[float, ...] = (1.0,)
+    """Strength, 1 as trained, 0 the base model: one for all adapters, or one for each."""
     merge: bool = False
-    """Merge the adapter into the weights: the base model's speed."""
+    """Merge the adapters into the weights: the base model's speed."""
     batch_size: int = 4
     """Pictures at once. A matter of memory and speed: each picture has a random generator of its own."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -87,17 +87,17 @@ def generate(settings: GenerateSettings, *, quiet: bool = False) -> list[Line]:
     check(settings)
     seeds = parse_seeds(settings.seeds)
     device, dtype = _device(settings)
-    adapter = Given(settings.adapter) if settings.adapter is not None else None
-    header = adapter.header if adapter else None
-    family = _base(settings, header, dtype, device)
+    adapters = [Given(path) for path in settings.adapter]
+    header = adapters[0].header if adapters else None
+    family = _base(settings, adapters, dtype, device)
     identifier, class_noun = _subject(settings, header)
     chosen = _prompts(settings, family, identifier, class_noun)
 
     run = {
-        "adapter": str(settings.adapter) if adapter else None,
-        "adapter_sha256": adapter.sha256 if adapter else None,
-        "scale": settings.scale if adapter else None,
-        "merged": settings.merge if adapter else None,
+        "adapter": _joined([str(adapter.named) for adapter in adapters]),
+        "adapter_sha256": _joined([adapter.sha256 for adapter in adapters]),
+        "scale": _joined(_scales(settings)),
+        "merged": settings.merge if adapters else None,
         "base_model": family.source,
         "base_hash": family.fingerprint,
         "dtype": dtype,
@@ -124,8 +124,8 @@ def generate(settings: GenerateSettings, *, quiet: bool = False) -> list[Line]:
         for seed in seeds
     ]
     _warn_of_cut_prompts(family, plan)
-    if adapter:
-        adapter.attach(family, settings.scale, settings.merge)  # an adapter for another model leaves no folder behind
+    if adapters:
+        _attach(adapters, family, settings)  # an adapter for another model leaves no folder behind
     todo = gallery.missing(settings.output_dir, plan, settings.overwrite)
     began = time.monotonic()
     if todo:
@@ -169,18 +169,23 @@ def check(settings: GenerateSettings) -> None:
         side = getattr(settings, name)
         if side is not None and (side < 8 or side % 8):
             raise UserError(f"--{name} must be a multiple of 8 pixels, not {side}")
-    for name in ("guidance_scale", "scale"):
-        number = getattr(settings, name)
+    numbers = [("scale", scale) for scale in settings.scale]
+    for name, number in [("guidance_scale", settings.guidance_scale), *numbers]:
         if number is not None and not math.isfinite(number):
             raise UserError(f"--{name} must be a finite number, not {number}")
     if settings.prompts is not None and settings.prompt:
         raise UserError("--prompts names a file or set, --prompt gives prompts as they stand: use one of them")
     if settings.prompts is not None:
         prompts.load(settings.prompts)
-    if settings.adapter is None and settings.pretrained_model_name_or_path is None:
+    if not settings.adapter and settings.pretrained_model_name_or_path is None:
         raise UserError("name an adapter with --adapter, or a base model with --pretrained_model_name_or_path")
-    if settings.adapter is None and (settings.merge or settings.scale != 1.0):
+    if not settings.adapter and (settings.merge or settings.scale != (1.0,)):
         raise UserError("--merge and --scale are about an adapter: name it with --adapter")
+    if settings.adapter and len(settings.scale) not in (1, len(settings.adapter)):
+        raise UserError(
+            f"{len(settings.scale)} numbers for --scale and {len(settings.adapter)} for --adapter: "
+            f"give one scale for all adapters, or one for each"
+        )
     if settings.output_dir.exists() and not settings.output_dir.is_dir():
         raise UserError(f"--output_dir {settings.output_dir} is a file: name a folder")
 
@@ -189,44 +194,54 @@ def check(settings: GenerateSettings) -> None:
 
 
 class Given:
-    """The adapter that the user named: of this program, or a LoRA of another.
+    """An adapter that the user named: of this program, or a LoRA of another.
 
     Attributes:
-        header: what our own file says of itself, else None. sha256: of the whole file.
+        named: as the user named it. header: what our own file says of itself, else None. sha256: of the whole file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, named: Path) -> None:
         from . import formats
         from .formats import recognition
 
-        found = formats.recognise(path)
+        found = formats.recognise(named)
         if found.kind == recognition.UNKNOWN:
             raise recognition.refuse(found)
-        self.path = found.index.path
-        self.header = formats.read_header(path) if found.kind == recognition.NATIVE else None
+        self.named, self.path = named, found.index.path
+        self.header = formats.read_header(named) if found.kind == recognition.NATIVE else None
         self.sha256 = hashlib.sha256(self.path.read_bytes()).hexdigest()
 
-    def attach(self, family: Family, scale: float, merge: bool) -> None:
-        """Put it into the family's networks for good."""
-        from . import formats
 
-        attached: Any = formats.attach_files([self.path], family.networks, [scale])
-        if merge:
-            if not hasattr(attached, "merge"):
-                raise UserError(f"{self.path}: a LoRA of another program is not merged here; leave --merge out")
-            attached.merge()
+def _attach(adapters: Sequence[Given], family: Family, settings: GenerateSettings) -> None:
+    """Put the adapters into the family's networks for good."""
+    from . import formats
+
+    attached = formats.attach_files([one.path for one in adapters], family.networks, _scales(settings))
+    if settings.merge:
+        attached.merge()
 
 
-def _base(settings: GenerateSettings, header: Header | None, dtype: str, device: str) -> Family:
-    """The base model: the one the user names, else the very one that the adapter was trained on."""
+def _scales(settings: GenerateSettings) -> list[float]:
+    """One per adapter."""
+    return list(settings.scale * len(settings.adapter) if len(settings.scale) == 1 else settings.scale)
+
+
+def _joined(values: Sequence[str | float]) -> str | float | None:
+    """What the manifest says of several things under a name for one: `runs/dog + runs/cat`, `1.0 + 0.7`."""
+    return " + ".join(map(str, values)) if len(values) > 1 else values[0] if values else None
+
+
+def _base(settings: GenerateSettings, adapters: Sequence[Given], dtype: str, device: str) -> Family:
+    """The base model: the one the user names, else the very one that the first adapter was trained on."""
     from . import families
 
     named = settings.pretrained_model_name_or_path
+    header = adapters[0].header if adapters else None
     if named is not None:
         family = families.load(named, dtype, device)
     elif header is None or not header.base_model:
         raise UserError(
-            f"{settings.adapter} does not say what model it is for: name it with --pretrained_model_name_or_path"
+            f"{adapters[0].named} does not say what model it is for: name it with --pretrained_model_name_or_path"
         )
     else:
         try:
@@ -235,20 +250,34 @@ def _base(settings: GenerateSettings, header: Header | None, dtype: str, device:
             raise UserError(
                 f"the adapter's base model: {error}; or name it with --pretrained_model_name_or_path"
             ) from None
-    if header is None:
-        return family
-    if header.family and header.family != family.name:
-        raise UserError(f"{settings.adapter} is for the family {header.family}, {family.source} is of {family.name}")
-    if header.base_hash and header.base_hash != family.fingerprint:
-        known = f"{header.base_model} (weights {header.base_hash[:12]})"
-        found = f"{family.source} (weights {family.fingerprint[:12]})"
-        if named is None:
-            raise UserError(
-                f"{settings.adapter} needs {known}, but {found} is another model by now: bring that one back, or say "
-                f"which to use with --pretrained_model_name_or_path"
-            )
-        _warn(f"{settings.adapter} was trained on {known}; it is used on {found}, as asked for")
+    for adapter in adapters:
+        _check_base(adapter, family, settings)
     return family
+
+
+def _check_base(adapter: Given, family: Family, settings: GenerateSettings) -> None:
+    """Refuse an adapter of another model, unless the user says which model to use; then say so."""
+    header = adapter.header
+    if header is None:
+        return
+    if header.family and header.family != family.name:
+        raise UserError(f"{adapter.named} is for the family {header.family}, {family.source} is of {family.name}")
+    if not header.base_hash or header.base_hash == family.fingerprint:
+        return
+    known = f"{header.base_model} (weights {header.base_hash[:12]})"
+    found = f"{family.source} (weights {family.fingerprint[:12]})"
+    if settings.pretrained_model_name_or_path is not None:
+        _warn(f"{adapter.named} was trained on {known}; it is used on {found}, as asked for")
+    elif header.base_model == family.source:
+        raise UserError(
+            f"{adapter.named} needs {known}, but {found} is another model by now: bring that one back, or say "
+            f"which to use with --pretrained_model_name_or_path"
+        )
+    else:
+        raise UserError(
+            f"{adapter.named} was trained on {known}, {settings.adapter[0]} on {found}: say which to use with "
+            f"--pretrained_model_name_or_path"
+        )
 
 
 def _device(settings: GenerateSettings) -> tuple[str, str]:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from . import inject
 from .errors import UserError
 from .recipe import AdapterConfig
+from .states import check_state
 
 LOKR_FACTOR = 4
 """PEFT's default, -1 (about the square root), saturates at a tenth of LoRA 8's parameters on Stable Diffusion 1.5."""
@@ -206,14 +207,7 @@ class PeftAdapter:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         own = self.state_dict()
-        for key in [*own, *state]:
-            if key not in state:
-                raise UserError(f"the adapter has no tensor {key}: it was made for another model or other targets")
-            if key not in own:
-                raise UserError(f"the adapter has a tensor {key} that this model has no place for")
-            if state[key].shape != own[key].shape:
-                found, wanted = tuple(state[key].shape), tuple(own[key].shape)
-                raise UserError(f"{key} has shape {found}, this model needs {wanted}: other model or other rank")
+        check_state(own, state)
         for key, tensor in own.items():
             tensor.copy_(state[key])
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tyro
 from PIL import Image
 
 from singlora_diffusion.errors import UserError
@@ -51,7 +52,7 @@ def settings(adapter: Path, tmp_path: Path) -> GenerateSettings:
     (tmp_path / "two.txt").write_text(TEMPLATES)
     return GenerateSettings(
         output_dir=tmp_path / "out",
-        adapter=adapter,
+        adapter=(adapter,),
         prompts=str(tmp_path / "two.txt"),
         seeds="3,5",
         num_inference_steps=2,
@@ -130,11 +131,11 @@ def test_batch_size_changes_no_picture(settings: GenerateSettings, tmp_path: Pat
 def test_strength_zero_is_the_base_model_and_merged_is_attached(settings: GenerateSettings, tmp_path: Path) -> None:
     variants = {
         "as_trained": settings,
-        "zero": replace(settings, scale=0.0),
+        "zero": replace(settings, scale=(0.0,)),
         "merged": replace(settings, merge=True),
-        "half": replace(settings, scale=0.5, merge=True),
+        "half": replace(settings, scale=(0.5,), merge=True),
     }
-    base = replace(settings, adapter=None, identifier="sks", class_noun="dog")
+    base = replace(settings, adapter=(), identifier="sks", class_noun="dog")
     variants["base"] = replace(base, pretrained_model_name_or_path=manifest_base(settings))
     for name, variant in variants.items():
         generate(
@@ -150,8 +151,7 @@ def test_strength_zero_is_the_base_model_and_merged_is_attached(settings: Genera
 def manifest_base(settings: GenerateSettings) -> str:
     from singlora_diffusion import formats
 
-    assert settings.adapter is not None
-    return formats.read_header(settings.adapter).base_model
+    return formats.read_header(settings.adapter[0]).base_model
 
 
 def test_a_lora_of_another_program_gives_the_same_pictures(settings: GenerateSettings, tmp_path: Path) -> None:
@@ -159,17 +159,64 @@ def test_a_lora_of_another_program_gives_the_same_pictures(settings: GenerateSet
 
     base = manifest_base(settings)
     exported = tmp_path / "dog.safetensors"
-    formats.export(settings.adapter, "kohya", exported, networks=families.load(base).networks)
-    own = replace(settings, scale=0.7)
+    formats.export(settings.adapter[0], "kohya", exported, networks=families.load(base).networks)
+    own = replace(settings, scale=(0.7,))
     generate(own, quiet=True)
-    foreign = replace(own, adapter=exported, output_dir=tmp_path / "foreign", identifier="sks", class_noun="dog")
+    foreign = replace(own, adapter=(exported,), output_dir=tmp_path / "foreign", identifier="sks", class_noun="dog")
     with pytest.raises(UserError, match="does not say what model it is for"):
         generate(foreign)
     foreign = replace(foreign, pretrained_model_name_or_path=base)
     generate(foreign, quiet=True)
     assert np.abs(pixels(foreign.output_dir) - pixels(own.output_dir)).max() <= 1
-    with pytest.raises(UserError, match="--merge"):
-        generate(replace(foreign, merge=True, output_dir=tmp_path / "merged"))
+    merged = replace(foreign, merge=True, output_dir=tmp_path / "merged")
+    generate(merged, quiet=True)
+    assert np.abs(pixels(merged.output_dir) - pixels(own.output_dir)).max() <= 1
+
+
+def test_several_adapters_add_up_each_at_its_scale(settings: GenerateSettings, tmp_path: Path) -> None:
+    """dW + dW/2 - dW/2, ours and another program's, is dW; 0.75 dW + 0.75 dW is 1.5 dW."""
+    from singlora_diffusion import families, formats
+
+    exported, own = tmp_path / "dog.safetensors", settings.adapter[0]
+    formats.export(own, "peft", exported, networks=families.load(manifest_base(settings)).networks)
+    settings = replace(settings, seeds="3")
+    variants = {
+        "alone": settings,
+        "three": replace(settings, adapter=(own, own, exported), scale=(1.0, 0.5, -0.5)),
+        "more": replace(settings, scale=(1.5,)),
+        "twice": replace(settings, adapter=(own, exported), scale=(0.75,)),
+        "merged": replace(settings, adapter=(own, exported), scale=(0.75,), merge=True),
+    }
+    lines = {name: generate(replace(one, output_dir=tmp_path / name), quiet=True) for name, one in variants.items()}
+    found = {name: pixels(tmp_path / name) for name in variants}
+    assert np.abs(found["three"] - found["alone"]).max() <= 1  # of 255
+    assert np.abs(found["twice"] - found["more"]).max() <= 1 and np.abs(found["merged"] - found["more"]).max() <= 1
+    assert np.abs(found["more"] - found["alone"]).mean() > 1
+    first = lines["three"][0]
+    assert (first["prompt"], first["class_noun"]) == ("a photo of a sks dog in the snow", "dog")
+    assert first["adapter"] == f"{own} + {own} + {exported}" and first["scale"] == "1.0 + 0.5 + -0.5"
+    assert len(set(first["adapter_sha256"].split(" + "))) == 2
+    assert lines["alone"][0]["adapter"] == str(own) and lines["alone"][0]["scale"] == 1.0
+    with pytest.raises(UserError, match="does not say what model it is for"):
+        generate(replace(settings, adapter=(exported, own), output_dir=tmp_path / "reversed"))
+
+
+def test_several_adapters_on_the_command_line() -> None:
+    words = ["--output_dir", "out", "--adapter", "runs/dog", "runs/cat", "--scale", "1.0", "-0.7", "--seeds", "3"]
+    found = tyro.cli(GenerateSettings, args=words, use_underscores=True)
+    assert found.adapter == (Path("runs/dog"), Path("runs/cat")) and found.scale == (1.0, -0.7)
+
+
+def test_several_adapters_are_for_one_model(settings: GenerateSettings, tmp_path: Path) -> None:
+    from singlora_diffusion.formats import native
+
+    header, tensors = native.read(settings.adapter[0])
+    other = tmp_path / "cat.safetensors"
+    native.write(other, tensors, replace(header, base_model="another", base_hash="0" * 64))
+    both = replace(settings, adapter=(*settings.adapter, other))
+    with pytest.raises(UserError, match=r"cat\.safetensors was trained on another") as error:
+        generate(both)
+    assert str(settings.adapter[0]) in str(error.value) and not settings.output_dir.exists()
 
 
 def test_literal_prompts_and_the_samplers(settings: GenerateSettings, tmp_path: Path) -> None:
@@ -232,7 +279,7 @@ def manifest_after(settings: GenerateSettings) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     "change, said",
     [
-        ({"scale": 0.5}, "scale 1.0 instead of 0.5"),
+        ({"scale": (0.5,)}, "scale 1.0 instead of 0.5"),
         (
             {"class_noun": "cat"},
             'prompt "a photo of a sks dog in the snow" instead of "a photo of a sks cat in the snow"',
@@ -284,24 +331,26 @@ def test_an_adapter_of_another_model_is_refused_unless_asked_for(
     moved = tmp_path / "moved.safetensors"
     native.write(moved, tensors, replace(header, base_model=str(other)))
     with pytest.raises(UserError, match="is another model by now") as error:
-        generate(replace(settings, adapter=moved))
+        generate(replace(settings, adapter=(moved,)))
     assert header.base_hash[:12] in str(error.value) and not settings.output_dir.exists()
-    generate(replace(settings, adapter=moved, pretrained_model_name_or_path=str(other), seeds="0"))
+    generate(replace(settings, adapter=(moved,), pretrained_model_name_or_path=str(other), seeds="0"))
     assert "it is used on" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     "change, said",
     [
-        ({"adapter": None}, "--pretrained_model_name_or_path"),
-        ({"adapter": Path("nowhere")}, "nowhere: no such file"),
+        ({"adapter": ()}, "--pretrained_model_name_or_path"),
+        ({"adapter": (Path("nowhere"),)}, "nowhere: no such file"),
         ({"prompt": ("a dog",)}, "use one of them"),
         ({"prompts": "nowhere.txt"}, "no such prompt file"),
         ({"seeds": "a"}, "--seeds"),
         ({"num_inference_steps": 0}, "--num_inference_steps must be at least 1"),
         ({"batch_size": 0}, "--batch_size must be at least 1"),
         ({"height": 100}, "multiple of 8"),
-        ({"scale": float("nan")}, "--scale"),
+        ({"scale": (float("nan"),)}, "--scale"),
+        ({"scale": (1.0, 0.5)}, "2 numbers for --scale and 1 for --adapter"),
+        ({"adapter": (), "pretrained_model_name_or_path": "toyworld", "scale": (0.5,)}, "name it with --adapter"),
         ({"device": "nonsense"}, "--device nonsense"),
         ({"output_dir": Path(__file__)}, "is a file"),
         ({"pretrained_model_name_or_path": "nowhere"}, "no model at nowhere"),
@@ -315,7 +364,7 @@ def test_mistakes_are_one_line_and_leave_nothing(settings: GenerateSettings, cha
 
 
 def test_the_base_model_alone_needs_words_for_templates_only(settings: GenerateSettings) -> None:
-    base = replace(settings, adapter=None, pretrained_model_name_or_path=manifest_base(settings), seeds="0")
+    base = replace(settings, adapter=(), pretrained_model_name_or_path=manifest_base(settings), seeds="0")
     with pytest.raises(UserError, match="--identifier"):
         generate(base)
     with pytest.raises(UserError, match="--class_noun"):

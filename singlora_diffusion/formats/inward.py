@@ -27,9 +27,10 @@ NAME = "attached"  # the name in diffusers of what is generated with
 
 
 class Attached(Protocol):
-    """Something in the networks that can be turned up and down and taken out again."""
+    """Something in the networks that can be turned up and down, merged into the weights and taken out again."""
 
     def set_scale(self, scale: float) -> None: ...
+    def merge(self) -> None: ...
     def detach(self) -> None: ...
 
 
@@ -214,6 +215,10 @@ class _Lora:
     """LoRA pairs inside networks through diffusers."""
 
     def __init__(self, tensors: Mapping[str, Tensor], networks: Mapping[str, nn.Module]) -> None:
+        layers = names.modules(networks)
+        adapted = {tagged.layer for key in tensors if (tagged := names.tag(key)) is not None}
+        self._weights: list[Any] = [layers[name].weight for name in adapted]
+        self._originals: list[Tensor] | None = None  # of these weights, while merged
         self._pipeline = proof.pipeline(networks)
         try:
             with proof.quiet():
@@ -223,8 +228,20 @@ class _Lora:
             raise UserError(f"diffusers does not take the adapter: {shown(error)}") from error
 
     def set_scale(self, scale: float) -> None:
+        """The strength, as long as it is not merged."""
         self._pipeline.set_adapters([NAME], [float(scale)])
+
+    def merge(self) -> None:
+        """Write the update into the weights: the networks are plain ones then. `detach` brings the old weights back."""
+        if self._originals is None:
+            self._originals = [weight.detach().clone() for weight in self._weights]
+            with proof.quiet():
+                self._pipeline.fuse_lora()
+                self._pipeline.unload_lora_weights()
 
     def detach(self) -> None:
         with proof.quiet():
             self._pipeline.unload_lora_weights()
+        for weight, original in zip(self._weights, self._originals or (), strict=False):  # none unless merged
+            weight.data.copy_(original)
+        self._originals = None
