@@ -42,7 +42,7 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(low, median, high)
 
 
-def clock() -> float:
+def wall() -> float:
     """Seconds, after everything that was asked of an accelerator is done."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
@@ -50,7 +50,13 @@ def clock() -> float:
     return time.perf_counter()
 
 
-def rounds(jobs: Mapping[str, Job], count: int, repeats: int = 1, warm_up: int = 1) -> dict[str, list[float]]:
+CLOCKS: dict[str, Callable[[], float]] = {"wall": wall, "cpu": time.process_time}
+"""`cpu` leaves out what another program took on a shared core; it means something with one thread only."""
+
+
+def rounds(
+    jobs: Mapping[str, Job], count: int, *, repeats: int = 1, warm_up: int = 1, clock: Callable[[], float] = wall
+) -> dict[str, list[float]]:
     """Seconds per call of each job, by round.
 
     Each round runs every job, and begins with another one than the round before. `warm_up` rounds come first and are

@@ -3,10 +3,11 @@
     python -m benchmarks.train_step --model sd15 --resolution 256 --dtype bfloat16
 
 Networks are built from their configs with random weights, latents and text are random: cost does not depend on them.
-Every variant does a whole step: noise, forward, loss, backward, clipping, AdamW. `floor` trains one vector, added to the
-output of the first layer that the others adapt, so its backward pass goes exactly as far as theirs. `script` is the step
-as diffusers' train_dreambooth_lora.py performs it: picture and prompt encoded each time, LoRA in the base's precision,
-the UNet under autocast, the loss read back each step. `add_adapter` variants are PEFT's as that script attaches it.
+Every variant does a whole step: noise, forward, loss, backward, clipping, AdamW. `floor` trains one vector, added to
+the output of the first layer that the others adapt, so its backward pass goes exactly as far as theirs. `script` is the
+step as diffusers' train_dreambooth_lora.py performs it: picture and prompt encoded each time, LoRA in the base's
+precision, the UNet under autocast, the loss read back each step. `add_adapter` variants are PEFT's as that script
+attaches it. On one core that other programs use too, `--clock cpu` with OMP_NUM_THREADS=1 leaves their share out.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ class Settings:
     """Measure peak memory too, each variant in a process of its own."""
     compile: bool = False
     """torch.compile the UNet, with the adapter inside."""
+    clock: Literal["wall", "cpu"] = "wall"
+    """cpu: the process's own time, for one thread on a core that others use too."""
     output: Path | None = None
     """A JSON file for the figures."""
     only: str = ""
@@ -134,13 +137,14 @@ def random_weights(build: Callable[[], nn.Module], dtype: torch.dtype, device: s
     with torch.device("meta"), made_as(dtype):
         network = build()
     network = network.to_empty(device=device).requires_grad_(False).eval()
-    generator = torch.Generator(device).manual_seed(0)
+    pool = torch.rand(1 << 20, generator=torch.Generator().manual_seed(0)).mul_(2).sub_(1).to(device, dtype)
     for name, parameter in network.named_parameters():
         if parameter.dim() == 1:
             parameter.data.fill_(1.0 if name.endswith("weight") else 0.0)
         else:
             bound = parameter[0].numel() ** -0.5
-            parameter.data.uniform_(-bound, bound, generator=generator)
+            for part in parameter.data.view(-1).split(len(pool)):
+                torch.mul(pool[: len(part)], bound, out=part)
     return network
 
 
@@ -331,14 +335,13 @@ def trained(bench: Bench, name: str) -> int:
 
 
 def one(settings: Settings) -> None:
-    """Two steps of one variant in this process; prints its peak memory."""
+    """One step of one variant in this process; prints its peak memory."""
     bench = prepare(settings)
     if bench.device.type == "cuda":
         import torch
 
         torch.cuda.reset_peak_memory_stats()
     with job(bench, settings.only) as step:
-        step()
         step()
     print(json.dumps({"peak_bytes": timing.peak_memory()}))
 
@@ -362,12 +365,13 @@ def main() -> int:
         peaks = {name: timing.apart("benchmarks.train_step", *same, "--only", name)["peak_bytes"] for name in names}
     bench = prepare(settings)
     counts = {name: trained(bench, name) for name in names}
-    seconds = timing.rounds({name: partial(job, bench, name) for name in names}, settings.rounds)
+    jobs: dict[str, timing.Job] = {name: partial(job, bench, name) for name in names}
+    seconds = timing.rounds(jobs, settings.rounds, clock=timing.CLOCKS[settings.clock])
     to_floor = {name: timing.ratios(seconds, name, "floor") for name in names}
     where = f"{settings.model}, {settings.resolution} px, batch {settings.batch}, {settings.dtype}"
     timing.show(
         f"training step: {where}, {settings.rounds} rounds, {timing.machine()['threads']} threads",
-        ("variant", "seconds", "/ floor", "peak GB", "trained"),
+        ("variant", f"{settings.clock} seconds", "/ floor", "peak GB", "trained"),
         [
             (
                 name,
@@ -384,6 +388,7 @@ def main() -> int:
             settings.output,
             ["python", "-m", "benchmarks.train_step", *sys.argv[1:]],
             setting=where,
+            clock=settings.clock,
             trained=counts,
             seconds=seconds,
             ratio_to_floor=to_floor,

@@ -18,6 +18,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from . import singlora_fused
+
 INITS = ("kaiming", "offset")
 SIGNATURES = ("positive", "balanced")
 
@@ -96,6 +98,8 @@ class SingLoRA(nn.Module):
 
     def forward(self, base: nn.Linear, x: Tensor) -> Tensor:
         """What the adapted layer answers to x (..., in): base(x) + x dW^T, (..., out) in x.dtype."""
+        if self.A0 is None and singlora_fused.applies(base, x):  # an offset's halves must cancel exactly at the start
+            return singlora_fused.adapted_linear(base, x, self.A, self._middle() * self.scale)
         return torch.add(base(x), self._update(x), alpha=self.scale)
 
     def _update(self, x: Tensor) -> Tensor:

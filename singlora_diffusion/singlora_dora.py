@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import singlora_fused
 from .singlora import SingLoRA
 
 TINY = 1e-24
@@ -46,10 +47,13 @@ class DoraSingLoRA(SingLoRA):
 
     def forward(self, base: nn.Linear, x: Tensor) -> Tensor:
         """x W'^T + bias, (..., out) in x.dtype."""
-        y = base(x)
-        linear = y if base.bias is None else y - base.bias
         ratio = self.magnitude / self.norm(base.weight)
         # As a change of y, so that what has not moved yet answers exactly as the base does, whatever the dtype.
+        if self.A0 is None and self.scale == 1.0 and singlora_fused.applies(base, x):
+            y = singlora_fused.adapted_linear(base, x, self.A, self._middle())
+            return torch.addcmul(y, (ratio - 1).to(x.dtype), y if base.bias is None else y - base.bias)
+        y = base(x)
+        linear = y if base.bias is None else y - base.bias
         change = (ratio - 1).to(x.dtype) * linear + ratio.to(x.dtype) * self._update(x)
         return torch.add(y, change, alpha=self.scale)
 

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LEVELS = (
-    "errors singlora singlora_dora states recipe prompts subjects progress run_log contact_sheet",
+    "errors singlora singlora_fused singlora_dora states recipe prompts subjects progress run_log contact_sheet",
     "inject families toyworld",
     "peft_baselines adapters objective budget formats",
     "checkpoint latents",

@@ -1,0 +1,121 @@
+"""What an adapter costs while pictures are made: base, attached, merged, two adapters, and switching between two.
+
+    python -m benchmarks.sampling --model sd15 --resolution 256 --dtype bfloat16
+
+One call is one UNet forward for a prompt and its negative, as guidance asks for: a picture is as many of them as it has
+steps, whatever the sampler. `two added` is two adapters at once, as one whose factors are set side by side: the rank of
+their exact sum is the sum of their ranks. Switching puts another adapter's tensors in the place of those attached.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from . import timing
+from .train_step import TARGETS, Bench, prepare, rank
+from .train_step import Settings as StepSettings
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Time the UNet's forward pass with and without an adapter."""
+
+    model: Literal["sd15", "sdxl", "tiny"] = "sd15"
+    """Whose shapes."""
+    resolution: int = 256
+    """Pixels per side."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Of the frozen networks."""
+    rounds: int = 3
+    """Times each variant is measured."""
+    clock: Literal["wall", "cpu"] = "wall"
+    """As of benchmarks.train_step."""
+    output: Path | None = None
+    """A JSON file for the figures."""
+
+
+def call(bench: Bench) -> None:
+    """One forward pass."""
+    import torch
+
+    with torch.inference_mode():
+        t = torch.tensor([500], device=bench.device)
+        bench.unet(bench.latents.to(bench.dtype), t, bench.text, **bench.extra)
+
+
+@contextmanager
+def with_adapter(bench: Bench, *, times: int = 1, merged: bool = False, **options: Any) -> Iterator[Callable[[], None]]:
+    from singlora_diffusion import adapters
+    from singlora_diffusion.recipe import AdapterConfig
+
+    config = AdapterConfig(rank=times * rank(bench, "singlora"), targets=TARGETS, **options)
+    adapter = adapters.attach({"unet": bench.unet}, config)
+    adapter.set_step(1)
+    if merged:
+        adapter.merge()
+    yield partial(call, bench)
+    adapter.detach()
+
+
+@contextmanager
+def base(bench: Bench) -> Iterator[Callable[[], None]]:
+    yield partial(call, bench)
+
+
+@contextmanager
+def switching(bench: Bench) -> Iterator[Callable[[], None]]:
+    """From one adapter of the budget's size to another, both in memory."""
+    from singlora_diffusion import adapters
+    from singlora_diffusion.recipe import AdapterConfig
+
+    config = AdapterConfig(rank=rank(bench, "singlora"), targets=TARGETS)
+    adapter = adapters.attach({"unet": bench.unet}, config)
+    other = {name: tensor.clone() for name, tensor in adapter.state_dict().items()}
+    yield partial(adapter.load_state_dict, other)
+    adapter.detach()
+
+
+def main() -> int:
+    import tyro
+
+    settings = tyro.cli(Settings, description=__doc__)
+    bench = prepare(
+        StepSettings(
+            model=settings.model,
+            resolution=settings.resolution,
+            batch=2,
+            dtype=settings.dtype,
+            variants=("floor",),
+        )
+    )
+    clock = timing.CLOCKS[settings.clock]
+    variants: dict[str, timing.Job] = {
+        "base": partial(base, bench),
+        "attached": partial(with_adapter, bench),
+        "attached, dora": partial(with_adapter, bench, dora=True),
+        "merged": partial(with_adapter, bench, merged=True),
+        "two added": partial(with_adapter, bench, times=2),
+    }
+    seconds = timing.rounds(variants, settings.rounds, clock=clock)
+    switch = timing.rounds({"switch": partial(switching, bench)}, settings.rounds, repeats=5, clock=clock)["switch"]
+    to_base = {name: timing.ratios(seconds, name, "base") for name in variants}
+    timing.show(
+        f"forward pass: {settings.model}, {settings.resolution} px, batch 2, {settings.dtype}",
+        ("variant", f"{settings.clock} seconds", "/ base"),
+        [(name, str(timing.spread(seconds[name])), str(to_base[name])) for name in variants],
+    )
+    print(f"switching adapters: {timing.spread([1000 * s for s in switch])} ms")
+    if settings.output is not None:
+        command = ["python", "-m", "benchmarks.sampling", *sys.argv[1:]]
+        timing.write(settings.output, command, seconds=seconds, ratio_to_base=to_base, switching_seconds=switch)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

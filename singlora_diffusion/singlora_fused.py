@@ -1,0 +1,72 @@
+"""The adapted linear layer as one differentiable operation: what `SingLoRA` computes, in fewer passes over the data.
+
+    y = x W^T + b + z U^T,   z = x A[:in],   U = A[:out] * middle
+
+Beside the plain form, which autograd differentiates piece by piece: the update is accumulated into the base's output
+and into its input gradient by the multiplications themselves, A is cast once for both directions, and the two terms of
+A's gradient meet in one buffer instead of two of full size:
+
+    dA[:in] += x^T (dy U)        dA[:out] += (dy^T z) * middle        dx = dy W + (dy U) A[:in]^T
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+
+def applies(base: nn.Linear, x: Tensor) -> bool:
+    """Whether `base` is computed by F.linear with frozen weights and nothing else, in the dtype of x.
+
+    False for quantized layers, layers that are hooked or trained themselves, and under autocast.
+    """
+    hooks = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+    plain = type(base) is nn.Linear and not hooks and "forward" not in vars(base)
+    frozen = not base.weight.requires_grad and (base.bias is None or not base.bias.requires_grad)
+    return plain and frozen and x.dtype == base.weight.dtype and not torch.is_autocast_enabled(x.device.type)
+
+
+def adapted_linear(base: nn.Linear, x: Tensor, a: Tensor, middle: Tensor) -> Tensor:
+    """x (W + dW)^T + b with dW = (A[:out] * middle) A[:in]^T, (..., out); differentiable once, in x and A.
+
+    Args:
+        base: a frozen layer (out, in) for which `applies`.
+        x: (..., in), in the dtype of the base.
+        a: (max(out, in), r), of any dtype.
+        middle: a number or (r,), a constant.
+    """
+    return _AdaptedLinear.apply(x, base.weight, base.bias, a, middle)
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, middle: Tensor) -> Tensor:
+        outs, ins = weight.shape
+        down, up = a[:ins].to(x.dtype), (a[:outs] * middle).to(x.dtype)  # (in, r), (out, r)
+        rows = x.reshape(-1, ins)
+        z = rows @ down
+        y = F.linear(rows, weight, bias).addmm_(z, up.T)
+        ctx.save_for_backward(x, weight, down, up, z, middle)
+        ctx.master = a.dtype
+        return y.view(*x.shape[:-1], outs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, down, up, z, middle = ctx.saved_tensors
+        outs, ins = weight.shape
+        dy_rows = dy.reshape(-1, outs)
+        dz = dy_rows @ up
+        dx = da = None
+        if ctx.needs_input_grad[0]:  # a text encoder's output, cached, needs none
+            dx = (dy_rows @ weight).addmm_(dz, down.T).view(x.shape)
+        if ctx.needs_input_grad[3]:
+            terms = [(dz.T @ x.reshape(-1, ins)).T.to(ctx.master), (z.T @ dy_rows).T.to(ctx.master) * middle]
+            short, long = sorted(terms, key=len)
+            da = long.contiguous()
+            da[: len(short)] += short
+        return dx, None, None, da, None
