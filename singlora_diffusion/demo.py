@@ -10,7 +10,7 @@ import io
 import json
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,11 +107,11 @@ def demo(settings: DemoSettings) -> Path:
     from .generate import generate
 
     generations = _generations(settings, chosen)
+    made: dict[str, list[Path]] = {}  # of the first seed
     for name, generation in generations.items():
-        with contextlib.redirect_stdout(
-            io.StringIO()
-        ):  # its progress bar is on stderr; what to type next is not due yet
+        with contextlib.redirect_stdout(io.StringIO()):  # its progress is on stderr; what to type next is not due yet
             lines = generate(generation)
+        made[name] = [generation.output_dir / line["file"] for line in lines if line["seed"] == lines[0]["seed"]]
         console.print(f"{name}: {len(lines)} pictures in {generation.output_dir}")
 
     _heading(console, 4, "likeness to the subject, agreement with the prompts")
@@ -142,11 +142,14 @@ def demo(settings: DemoSettings) -> Path:
         commands=commands,
     )
     page = report.write(html, out / "report.html")
+    look(references, made, out / "sheet.png")
     console.print()
     console.print(_table(loaded))
     for note in notes:
         console.print(note, style="dim")
-    console.print(f"\n[bold]{page}[/bold] shows all of it ({time.monotonic() - began:.0f} s in all)")
+    console.print(
+        f"\n{out / 'sheet.png'}: at a glance. [bold]{page}[/bold]: all of it ({time.monotonic() - began:.0f} s in all)"
+    )
     console.print(
         'next: singlora train --instance_data_dir MY_DOG --instance_prompt "a photo of sks dog" --output_dir runs/dog',
         markup=False,
@@ -261,6 +264,17 @@ def caveat(loaded: Sequence[Loaded]) -> str:
     return (
         text + "That is beyond the noise of the prompts, not beyond that of subjects and seeds: no claim rests on it."
     )
+
+
+def look(references: Path, made: Mapping[str, Sequence[Path]], path: Path, width: int = 8) -> None:
+    """One sheet: the training pictures, then the first prompts by the base model and by each adapter."""
+    from eval.pictures import open_picture, pictures
+
+    from . import contact_sheet
+
+    folders = {"the training pictures": pictures(references), **made}
+    rows = [[open_picture(picture) for picture in row[:width]] for row in folders.values()]
+    contact_sheet.grid(rows, list(folders)).save(path)
 
 
 def command(verb: str, settings: Any) -> str:
