@@ -1,3 +1,51 @@
-"""SingLoRA for Stable Diffusion: train a subject adapter, generate with it, score it."""
+"""SingLoRA for Stable Diffusion: train a subject adapter, generate with it, score it.
+
+The command is `singlora`. From Python, with `import singlora_diffusion as sd`:
+
+    family = sd.families.load("toyworld")  # or a diffusers folder, or a hub id
+    adapter = sd.attach(family.networks, sd.AdapterConfig(rank=16, text_targets=("q_proj", "v_proj")))
+    optimizer = torch.optim.AdamW(adapter.param_groups(lr=1e-3))  # ... train; adapter.set_step(t) after each step
+    sd.save(adapter, "dog.safetensors", about={"identifier": "sks", "class_noun": "dog"})
+    adapter.detach()  # bit for bit the networks that were loaded
+    sd.load("dog.safetensors", family.networks).set_scale(0.8)  # family.pipeline() and family.sample(...) follow it
+
+`sd.formats` has the rest of the adapter files: export, import_, inspect, add, merge_into. Nothing heavy is imported
+before it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from . import families, formats
+    from .adapters import Adapter, attach
+    from .errors import UserError
+    from .formats import load, save
+    from .recipe import AdapterConfig
+
+__all__ = ["Adapter", "AdapterConfig", "UserError", "attach", "families", "formats", "load", "save"]
+
+_HOMES = {
+    "Adapter": "adapters",
+    "AdapterConfig": "recipe",
+    "UserError": "errors",
+    "attach": "adapters",
+    "load": "formats",
+    "save": "formats",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("families", "formats"):
+        return import_module(f".{name}", __name__)
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -394,7 +394,8 @@ def _warn(text: str) -> None:
 def _report(settings: GenerateSettings, header: Header | None, total: int, made: int, seconds: float) -> None:
     kept = f", {total - made} were there already" if total > made else ""
     pace = f", {seconds / made:.2f} s each" if made else ""
-    print(f"{settings.output_dir}: {made} pictures made{pace}{kept}; see {settings.output_dir / gallery.SHEET}")
+    pictures = "picture" if made == 1 else "pictures"
+    print(f"{settings.output_dir}: {made} {pictures} made{pace}{kept}; see {settings.output_dir / gallery.SHEET}")
     references = str(header.recipe.get("instance_data_dir", "")) if header else ""
     folder, references = (
         shlex.quote(str(settings.output_dir)),

@@ -408,6 +408,12 @@ def test_ordinary_lora_files_are_taken_as_stock_diffusers_takes_them(
         assert difference(answers(networks), answers(theirs)) < 1e-6
         ours.set_scale(0.0)
         assert difference(answers(networks), before) < 1e-6
+        ours.set_scale(0.5)
+        half = answers(networks)
+        ours.merge()
+        ours.merge()
+        assert structure(networks) == modules and difference(answers(networks), half) < 1e-6
+        ours.detach()
         ours.detach()
         assert structure(networks) == modules and difference(answers(networks), before) == 0.0
     with pytest.raises(UserError, match="ordinary LoRA"):
@@ -502,6 +508,29 @@ def test_inspection_gives_the_norms_of_the_dense_updates(networks: Any, tmp_path
     assert "sks [red]do?g" in printed and "\x1b" not in printed and "0.7" in printed
 
 
+@pytest.mark.parametrize("form", ["native", "kohya", "peft"])
+def test_the_table_of_layers_is_not_folded(
+    form: str, networks: Any, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    """Eighty columns, or a pipe: one line per layer, under the whole name of its block."""
+    monkeypatch.setenv("COLUMNS", "80")
+    adapter = trained(networks, EVERY["ramp"])
+    file = tmp_path / "a.safetensors"
+    if form == "native":
+        formats.save(adapter, file)
+    else:
+        formats.export(adapter, form, file)
+    formats.show(formats.inspect(file))
+    lines = capsys.readouterr().out.splitlines()
+    dot, ours = ("_", "lora_unet_") if form == "kohya" else (".", "unet.")
+    block = ours + "mid_block.attentions.0.transformer_blocks.0".replace(".", dot)
+    found = lines.index(block)
+    layer = next(line for line in lines[found:] if line.startswith(f"  attn2{dot}to_k "))
+    assert "64x48" in layer and all(len(line) <= 80 for line in lines if line.startswith(("  ", "layer", ours)))
+    names = [line for line in lines if line.startswith("  ")]
+    assert len(names) == len(adapter.layers()) and not any("W0" in line for line in lines)
+
+
 def test_the_verbs(tiny_model: Path, tmp_path: Path, capsys: Any) -> None:
     family = families.load(str(tiny_model))
     about = {**ABOUT, "base_model": str(tiny_model), "base_hash": family.fingerprint}
@@ -514,6 +543,7 @@ def test_the_verbs(tiny_model: Path, tmp_path: Path, capsys: Any) -> None:
     header = formats.read_header(home)
     assert header.base_hash == family.fingerprint and header.trigger() == "sks dog"
     verbs.inspect(formats.InspectSettings(file=home))
+    assert f"needs the base model: --pretrained_model_name_or_path {tiny_model}" in capsys.readouterr().out
     verbs.add(formats.AddSettings(adapters=(home, str(tmp_path)), output=str(tmp_path / "sum.safetensors")))
     assert formats.read_header(tmp_path / "sum.safetensors").config.rank == 6
     verbs.export(formats.ExportSettings(adapter=home, merge_into=str(tmp_path / "merged")))

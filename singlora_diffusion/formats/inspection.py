@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def inspect(path: str | Path, networks: Mapping[str, nn.Module] | None = None) -
         rows, facts = _native(index, networks)
     else:
         rows = [] if found.kind == recognition.UNKNOWN else _foreign(found, networks)
-        facts = {key: text for key, text in sorted(index.metadata.items())}
+        facts = {key: text for key, text in sorted(index.metadata.items()) if key != "format"}
     facts = {key: shown(text, 300) for key, text in facts.items() if text}
     return Report(index.path, found.kind, found.form, found.note, rows, facts)
 
@@ -182,23 +183,49 @@ def _norms(change: Tensor, weight: Tensor) -> tuple[float, float]:
     return update, update / base if base else 0.0
 
 
-def show(report: Report) -> None:
-    """Print a report."""
-    from rich.console import Console
-    from rich.table import Column, Table
-    from rich.text import Text
+KINDS = {
+    recognition.NATIVE: "an adapter of singlora-diffusion",
+    recognition.SINGLORA: "a SingLoRA of another program ({form}); `singlora import` makes it one of ours",
+    recognition.DISGUISED: "a LoRA ({form}) whose pairs are SingLoRAs; `singlora import` makes it one of ours",
+    recognition.LORA: "a LoRA ({form})",
+    recognition.UNKNOWN: "not an adapter that this program reads",
+}
+HEADS = ("layer", "weight", "rank", "alpha", "stored", "‖dW‖", "‖dW‖/‖W0‖")
+IN_A_BLOCK = re.compile(r"(.+(?:transformer_blocks|layers)[._]\d+)[._](.+)")
 
-    console = Console()
-    console.print(Text(f"{report.path}: {report.kind}" + (f", {report.form}" if report.form else "")), style="bold")
+
+def show(report: Report) -> None:
+    """Print a report: what it is, then a table of its layers under the names of the blocks they stand in."""
+    print(f"{report.path}: {KINDS[report.kind].format(form=report.form)}")
     for line in [report.note, *(f"{key}: {value}" for key, value in report.facts.items())]:
         if line:
-            console.print(Text(line), soft_wrap=True)
-    if not report.rows:
-        return
-    table = Table(Column("layer", overflow="fold"), "weight", "rank", "alpha", "stored", "‖dW‖", "‖dW‖/‖W0‖")
+            print(line)
+    blocks: dict[str, list[tuple[str, ...]]] = {}
     for row in report.rows:
-        shape = "" if row.shape is None else "x".join(map(str, row.shape))
-        numbers = [("" if value is None else f"{value:.4g}") for value in (row.update, row.relative)]
-        alpha = "" if row.alpha is None else f"{row.alpha:g}"
-        table.add_row(Text(row.name), shape, str(row.rank or ""), alpha, row.dtype, *numbers)
-    console.print(table)
+        split = IN_A_BLOCK.fullmatch(row.name)
+        block, name = split.groups() if split else ("", row.name)
+        blocks.setdefault(block, []).append((f"  {name}" if block else name, *_cells(row)))
+    if not blocks:
+        return
+    by_column = zip(*(cells for block in blocks.values() for cells in block), strict=True)
+    # A column in which nothing stands gets width 0: it is left out.
+    widths = [max(map(len, (head, *cells))) if any(cells) else 0 for head, cells in zip(HEADS, by_column, strict=True)]
+    print(f"\n{_line(HEADS, widths)}")
+    for name, block in blocks.items():
+        if name:
+            print(name)
+        for cells in block:
+            print(_line(cells, widths))
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    shape = "" if row.shape is None else "x".join(map(str, row.shape))
+    numbers = [("" if value is None else f"{value:.4g}") for value in (row.update, row.relative)]
+    alpha = "" if row.alpha is None else f"{row.alpha:g}"
+    return shape, str(row.rank or ""), alpha, row.dtype, *numbers
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    # Not rich's table: that folds names where a terminal is narrow, or is none.
+    first, *others = zip(cells, widths, strict=True)
+    return "  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others if width)]).rstrip()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import ConfigMixin, StableDiffusionPipeline
+from diffusers import ConfigMixin, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
@@ -130,16 +130,29 @@ def load(path: Path, networks: Mapping[str, nn.Module]) -> None:
 def pipeline(networks: Mapping[str, nn.Module]) -> StableDiffusionPipeline:
     """A pipeline around nothing but the networks: enough to load and unload LoRA weights."""
     with quiet():
+        # load_lora_weights asks the UNet even where the file is about the text encoder alone.
+        unet = networks["unet"] if "unet" in networks else _smallest_unet()
         return StableDiffusionPipeline(
             vae=None,
             text_encoder=networks.get("text_encoder"),
             tokenizer=None,
-            unet=networks.get("unet"),
+            unet=unet,
             scheduler=None,
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
         )
+
+
+def _smallest_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        block_out_channels=(2,),
+        down_block_types=("DownBlock2D",),
+        mid_block_type=None,
+        up_block_types=("UpBlock2D",),
+        layers_per_block=1,
+        norm_num_groups=1,
+    )
 
 
 def _layer_difference(layer: nn.Module, base: nn.Linear, update: Tensor, pair: tuple[Tensor, Tensor] | None) -> float:

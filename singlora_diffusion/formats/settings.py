@@ -69,7 +69,7 @@ class AddSettings:
     """Run folders or adapter files."""
     output: str
     """The adapter file to write, `.safetensors`."""
-    scales: tuple[float, ...] = ()
-    """One factor per adapter. Empty: 1 for each."""
+    scale: tuple[float, ...] = (1.0,)
+    """A factor for all adapters, or one for each."""
     overwrite: bool = False
     """Replace `output` if it exists."""

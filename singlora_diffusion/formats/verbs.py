@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from .. import families
@@ -68,12 +69,17 @@ def inspect(settings: InspectSettings) -> None:
     """`singlora inspect`."""
     base = settings.pretrained_model_name_or_path
     networks = families.load(base).networks if base else None
-    inspection.show(inspection.inspect(settings.file, networks))
+    report = inspection.inspect(settings.file, networks)
+    inspection.show(report)
+    if report.rows and networks is None:
+        model = report.facts.get("base model", "MODEL")
+        print(f"note: ‖dW‖/‖W0‖ needs the base model: --pretrained_model_name_or_path {shlex.quote(model)}")
 
 
 def add(settings: AddSettings) -> None:
     """`singlora add`."""
-    header = arithmetic.add(settings.adapters, settings.output, settings.scales or None, overwrite=settings.overwrite)
+    scales = settings.scale * len(settings.adapters) if len(settings.scale) == 1 else settings.scale
+    header = arithmetic.add(settings.adapters, settings.output, scales, overwrite=settings.overwrite)
     print(f"wrote {settings.output} (singlora, rank {header.config.rank}, {header.config.signature})")
 
 
