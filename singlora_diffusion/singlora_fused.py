@@ -65,8 +65,8 @@ class _AdaptedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:  # a text encoder's output, cached, needs none
             dx = (dy_rows @ weight).addmm_(dz, down.T).view(x.shape)
         if ctx.needs_input_grad[3]:
-            terms = [(dz.T @ x.reshape(-1, ins)).T.to(ctx.master), (z.T @ dy_rows).T.to(ctx.master) * middle]
+            terms = [(x.reshape(-1, ins).T @ dz).to(ctx.master), (dy_rows.T @ z).to(ctx.master) * middle]
             short, long = sorted(terms, key=len)
-            da = long.contiguous()
+            da = long
             da[: len(short)] += short
         return dx, None, None, da, None
