@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 LABELS = {"singlora": "SingLoRA", "lora": "LoRA", "lora+": "LoRA+", "dora": "DoRA", "oft": "OFT", "lokr": "LoKr"}
 BASE, REAL = "base model", "real pictures"
 IDENTIFIER = "sks"
+RATE = 2e-3
 RATES: dict[Method, float] = {"singlora": 3e-3}
-"""Where a method's best rate on the tuning subjects is not 2e-3."""
+"""Where a method did better on the tuning subjects at another rate than `RATE`."""
 
 
 @dataclass(frozen=True)
@@ -301,7 +302,7 @@ def _recipe(settings: DemoSettings, subject: Subject, method: Method, rank: int)
         method=method,
         rank=rank,
         max_train_steps=settings.max_train_steps,
-        learning_rate=settings.learning_rate or RATES.get(method, 2e-3),
+        learning_rate=settings.learning_rate or RATES.get(method, RATE),
         seed=settings.seed,
         validation_steps=0,
         checkpointing_steps=0,

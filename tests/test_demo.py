@@ -76,7 +76,9 @@ def test_adapters_of_equal_size_on_the_same_terms(done: SimpleNamespace) -> None
         assert f"trains {sizes[method]:,} parameters" in done.said
     assert sizes["singlora"] == pytest.approx(sizes["lora"], rel=0.06)  # the nearest whole rank
     differing = {key for key, value in headers["lora"].recipe.items() if value != headers["singlora"].recipe[key]}
-    assert differing == {"method", "rank", "output_dir"}
+    assert differing == {"method", "rank", "output_dir", "learning_rate"}
+    rates = {method: header.recipe["learning_rate"] for method, header in headers.items()}
+    assert rates == {"singlora": demo.RATES["singlora"], "lora": demo.RATE}  # each at its own tuned one
 
 
 def test_same_prompts_and_seeds_for_every_column(done: SimpleNamespace) -> None:

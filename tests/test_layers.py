@@ -24,7 +24,7 @@ LEVELS = (
 LEVEL = {unit: number for number, units in enumerate(LEVELS) for unit in units.split()}
 
 ONLY_IN = {
-    "peft": ("singlora_diffusion.peft_baselines",),
+    "peft": ("singlora_diffusion.peft_baselines", "benchmarks."),  # measured as its users use it
     "open_clip": ("eval.features", "singlora_diffusion.toyworld."),
     "timm": ("eval.features", "singlora_diffusion.toyworld."),
 }
