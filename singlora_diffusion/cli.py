@@ -113,6 +113,8 @@ def run(name: str, arguments: list[str]) -> int:
     except UserError as error:
         print(f"singlora {name}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read our output has seen enough, as in `singlora inspect FILE | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or flushing at exit would complain again
     except KeyboardInterrupt:
         print(f"singlora {name}: interrupted", file=sys.stderr)
         return 130

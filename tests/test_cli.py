@@ -224,3 +224,17 @@ def test_mistakes_leave_nothing_behind(cases: dict[str, Case], answers: dict[str
     trained = Path(cases["old adapter in the way"].words[-1])
     assert (trained / "adapter.safetensors").read_bytes() == b"precious"
     assert [path.name for path in trained.iterdir()] == ["adapter.safetensors"]
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
+    script = (
+        "import sys; from singlora_diffusion import cli; cli.VERBS['x'] = cli.Verb("
+        "'singlora_diffusion.formats.settings:InspectSettings', 'os:abort', ''); "
+        "cli._find = lambda place, find=cli._find: find(place) if 'Settings' in place else "
+        "(lambda settings: [print('line ' * 20) for _ in range(100_000)]); sys.exit(cli.run('x', ['file']))"
+    )
+    command = f'{sys.executable} -c "$SCRIPT" | head -1; echo ${{PIPESTATUS[0]}}'
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, timeout=60, env={**os.environ, "SCRIPT": script}
+    )
+    assert done.stdout.splitlines()[-1] == "0" and done.stderr == ""
