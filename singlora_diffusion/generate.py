@@ -340,18 +340,11 @@ def _sampled(
     """The pictures of the lines in order, with a progress bar."""
     import torch
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
-    columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as progress:
-        task = progress.add_task("", total=len(todo))
+    from .progress import bar
+
+    with bar(Console(stderr=True), transient=True, disable=quiet) as progress:
+        task = progress.add_task("generating", total=len(todo))
         for start in range(0, len(todo), settings.batch_size):
             batch = todo[start : start + settings.batch_size]
             first = batch[0]

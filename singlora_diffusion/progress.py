@@ -7,8 +7,25 @@ from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress
 
 T = TypeVar("T")
+
+
+def bar(console: Console, *, transient: bool = False, disable: bool = False) -> Progress:
+    """The bar itself, for work that does not advance by one item at a time."""
+    from rich import progress
+
+    return progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
+        console=console,
+        transient=transient,
+        disable=disable,
+    )
 
 
 def track(sequence: Sequence[T], what: str, console: Console, total: int | None = None) -> Iterator[T]:
@@ -17,18 +34,9 @@ def track(sequence: Sequence[T], what: str, console: Console, total: int | None 
     Args:
         total: of a job of which `sequence` is the rest. None: `sequence` is all of it.
     """
-    from rich import progress
-
-    columns = (
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TimeElapsedColumn(),
-        progress.TimeRemainingColumn(),
-    )
     total = len(sequence) if total is None else total
-    with progress.Progress(*columns, console=console) as bar:
-        task = bar.add_task(what, total=total, completed=total - len(sequence))
+    with bar(console) as shown:
+        task = shown.add_task(what, total=total, completed=total - len(sequence))
         for item in sequence:
             yield item
-            bar.advance(task)
+            shown.advance(task)

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -20,7 +22,7 @@ from safetensors.torch import save_file
 from . import architecture, autoencoding, denoising, encoders, world
 from .fitting import console
 
-STAGES = ("pictures", "autoencoder", "denoiser", "reader", "clip", "dino", "package")
+Stage = Literal["pictures", "autoencoder", "denoiser", "reader", "clip", "dino", "package"]
 HELD_OUT = 900_000  # picture seeds from here on are never trained on
 
 
@@ -32,7 +34,7 @@ class Pretraining:
     """Pictures, checkpoints and sheets."""
     output_dir: Path = Path(__file__).parent / "weights"
     """Where the finished weights are put."""
-    stages: tuple[str, ...] = STAGES
+    stages: tuple[Stage, ...] = get_args(Stage)
     """What to do, of: pictures autoencoder denoiser reader clip dino package."""
     pictures: int = 40_000
     """Rendered for the pipeline, the reader and CLIP."""
@@ -54,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     settings.work_dir.mkdir(parents=True, exist_ok=True)
     for stage in settings.stages:
         console.rule(stage)
-        globals()[f"make_{stage}"](settings)
+        STAGES[stage](settings)
 
 
 def make_pictures(settings: Pretraining) -> None:
@@ -196,6 +198,17 @@ def _write(model: torch.nn.Module, folder: Path, weights: str, config_name: str,
     save_file(state, folder / f"{weights}.new", {"format": "pt"})
     os.replace(folder / f"{weights}.new", folder / weights)
     (folder / config_name).write_text(json.dumps(config, indent=2))
+
+
+STAGES: dict[Stage, Callable[[Pretraining], None]] = {
+    "pictures": make_pictures,
+    "autoencoder": make_autoencoder,
+    "denoiser": make_denoiser,
+    "reader": make_reader,
+    "clip": make_clip,
+    "dino": make_dino,
+    "package": make_package,
+}
 
 
 if __name__ == "__main__":
