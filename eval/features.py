@@ -102,8 +102,11 @@ def openai_vit_b32(source: str | None, device: str, batch_size: int) -> Encoder:
         import open_clip
         from torch import nn
 
+        from .zero_start import ZeroStart
+
         name = "ViT-B-32-quickgelu"  # the plain name runs GELU with these weights, and says nothing for a local file
-        model = open_clip.create_model(name, pretrained=str(weights), precision="fp32")
+        with ZeroStart():
+            model = open_clip.create_model(name, pretrained=str(weights), precision="fp32")
         activations = {type(module) for module in model.modules() if "GELU" in type(module).__name__}
         if nn.GELU in activations or len(activations) != 1:
             raise RuntimeError(f"OpenAI's CLIP needs QuickGELU, not {activations}")
@@ -126,7 +129,10 @@ def dino_vit_s16(source: str | None, device: str, batch_size: int) -> Encoder:
         import timm
         from safetensors.torch import load_file
 
-        model = timm.create_model("vit_small_patch16_224.dino", pretrained=False, num_classes=0)
+        from .zero_start import ZeroStart
+
+        with ZeroStart():
+            model = timm.create_model("vit_small_patch16_224.dino", pretrained=False, num_classes=0)
         model.load_state_dict(load_file(weights), strict=True)
         return _Model(model.to(torch_device(device)).eval())
 

@@ -172,6 +172,24 @@ def test_dreambooth_v1_dino_is_the_class_token(tmp_path: Path) -> None:
     assert expected.shape == (1, 384) and np.allclose(ours.images([picture]), expected, atol=1e-6)
 
 
+def test_networks_start_at_zero_and_draw_nothing() -> None:
+    import torch
+    from torch import nn
+
+    from eval.zero_start import ZeroStart
+
+    before = torch.get_rng_state()
+    with ZeroStart():
+        network = nn.ModuleList([nn.Linear(3, 4), nn.Conv2d(3, 4, 2), nn.Embedding(3, 4), nn.LayerNorm(4)])
+        for fill in (nn.init.xavier_uniform_, nn.init.trunc_normal_, nn.init.normal_):
+            assert not fill(torch.ones(3, 4)).any()
+    assert torch.equal(torch.get_rng_state(), before)
+    *drawn, norm = network
+    assert not any(parameter.any() for layer in drawn for parameter in layer.parameters())
+    assert norm.weight.eq(1).all()  # what is not drawn is as it was
+    assert nn.Linear(3, 4).weight.all()
+
+
 # --- missing and misfitting files ------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LEVELS = (
-    "errors singlora singlora_fused singlora_dora states recipe prompts subjects progress run_log contact_sheet",
+    "cpu_layers errors singlora singlora_fused singlora_dora states recipe prompts subjects progress run_log contact_sheet",
     "inject families toyworld",
     "peft_baselines adapters objective budget formats",
     "checkpoint latents",
@@ -25,8 +25,8 @@ LEVEL = {unit: number for number, units in enumerate(LEVELS) for unit in units.s
 
 ONLY_IN = {
     "peft": ("singlora_diffusion.peft_baselines", "benchmarks."),  # measured as its users use it
-    "open_clip": ("eval.features", "singlora_diffusion.toyworld."),
-    "timm": ("eval.features", "singlora_diffusion.toyworld."),
+    "open_clip": ("eval.features", "singlora_diffusion.toyworld.", "benchmarks."),
+    "timm": ("eval.features", "singlora_diffusion.toyworld.", "benchmarks."),
 }
 SETTINGS = ("singlora_diffusion.cli", "singlora_diffusion.recipe", "singlora_diffusion.formats.settings")
 SETTINGS += ("singlora_diffusion.generate", "singlora_diffusion.budget", "singlora_diffusion.toyworld.verb")
