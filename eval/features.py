@@ -110,7 +110,9 @@ def openai_vit_b32(source: str | None, device: str, batch_size: int) -> Encoder:
         activations = {type(module) for module in model.modules() if "GELU" in type(module).__name__}
         if nn.GELU in activations or len(activations) != 1:
             raise RuntimeError(f"OpenAI's CLIP needs QuickGELU, not {activations}")
-        return _clip_model(model, open_clip.get_tokenizer(name), device)
+        where = torch_device(device)
+        model.to(where).eval()
+        return _Model(model.encode_image, _texts_without_padding(model, open_clip.get_tokenizer(name), where))
 
     preprocessing = Preprocessing(224, 224, CLIP_MEAN, CLIP_STD)
     about = {
@@ -315,6 +317,25 @@ def _clip_model(model: Any, tokenizer: Callable[[list[str]], Any], device: str) 
     model.to(where).eval()
     # The evaluator's own tokenizer: a token that training added would move the end mark that CLIP reads at.
     return _Model(model.encode_image, lambda lines: model.encode_text(tokenizer(lines).to(where)))
+
+
+def _texts_without_padding(model: Any, tokenizer: Callable[[list[str]], Any], where: str) -> Callable[[list[str]], Any]:
+    """A causal CLIP's text encoder, as far as the longest line reaches: a fifth of the work for prompts of 14 tokens.
+
+    CLIP reads a text at its end mark, and what is computed there depends on nothing that follows.
+    """
+    from torch.func import functional_call
+
+    def encode(lines: list[str]) -> Any:
+        tokens = tokenizer(lines).to(where)
+        length = int(tokens.argmax(dim=-1).max()) + 1  # the end mark has the highest id
+        shorter = {
+            "positional_embedding": model.positional_embedding[:length],
+            "attn_mask": model.attn_mask[:length, :length],
+        }
+        return functional_call(model, shorter, (), {"text": tokens[:, :length]})[1]  # of images, texts and their scale
+
+    return encode
 
 
 def _unit_vectors(encode: Callable[[Any], Any], batches: Iterable[Any]) -> Vectors:

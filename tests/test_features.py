@@ -156,6 +156,24 @@ def test_dreambooth_v1_clip_has_quickgelu_and_512_dimensions(tmp_path: Path) -> 
     assert not np.allclose(vector, of_plain_model(nn.GELU()), atol=1e-4)
 
 
+@pytest.mark.usefixtures("small_openai_clip")
+def test_dreambooth_v1_texts_are_those_with_all_their_padding(tmp_path: Path) -> None:
+    import open_clip
+    import torch
+    from safetensors.torch import save_file
+
+    name = "ViT-B-32-quickgelu"
+    model = open_clip.create_model(name).eval()
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, tmp_path / "clip.safetensors")
+    lines = ["a dog", "", "a photo of a dog in the snow", "a very " + 90 * "very " + "good dog", "a cat"]
+    with torch.inference_mode():
+        expected = model.encode_text(open_clip.get_tokenizer(name)(lines), normalize=True).numpy()
+    for size in (1, 3, 5):
+        ours = encoder("dreambooth-v1", "clip", str(tmp_path / "clip.safetensors"), batch_size=size)
+        assert ours.texts is not None and np.allclose(ours.texts(lines), expected, atol=1e-6)
+    assert np.abs(expected[0] - expected[4]).max() > 1e-3
+
+
 def test_dreambooth_v1_dino_is_the_class_token(tmp_path: Path) -> None:
     import timm
     import torch
