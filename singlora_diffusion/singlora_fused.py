@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from .cpu_layers import CpuLinear, product_dtype
+
 
 def applies(base: nn.Linear, x: Tensor) -> bool:
     """Whether `base` is computed by F.linear with frozen weights and nothing else, in the dtype of x.
@@ -25,7 +27,7 @@ def applies(base: nn.Linear, x: Tensor) -> bool:
     False for quantized layers, layers that are hooked or trained themselves, and under autocast.
     """
     hooks = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
-    plain = type(base) is nn.Linear and not hooks and "forward" not in vars(base)
+    plain = type(base) in (nn.Linear, CpuLinear) and not hooks and "forward" not in vars(base)
     frozen = not base.weight.requires_grad and (base.bias is None or not base.bias.requires_grad)
     return plain and frozen and x.dtype == base.weight.dtype and not torch.is_autocast_enabled(x.device.type)
 
@@ -39,34 +41,37 @@ def adapted_linear(base: nn.Linear, x: Tensor, a: Tensor, middle: Tensor) -> Ten
         a: (max(out, in), r), of any dtype.
         middle: a number or (r,), a constant.
     """
-    return _AdaptedLinear.apply(x, base.weight, base.bias, a, middle)
+    wide = product_dtype(x, base.weight, x.shape[:-1].numel()) if isinstance(base, CpuLinear) else x.dtype
+    return _AdaptedLinear.apply(x, base.weight, base.bias, a, middle, wide)
 
 
 class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, middle: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, middle: Tensor, wide: torch.dtype
+    ) -> Tensor:
         outs, ins = weight.shape
-        down, up = a[:ins].to(x.dtype), (a[:outs] * middle).to(x.dtype)  # (in, r), (out, r)
-        rows = x.reshape(-1, ins)
+        down, up = a[:ins].to(wide), (a[:outs] * middle).to(wide)  # (in, r), (out, r)
+        rows = x.reshape(-1, ins).to(wide)
         z = rows @ down
-        y = F.linear(rows, weight, bias).addmm_(z, up.T)
+        y = F.linear(rows, weight.to(wide), None if bias is None else bias.to(wide)).addmm_(z, up.T)
         ctx.save_for_backward(x, weight, down, up, z, middle)
-        ctx.master = a.dtype
-        return y.view(*x.shape[:-1], outs)
+        ctx.master, ctx.wide = a.dtype, wide
+        return y.to(x.dtype).view(*x.shape[:-1], outs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, down, up, z, middle = ctx.saved_tensors
         outs, ins = weight.shape
-        dy_rows = dy.reshape(-1, outs)
+        dy_rows = dy.reshape(-1, outs).to(ctx.wide)
         dz = dy_rows @ up
         dx = da = None
         if ctx.needs_input_grad[0]:  # a text encoder's output, cached, needs none
-            dx = (dy_rows @ weight).addmm_(dz, down.T).view(x.shape)
+            dx = (dy_rows @ weight.to(ctx.wide)).addmm_(dz, down.T).to(x.dtype).view(x.shape)
         if ctx.needs_input_grad[3]:
-            terms = [(x.reshape(-1, ins).T @ dz).to(ctx.master), (dy_rows.T @ z).to(ctx.master) * middle]
+            terms = [(x.reshape(-1, ins).to(ctx.wide).T @ dz).to(ctx.master), (dy_rows.T @ z).to(ctx.master) * middle]
             short, long = sorted(terms, key=len)
             da = long
             da[: len(short)] += short
-        return dx, None, None, da, None
+        return dx, None, None, da, None, None

@@ -12,7 +12,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LEVELS = (
-    "cpu_layers errors singlora singlora_fused singlora_dora states recipe prompts subjects progress run_log contact_sheet",
+    "cpu_layers singlora_fused singlora singlora_dora "
+    "errors states recipe prompts subjects progress run_log contact_sheet",
     "inject families toyworld",
     "peft_baselines adapters objective budget formats",
     "checkpoint latents",

@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from .. import cpu_layers
 from ..errors import UserError
 
 SAMPLERS = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler, "euler": EulerDiscreteScheduler}
@@ -237,7 +238,7 @@ def _part(kind: Any, folder: Path, device: str, **precision: torch.dtype) -> Any
     missing = sorted(report["missing_keys"])
     if missing:  # the libraries would leave them random
         raise ValueError(f"{folder.name} lacks {len(missing)} tensors, {missing[0]} for one")
-    return module.requires_grad_(False).eval().to(device)
+    return cpu_layers.prepare(module.requires_grad_(False).eval().to(device))
 
 
 def _scheduler(folder: Path) -> Any:

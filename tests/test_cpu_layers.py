@@ -1,0 +1,160 @@
+"""The forms a CPU is quick at answer as the stock layers do, in both directions, and leave everything else alone."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from torch import Tensor, nn
+
+from singlora_diffusion import adapters, cpu_layers, families
+from singlora_diffusion.recipe import AdapterConfig
+from singlora_diffusion.singlora import SingLoRA
+
+CONVOLUTIONS = {
+    "3x3": dict(kernel_size=3, padding=1),
+    "halving": dict(kernel_size=3, padding=1, stride=2),
+    "1x1": dict(kernel_size=1),
+    "lopsided": dict(kernel_size=(3, 1), padding=(2, 0), stride=(1, 2), dilation=(2, 1)),
+    "no bias": dict(kernel_size=3, bias=False),
+}
+
+
+@pytest.fixture(autouse=True)
+def everything_is_worth_it(monkeypatch) -> None:
+    """On a CPU without matrix units, and as though every layer were large enough."""
+    monkeypatch.setattr(cpu_layers, "quick_at_bfloat16", lambda: False)
+    monkeypatch.setattr(cpu_layers, "ENOUGH_ROWS", 1)
+    monkeypatch.setattr(cpu_layers, "ENOUGH_WEIGHT", 1)
+    monkeypatch.setattr(cpu_layers, "PART", 50)  # so that weights fall into many parts
+
+
+def both_ways(layer: nn.Module, x: Tensor) -> list[Tensor]:
+    """The answer to x, and the gradient in x of a loss that weighs every output differently; in float64."""
+    x = x.clone().requires_grad_()
+    y = layer(x)
+    loss = (y.double() * torch.linspace(-1, 1, y.numel(), dtype=torch.float64).reshape(y.shape)).sum()
+    (dx,) = torch.autograd.grad(loss, x)
+    assert y.dtype == dx.dtype == x.dtype
+    return [y.detach().double(), dx.double()]
+
+
+def held(layer: nn.Module, x: Tensor, dtype: torch.dtype, tolerance: float) -> None:
+    """`prepare` changes no answer of a frozen layer by more than `tolerance` of its largest, against float64."""
+    layer = layer.to(dtype).requires_grad_(False)
+    true = both_ways(copy.deepcopy(layer).double(), x.to(dtype).double())
+    for found, expected in zip(both_ways(cpu_layers.prepare(layer), x.to(dtype)), true, strict=True):
+        assert found.shape == expected.shape
+        assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), ((torch.float64, 1e-13), (torch.float32, 2e-6), (torch.bfloat16, 5e-3))
+)
+@pytest.mark.parametrize("small", (0, 1e9), ids=("as convolution", "as product"))
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_convolutions(kind, small, dtype, tolerance, monkeypatch) -> None:
+    monkeypatch.setattr(cpu_layers, "SMALL_MAP", small)
+    torch.manual_seed(0)
+    layer = nn.Conv2d(6, 10, **CONVOLUTIONS[kind])
+    layers = nn.Sequential(layer)
+    held(layers, torch.randn(2, 6, 7, 5), dtype, tolerance)
+    assert type(layers[0]) is cpu_layers.CpuConv2d
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), ((torch.float32, 2e-6), (torch.bfloat16, 5e-3)))
+@pytest.mark.parametrize("bias", (True, False))
+def test_linear_layers(bias, dtype, tolerance) -> None:
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(24, 16, bias=bias))
+    held(layers, torch.randn(2, 3, 24), dtype, tolerance)
+    assert type(layers[0]) is cpu_layers.CpuLinear
+
+
+def test_bfloat16_is_rounded_once() -> None:
+    """Each answer is the bfloat16 number next to the true one."""
+    torch.manual_seed(0)
+    layer = nn.Linear(512, 256).bfloat16().requires_grad_(False)
+    x = torch.randn(64, 512).bfloat16()
+    true = nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double())
+    answer = cpu_layers.prepare(nn.Sequential(layer))(x).double()
+    assert ((answer - true).abs() <= 2**-8 * true.abs() + 1e-5).all()
+
+
+@pytest.mark.parametrize("text", (None, 32))
+def test_attention(text) -> None:
+    torch.manual_seed(0)
+    attention = Attention(query_dim=16, cross_attention_dim=text, heads=2, dim_head=8)
+    attention = attention.bfloat16().requires_grad_(False)
+    stock = copy.deepcopy(attention).double()
+    x = torch.randn(2, 9, 16).bfloat16()
+    words = {} if text is None else {"encoder_hidden_states": torch.randn(2, 5, text).bfloat16()}
+    mask = torch.zeros(2, 1, 5 if text else 9).bfloat16()
+    mask[..., -1] = -10_000
+    true = stock(x.double(), **{k: v.double() for k, v in words.items()}, attention_mask=mask.double())
+    found = cpu_layers.prepare(attention)(x, **words, attention_mask=mask)
+    assert type(attention.processor) is cpu_layers.CpuAttnProcessor
+    assert found.dtype == torch.bfloat16
+    assert (found.double() - true).abs().max() <= 0.02 * true.abs().max()
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_an_adapted_layer_computes_as_its_base_does(dtype) -> None:
+    torch.manual_seed(0)
+    base = nn.Linear(24, 16).to(dtype).requires_grad_(False)
+    delta = SingLoRA(base, 3, 3.0)
+    wanted = copy.deepcopy(base).double()
+    wanted.weight += delta.delta_weight(wanted.weight)
+    cpu_layers.prepare(nn.Sequential(base))
+    x = torch.randn(5, 24).to(dtype)
+    found, true = both_ways(lambda x: delta(base, x), x), both_ways(wanted, x.double())
+    for one, other in zip(found, true, strict=True):
+        assert (one - other).abs().max() <= (1e-6 if dtype == torch.float32 else 5e-3) * other.abs().max()
+
+
+def test_what_is_not_plain_and_frozen_computes_as_before(monkeypatch) -> None:
+    class Other(nn.Linear):
+        pass
+
+    network = nn.Sequential(Other(4, 4), nn.Conv2d(4, 4, 1, groups=2), nn.Conv2d(4, 4, 3, padding="same"))
+    kinds = [type(layer) for layer in network]
+    assert [type(layer) for layer in cpu_layers.prepare(network)] == kinds
+
+    trained = cpu_layers.prepare(nn.Sequential(nn.Conv2d(4, 4, 3), nn.Linear(4, 4))).bfloat16()
+    trained(torch.randn(2, 4, 3, 6).bfloat16()).sum().backward()
+    assert all(parameter.grad is not None for parameter in trained.parameters())
+
+    def never(*args) -> None:
+        raise AssertionError("used")
+
+    frozen = trained.requires_grad_(False).float()
+    monkeypatch.setattr(cpu_layers, "_product", never)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert frozen(torch.randn(2, 4, 3, 6)).dtype == torch.bfloat16
+    with pytest.raises(AssertionError):
+        frozen(torch.randn(2, 4, 3, 6))
+
+
+def test_a_loaded_model_is_prepared_and_keeps_its_names(tiny_model, monkeypatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu_layers, "prepare", lambda network: network)
+        stock = families.load(str(tiny_model), "float32", "cpu")
+    model = families.load(str(tiny_model), "float32", "cpu")
+    layers = [layer for layer in model.unet.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    assert {type(layer) for layer in layers} == {cpu_layers.CpuLinear, cpu_layers.CpuConv2d}
+    for name, tensor in stock.unet.state_dict().items():
+        assert torch.equal(model.unet.state_dict()[name], tensor)
+    assert {type(p) for p in stock.unet.attn_processors.values()} == {AttnProcessor2_0}
+
+    x = torch.randn(1, model.unet.config.in_channels, 8, 8)
+    for family in (stock, model):  # attaching finds the same layers, and detaching leaves what was there
+        before = family.unet.attn_processors
+        adapter = adapters.attach(family.networks, AdapterConfig(rank=2))
+        adapter.detach()
+        assert family.unet.attn_processors == before
+    with torch.inference_mode():
+        text = model.encode_prompts(["a dog"])
+        answers = [family.predict(x, torch.tensor([500]), text) for family in (stock, model)]
+    torch.testing.assert_close(*answers, rtol=1e-4, atol=1e-4)
