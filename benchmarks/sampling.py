@@ -3,8 +3,9 @@
     python -m benchmarks.sampling --model sd15 --resolution 256 --dtype bfloat16
 
 One call is one UNet forward for a prompt and its negative, as guidance asks for: a picture is as many of them as it has
-steps, whatever the sampler. `two added` is two adapters at once, as one whose factors are set side by side: the rank of
-their exact sum is the sum of their ranks. Switching puts another adapter's tensors in the place of those attached.
+steps, whatever the sampler. `base` is as this package loads it, `stock base` as diffusers does. `two added` is two
+adapters at once, as one whose factors are set side by side: the rank of their exact sum is the sum of their ranks.
+Switching puts another adapter's tensors in the place of those attached.
 """
 
 from __future__ import annotations
@@ -18,19 +19,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 from . import timing
-from .train_step import TARGETS, Bench, prepare, rank
-from .train_step import Settings as StepSettings
+from .networks import TARGETS, Bench, Model, Precision, prepare
+
+BUDGET = 8
+"""The rank of LoRA whose number of parameters the adapters have."""
 
 
 @dataclass(frozen=True)
 class Settings:
     """Time the UNet's forward pass with and without an adapter."""
 
-    model: Literal["sd15", "sdxl", "tiny"] = "sd15"
+    model: Model = "sd15"
     """Whose shapes."""
     resolution: int = 256
     """Pixels per side."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    dtype: Precision = "bfloat16"
     """Of the frozen networks."""
     rounds: int = 3
     """Times each variant is measured."""
@@ -40,13 +43,13 @@ class Settings:
     """A JSON file for the figures."""
 
 
-def call(bench: Bench) -> None:
+def call(bench: Bench, unet: Any) -> None:
     """One forward pass."""
     import torch
 
     with torch.inference_mode():
         t = torch.tensor([500], device=bench.device)
-        bench.unet(bench.latents.to(bench.dtype), t, bench.text, **bench.extra)
+        unet(bench.latents.to(bench.dtype), t, bench.text, **bench.extra)
 
 
 @contextmanager
@@ -54,18 +57,18 @@ def with_adapter(bench: Bench, *, times: int = 1, merged: bool = False, **option
     from singlora_diffusion import adapters
     from singlora_diffusion.recipe import AdapterConfig
 
-    config = AdapterConfig(rank=times * rank(bench, "singlora"), targets=TARGETS, **options)
-    adapter = adapters.attach({"unet": bench.unet}, config)
+    config = AdapterConfig(rank=times * bench.rank("singlora", BUDGET), targets=TARGETS, **options)
+    adapter = adapters.attach({"unet": bench.prepared}, config)
     adapter.set_step(1)
     if merged:
         adapter.merge()
-    yield partial(call, bench)
+    yield partial(call, bench, bench.prepared)
     adapter.detach()
 
 
 @contextmanager
-def base(bench: Bench) -> Iterator[Callable[[], None]]:
-    yield partial(call, bench)
+def base(bench: Bench, unet: Any) -> Iterator[Callable[[], None]]:
+    yield partial(call, bench, unet)
 
 
 @contextmanager
@@ -74,8 +77,8 @@ def switching(bench: Bench) -> Iterator[Callable[[], None]]:
     from singlora_diffusion import adapters
     from singlora_diffusion.recipe import AdapterConfig
 
-    config = AdapterConfig(rank=rank(bench, "singlora"), targets=TARGETS)
-    adapter = adapters.attach({"unet": bench.unet}, config)
+    config = AdapterConfig(rank=bench.rank("singlora", BUDGET), targets=TARGETS)
+    adapter = adapters.attach({"unet": bench.prepared}, config)
     other = {name: tensor.clone() for name, tensor in adapter.state_dict().items()}
     yield partial(adapter.load_state_dict, other)
     adapter.detach()
@@ -85,18 +88,11 @@ def main() -> int:
     import tyro
 
     settings = tyro.cli(Settings, description=__doc__)
-    bench = prepare(
-        StepSettings(
-            model=settings.model,
-            resolution=settings.resolution,
-            batch=2,
-            dtype=settings.dtype,
-            variants=("floor",),
-        )
-    )
+    bench = prepare(settings.model, settings.resolution, 2, settings.dtype)
     clock = timing.CLOCKS[settings.clock]
     variants: dict[str, timing.Job] = {
-        "base": partial(base, bench),
+        "base": partial(base, bench, bench.prepared),
+        "stock base": partial(base, bench, bench.stock),
         "attached": partial(with_adapter, bench),
         "attached, dora": partial(with_adapter, bench, dora=True),
         "merged": partial(with_adapter, bench, merged=True),

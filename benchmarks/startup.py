@@ -29,11 +29,10 @@ print("torch" in sys.modules)
 LOAD = """
 import json, pathlib, sys, time
 import torch
-from benchmarks.train_step import TARGETS, Settings, prepare
+from benchmarks.networks import TARGETS, prepare
 from singlora_diffusion import adapters, formats
 from singlora_diffusion.recipe import AdapterConfig
-bench = prepare(Settings(model=sys.argv[1], variants=("floor",)))
-networks = {"unet": bench.unet}
+networks = {"unet": prepare(sys.argv[1], 256, 1, "bfloat16").prepared}
 path = pathlib.Path(sys.argv[2]) / "adapter.safetensors"
 adapter = adapters.attach(networks, AdapterConfig(rank=15, targets=TARGETS))
 about = dict(step=1, family="stable_diffusion", base_model="random", base_hash="", instance_prompt="", identifier="",

@@ -150,7 +150,7 @@ class _Widened:
 
 
 class _Product(torch.autograd.Function):
-    """x W^T + b in the dtype of x; a narrower W is converted by parts, in each direction, instead of being kept wide."""
+    """x W^T + b in the dtype of x; a narrower W is converted by parts in each direction, not kept wide."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
