@@ -24,6 +24,8 @@ from torch.nn.grad import conv2d_input
 
 SMALL_MAP = 1 / 4
 """A convolution is computed as a product up to so many output positions in its batch for each output channel."""
+LARGE_MAP = 512
+"""From so many output positions on, a convolution of bfloat16 numbers is quicker in float32."""
 ENOUGH_ROWS, ENOUGH_WEIGHT = 128, 100_000
 """From so many rows, and numbers in the weight, on, float32 gains more than converting x, weight and y costs."""
 PART = 1 << 21
@@ -96,16 +98,16 @@ class CpuConv2d(nn.Conv2d):
             return super().forward(x)
         height, width = (self._positions(axis, size) for axis, size in enumerate(x.shape[-2:]))
         rows = len(x) * height * width
-        wide = product_dtype(x, self.weight, rows)
         if rows <= SMALL_MAP * self.out_channels:
             # Patches overlap, so that their gradients add up: in float32 at least.
             exact = x.to(torch.promote_types(x.dtype, torch.float32))
             patches = F.unfold(exact, self.kernel_size, self.dilation, self.padding, self.stride)  # type: ignore[arg-type]
-            y = _product(patches.mT.to(wide), self.weight.flatten(1), self.bias)  # (N, h' w', C')
-            return y.to(x.dtype).mT.unflatten(-1, (height, width))
-        if wide == x.dtype:
-            return super().forward(x)
-        return _Convolution.apply(x, self.weight, self.bias, wide, (self.stride, self.padding, self.dilation))
+            wide = product_dtype(x, self.weight, rows)
+            y = _product(patches.mT.reshape(rows, -1).to(wide), self.weight.flatten(1), self.bias)  # (N h' w', C')
+            return y.to(x.dtype).view(len(x), height, width, -1).permute(0, 3, 1, 2)
+        if rows >= LARGE_MAP and _is_slow(x):
+            return _Convolution.apply(x, self.weight, self.bias, (self.stride, self.padding, self.dilation))
+        return super().forward(x)
 
     def _positions(self, axis: int, size: int) -> int:
         reach = self.dilation[axis] * (self.kernel_size[axis] - 1)
@@ -183,19 +185,16 @@ def _parts(weight: Tensor) -> tuple[Tensor, ...]:
 
 
 class _Convolution(torch.autograd.Function):
-    """`F.conv2d` computed in `wide`; the weight is converted in each direction."""
+    """`F.conv2d` computed in float32; the weight is converted in each direction."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, wide: torch.dtype, geometry: tuple[Any, ...]
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...]) -> Tensor:
         ctx.save_for_backward(weight)
-        ctx.wide, ctx.geometry, ctx.shape = wide, geometry, x.shape
-        return F.conv2d(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide), *geometry).to(x.dtype)
+        ctx.geometry, ctx.shape = geometry, x.shape
+        return F.conv2d(x.float(), weight.float(), None if bias is None else bias.float(), *geometry).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        dx = conv2d_input(ctx.shape, weight.to(ctx.wide), dy.to(ctx.wide), *ctx.geometry)
-        return dx.to(dy.dtype), None, None, None, None
+        return conv2d_input(ctx.shape, weight.float(), dy.float(), *ctx.geometry).to(dy.dtype), None, None, None

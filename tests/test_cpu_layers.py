@@ -28,6 +28,7 @@ def everything_is_worth_it(monkeypatch) -> None:
     monkeypatch.setattr(cpu_layers, "quick_at_bfloat16", lambda: False)
     monkeypatch.setattr(cpu_layers, "ENOUGH_ROWS", 1)
     monkeypatch.setattr(cpu_layers, "ENOUGH_WEIGHT", 1)
+    monkeypatch.setattr(cpu_layers, "LARGE_MAP", 1)
     monkeypatch.setattr(cpu_layers, "PART", 50)  # so that weights fall into many parts
 
 
