@@ -22,8 +22,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
-SMALL_MAP = 1 / 4
-"""A convolution is computed as a product up to so many output positions in its batch for each output channel."""
+SMALL_MAP, LARGE_WEIGHT = 1 / 4, 1_000_000
+"""A convolution is computed as a product up to so many output positions in its batch for each output channel, if its
+weight has so many numbers."""
 LARGE_MAP = 512
 """From so many output positions on, a convolution of bfloat16 numbers is quicker in float32."""
 ENOUGH_ROWS, ENOUGH_WEIGHT = 128, 100_000
@@ -33,23 +34,29 @@ PART = 1 << 21
 
 
 def prepare(network: nn.Module) -> nn.Module:
-    """Give the plain linear and convolution layers and attentions of `network` the forms above, in place.
+    """Give those layers and attentions of `network` that gain by them the forms above, in place; returns it.
 
     Values, names and shapes of parameters stay as they are. Layers that are trained themselves compute as before, and
     so does everything on other devices.
     """
     for module in network.modules():
-        if type(module) is nn.Linear:
+        if type(module) is nn.Linear and _is_slow(module.weight):
             module.__class__ = CpuLinear
-        elif type(module) is nn.Conv2d and _is_usual(module):
+        elif type(module) is nn.Conv2d and _can_change(module):
             module.__class__ = CpuConv2d
-        elif type(module) is Attention and type(module.processor) is AttnProcessor2_0 and module.norm_q is None:
+        elif type(module) is Attention and _can_widen(module):
             module.set_processor(CpuAttnProcessor(module.processor))
     return network
 
 
-def _is_usual(layer: nn.Conv2d) -> bool:
-    return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+def _can_change(layer: nn.Conv2d) -> bool:
+    usual = layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    return usual and (_is_slow(layer.weight) or layer.weight.numel() >= LARGE_WEIGHT)
+
+
+def _can_widen(attention: Any) -> bool:
+    stock = type(attention.processor) is AttnProcessor2_0 and attention.norm_q is None
+    return stock and _is_slow(attention.to_q.weight)
 
 
 def product_dtype(x: Tensor, weight: Tensor, rows: int) -> torch.dtype:
@@ -98,7 +105,7 @@ class CpuConv2d(nn.Conv2d):
             return super().forward(x)
         height, width = (self._positions(axis, size) for axis, size in enumerate(x.shape[-2:]))
         rows = len(x) * height * width
-        if rows <= SMALL_MAP * self.out_channels:
+        if rows <= SMALL_MAP * self.out_channels and self.weight.numel() >= LARGE_WEIGHT:
             # Patches overlap, so that their gradients add up: in float32 at least.
             exact = x.to(torch.promote_types(x.dtype, torch.float32))
             patches = F.unfold(exact, self.kernel_size, self.dilation, self.padding, self.stride)  # type: ignore[arg-type]
