@@ -29,7 +29,7 @@ LARGE_MAP = 512
 """From so many output positions on, a convolution of bfloat16 numbers is quicker in float32."""
 ENOUGH_ROWS, ENOUGH_WEIGHT = 128, 100_000
 """From so many rows, and numbers in the weight, on, float32 gains more than converting x, weight and y costs."""
-PART = 1 << 21
+PART = 1 << 22
 """Numbers of a weight converted at a time: larger pieces are fetched from the system anew each time, page by page."""
 
 
@@ -44,7 +44,7 @@ def prepare(network: nn.Module) -> nn.Module:
             module.__class__ = CpuLinear
         elif type(module) is nn.Conv2d and _can_change(module):
             module.__class__ = CpuConv2d
-        elif type(module) is Attention and _can_widen(module):
+        elif isinstance(module, Attention) and _can_widen(module):
             module.set_processor(CpuAttnProcessor(module.processor))
     return network
 

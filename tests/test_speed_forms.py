@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from singlora_diffusion import singlora_fused
+from singlora_diffusion import adapters, cpu_layers, singlora_fused
+from singlora_diffusion.recipe import AdapterConfig
 from singlora_diffusion.singlora import SingLoRA
 from singlora_diffusion.singlora_dora import DoraSingLoRA
 
@@ -110,3 +111,29 @@ def test_hooks_of_the_base_are_heard(cast: bool) -> None:
         hooked = delta(base, x)
     handle.remove()
     torch.testing.assert_close(hooked.float(), usual + 1, rtol=0, atol=0.1 if cast else 1e-5)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("dora", (False, True))
+def test_a_step_compiles_without_graph_breaks(dora, dtype, make_networks, monkeypatch) -> None:
+    """Through the attention processors and the layers' CPU forms; answers and gradients are those of the eager step."""
+    monkeypatch.setattr(cpu_layers, "quick_at_bfloat16", lambda: False)
+    for least in ("LARGE_MAP", "ENOUGH_ROWS", "ENOUGH_WEIGHT", "LARGE_WEIGHT"):
+        monkeypatch.setattr(cpu_layers, least, 1)
+    torch.manual_seed(0)
+    unet = cpu_layers.prepare(make_networks(dtype)["unet"].requires_grad_(False).eval())
+    adapter = adapters.attach({"unet": unet}, AdapterConfig(rank=2, dora=dora))
+    side, width = unet.config.sample_size, unet.config.cross_attention_dim
+    inputs = (
+        torch.randn(2, unet.config.in_channels, side, side, dtype=dtype),
+        torch.tensor([10, 500]),
+        torch.randn(2, 7, width, dtype=dtype),
+    )
+    torch.compiler.reset()
+    results = []
+    for call in (unet, torch.compile(unet, fullgraph=True, backend="aot_eager")):
+        answer = call(*inputs).sample
+        results.append([answer, *torch.autograd.grad(answer.float().square().mean(), adapter.parameters())])
+    for eager, compiled in zip(*results, strict=True):
+        tolerance = (1e-5 if dtype == torch.float32 else 0.05) * eager.abs().max()
+        assert (eager - compiled).abs().max() <= tolerance
