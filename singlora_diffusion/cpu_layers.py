@@ -12,6 +12,7 @@ Nothing is kept besides: neither form stores a second copy of a weight, for the 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -136,12 +137,30 @@ class CpuAttnProcessor:
         temb: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        seen: Any = attn
-        if _is_slow(hidden_states) and not torch.is_autocast_enabled("cpu"):
-            seen = _Widened(attn, hidden_states.dtype)
-            if attention_mask is not None and attention_mask.is_floating_point():
-                attention_mask = attention_mask.float()
-        return self.inner(seen, hidden_states, encoder_hidden_states, attention_mask, temb, **kwargs)
+        if not _is_slow(hidden_states) or torch.is_autocast_enabled("cpu"):
+            return self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, temb, **kwargs)
+        narrow = hidden_states.dtype
+        if attention_mask is not None and attention_mask.is_floating_point():
+            attention_mask = attention_mask.float()
+        with nullcontext() if torch.compiler.is_compiling() else _kept_as(narrow):
+            seen: Any = _Widened(attn, narrow)
+            return self.inner(seen, hidden_states, encoder_hidden_states, attention_mask, temb, **kwargs)
+
+
+def _kept_as(narrow: torch.dtype) -> AbstractContextManager[None]:
+    """The wide tensors of attention itself, those by heads, wait for the backward pass narrow, as in a stock one.
+
+    Queries, keys and values lose nothing by it: they came out of their projections narrow.
+    """
+
+    def pack(tensor: Tensor) -> tuple[Tensor, torch.dtype]:
+        by_heads = tensor.dtype == torch.float32 and tensor.dim() == 4
+        return tensor.to(narrow) if by_heads else tensor, tensor.dtype
+
+    def unpack(kept: tuple[Tensor, torch.dtype]) -> Tensor:
+        return kept[0].to(kept[1])
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 class _Widened:

@@ -3,8 +3,8 @@
     y = x W^T + b + z U^T,   z = x A[:in],   U = A[:out] * middle
 
 Beside the plain form, which autograd differentiates piece by piece: the update is accumulated into the base's output
-and into its input gradient by the multiplications themselves, A is cast once for both directions, and the two terms of
-A's gradient meet in one buffer instead of two of full size:
+and into its input gradient by the multiplications themselves, and the two terms of A's gradient meet in one buffer
+instead of two of full size:
 
     dA[:in] += x^T (dy U)        dA[:out] += (dy^T z) * middle        dx = dy W + (dy U) A[:in]^T
 """
@@ -51,27 +51,34 @@ class _AdaptedLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, middle: Tensor, wide: torch.dtype
     ) -> Tensor:
         outs, ins = weight.shape
-        down, up = a[:ins].to(wide), (a[:outs] * middle).to(wide)  # (in, r), (out, r)
+        down, up = _halves(weight, a, middle, wide)
         rows = x.reshape(-1, ins).to(wide)
         z = rows @ down
         y = F.linear(rows, weight.to(wide), None if bias is None else bias.to(wide)).addmm_(z, up.T)
-        ctx.save_for_backward(x, weight, down, up, z, middle)
-        ctx.master, ctx.wide = a.dtype, wide
+        ctx.save_for_backward(x, weight, a, z, middle)
+        ctx.wide = wide
         return y.to(x.dtype).view(*x.shape[:-1], outs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, down, up, z, middle = ctx.saved_tensors
+        x, weight, a, z, middle = ctx.saved_tensors
         outs, ins = weight.shape
+        down, up = _halves(weight, a, middle, ctx.wide)  # once more: kept, they would take more memory than A
         dy_rows = dy.reshape(-1, outs).to(ctx.wide)
         dz = dy_rows @ up
         dx = da = None
         if ctx.needs_input_grad[0]:  # a text encoder's output, cached, needs none
             dx = (dy_rows @ weight.to(ctx.wide)).addmm_(dz, down.T).to(x.dtype).view(x.shape)
         if ctx.needs_input_grad[3]:
-            terms = [(x.reshape(-1, ins).to(ctx.wide).T @ dz).to(ctx.master), (dy_rows.T @ z).to(ctx.master) * middle]
+            terms = [(x.reshape(-1, ins).to(ctx.wide).T @ dz).to(a.dtype), (dy_rows.T @ z).to(a.dtype) * middle]
             short, long = sorted(terms, key=len)
             da = long
             da[: len(short)] += short
         return dx, None, None, da, None, None
+
+
+def _halves(weight: Tensor, a: Tensor, middle: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A[:in], (in, r), and U = A[:out] * middle, (out, r)."""
+    outs, ins = weight.shape
+    return a[:ins].to(dtype), (a[:outs] * middle).to(dtype)

@@ -95,11 +95,32 @@ def test_attention(text) -> None:
     words = {} if text is None else {"encoder_hidden_states": torch.randn(2, 5, text).bfloat16()}
     mask = torch.zeros(2, 1, 5 if text else 9).bfloat16()
     mask[..., -1] = -10_000
-    true = stock(x.double(), **{k: v.double() for k, v in words.items()}, attention_mask=mask.double())
-    found = cpu_layers.prepare(attention)(x, **words, attention_mask=mask)
+    more = {name: value.double() for name, value in words.items()}
+    true = both_ways(lambda x: stock(x, **more, attention_mask=mask.double()), x.double())
+    cpu_layers.prepare(attention)
     assert type(attention.processor) is cpu_layers.CpuAttnProcessor
-    assert found.dtype == torch.bfloat16
-    assert (found.double() - true).abs().max() <= 0.02 * true.abs().max()
+    found = both_ways(lambda x: attention(x, **words, attention_mask=mask), x)
+    for one, other in zip(found, true, strict=True):
+        assert (one - other).abs().max() <= 0.02 * other.abs().max()
+
+
+def test_attention_keeps_no_wide_tensors(monkeypatch) -> None:
+    """Queries, keys, values and answers wait for the backward pass as bfloat16."""
+    attention = cpu_layers.prepare(Attention(query_dim=16, heads=2, dim_head=8).bfloat16().requires_grad_(False))
+    hooks, kept = torch.autograd.graph.saved_tensors_hooks, []
+
+    def watched(pack, unpack):
+        def look(tensor: Tensor) -> object:
+            packed = pack(tensor)
+            kept.append((tensor, packed[0]))
+            return packed
+
+        return hooks(look, unpack)
+
+    monkeypatch.setattr(torch.autograd.graph, "saved_tensors_hooks", watched)
+    attention(torch.randn(2, 9, 16).bfloat16().requires_grad_())
+    by_heads = [(given.dtype, packed.dtype) for given, packed in kept if given.shape == (2, 2, 9, 8)]
+    assert by_heads == [(torch.float32, torch.bfloat16)] * 4
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))

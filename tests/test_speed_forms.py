@@ -113,8 +113,7 @@ def test_hooks_of_the_base_are_heard(cast: bool) -> None:
     torch.testing.assert_close(hooked.float(), usual + 1, rtol=0, atol=0.1 if cast else 1e-5)
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-@pytest.mark.parametrize("dora", (False, True))
+@pytest.mark.parametrize(("dora", "dtype"), ((True, torch.float32), (False, torch.bfloat16)))
 def test_a_step_compiles_without_graph_breaks(dora, dtype, make_networks, monkeypatch) -> None:
     """Through the attention processors and the layers' CPU forms; answers and gradients are those of the eager step."""
     monkeypatch.setattr(cpu_layers, "quick_at_bfloat16", lambda: False)
