@@ -64,7 +64,7 @@ class Settings:
     output: Path | None = None
     """A JSON file for the figures."""
     only: str = ""
-    """One variant, one step, and its peak memory as JSON on the last line."""
+    """One variant, a few steps, and its peak memory as JSON on the last line."""
 
 
 Attached = Iterator[tuple[list[Any], list[Any]]]
@@ -233,14 +233,15 @@ def trained(bench: Bench, settings: Settings, name: str) -> int:
 
 
 def one(settings: Settings) -> None:
-    """One step of one variant in this process; prints its peak memory."""
+    """A few steps of one variant in this process, until its peak memory stands still; prints it."""
     bench = networks(settings, [settings.only])
     if bench.device.type == "cuda":
         import torch
 
         torch.cuda.reset_peak_memory_stats()
     with job(bench, settings, settings.only) as step:
-        step()
+        for _ in range(5):
+            step()
     print(json.dumps({"peak_bytes": timing.peak_memory()}))
 
 

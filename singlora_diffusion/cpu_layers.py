@@ -30,7 +30,7 @@ LARGE_MAP = 512
 """From so many output positions on, a convolution of bfloat16 numbers is quicker in float32."""
 ENOUGH_ROWS, ENOUGH_WEIGHT = 128, 100_000
 """From so many rows, and numbers in the weight, on, float32 gains more than converting x, weight and y costs."""
-PART = 1 << 22
+PART = 1 << 21
 """Numbers of a weight converted at a time: larger pieces are fetched from the system anew each time, page by page."""
 
 
