@@ -12,6 +12,7 @@ Nothing is kept besides: neither form stores a second copy of a weight, for the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
+
+from .attention_view import AttentionView
 
 SMALL_MAP, LARGE_WEIGHT = 1 / 4, 1_000_000
 """A convolution is computed as a product up to so many output positions in its batch for each output channel, if its
@@ -143,8 +146,9 @@ class CpuAttnProcessor:
         if attention_mask is not None and attention_mask.is_floating_point():
             attention_mask = attention_mask.float()
         with nullcontext() if torch.compiler.is_compiling() else _kept_as(narrow):
-            seen: Any = _Widened(attn, narrow)
-            return self.inner(seen, hidden_states, encoder_hidden_states, attention_mask, temb, **kwargs)
+            return self.inner(
+                _widened(attn, narrow), hidden_states, encoder_hidden_states, attention_mask, temb, **kwargs
+            )
 
 
 def _kept_as(narrow: torch.dtype) -> AbstractContextManager[None]:
@@ -163,18 +167,15 @@ def _kept_as(narrow: torch.dtype) -> AbstractContextManager[None]:
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
-class _Widened:
-    """An attention as its processor sees it: queries, keys, values come out as float32, the answer goes in `narrow`."""
-
-    def __init__(self, attention: Any, narrow: torch.dtype) -> None:
-        self._attention = attention
-        self.to_q = lambda x: attention.to_q(x).float()
-        self.to_k = lambda x: attention.to_k(x).float()
-        self.to_v = lambda x: attention.to_v(x).float()
-        self.to_out = [lambda x: attention.to_out[0](x.to(narrow)), *attention.to_out[1:]]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._attention, name)
+def _widened(attention: Any, narrow: torch.dtype) -> AttentionView:
+    """Queries, keys and values come out as float32, the answer goes in `narrow`."""
+    wide: dict[str, Callable[[Tensor], Tensor]] = {
+        "to_q": lambda x: attention.to_q(x).float(),
+        "to_k": lambda x: attention.to_k(x).float(),
+        "to_v": lambda x: attention.to_v(x).float(),
+        "to_out.0": lambda x: attention.to_out[0](x.to(narrow)),
+    }
+    return AttentionView(attention, wide)
 
 
 class _Product(torch.autograd.Function):

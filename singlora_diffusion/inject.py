@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from .attention_view import AttentionView
 from .errors import UserError
 
 LAST_NAME = re.compile(r"[^.]+(\.\d+)?$")  # `to_q`, but `to_out.0`: a bare number would say nothing
@@ -52,21 +53,6 @@ def outside_name(network: str, path: str) -> str:
     return f"{network}.{path}"
 
 
-class _AdaptedAttention:
-    """An attention as its own processor sees it, with some projections replaced by adapted ones."""
-
-    def __init__(self, attention: Attention, deltas: Mapping[str, nn.Module]) -> None:
-        self._attention = attention
-        for name, delta in deltas.items():
-            if name == "to_out_0":
-                self.to_out = [partial(delta, attention.to_out[0]), *attention.to_out[1:]]
-            else:
-                setattr(self, name, partial(delta, getattr(attention, name)))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._attention, name)
-
-
 class AdaptedAttnProcessor(nn.Module):
     """An attention processor around another one, with the deltas of its attention's projections.
 
@@ -90,8 +76,11 @@ class AdaptedAttnProcessor(nn.Module):
         temb: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        adapted = _AdaptedAttention(attn, self.deltas)
-        return self.inner(adapted, hidden_states, encoder_hidden_states, attention_mask, temb, **kwargs)
+        view = AttentionView(attn, {name: partial(delta, attn.get_submodule(name)) for name, delta in self._by_name()})
+        return self.inner(view, hidden_states, encoder_hidden_states, attention_mask, temb, **kwargs)
+
+    def _by_name(self) -> Iterator[tuple[str, Any]]:
+        return ((name.replace("to_out_0", "to_out.0"), delta) for name, delta in self.deltas.items())
 
 
 class AdaptedLinear(nn.Module):

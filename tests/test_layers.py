@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LEVELS = (
-    "cpu_layers singlora_fused singlora singlora_dora "
+    "attention_view cpu_layers singlora_fused singlora singlora_dora "
     "errors states recipe prompts subjects progress run_log contact_sheet",
     "inject families toyworld",
     "peft_baselines adapters objective budget formats",
