@@ -57,8 +57,8 @@ class Settings:
     """Some of the table in this file; empty: all of them."""
     memory: bool = True
     """Measure peak memory too, each variant in a process of its own."""
-    compile: bool = False
-    """torch.compile the UNet, with the adapter inside."""
+    mode: Literal["eager", "compiled", "captured"] = "eager"
+    """How the UNet runs with the adapter inside: torch.compile, or that with its passes captured in CUDA graphs."""
     clock: Literal["wall", "cpu"] = "wall"
     """cpu: the process's own time, for one thread on a core that others use too."""
     output: Path | None = None
@@ -219,9 +219,9 @@ def job(bench: Bench, settings: Settings, name: str) -> Iterator[Callable[[], No
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         optimizer.zero_grad()
-        if settings.compile:
+        if settings.mode != "eager":
             torch.compiler.reset()
-            unet.compile()
+            unet.compile(mode="reduce-overhead" if settings.mode == "captured" else None)
         yield partial(variant.step, bench, unet, parameters, optimizer)
     unet._compiled_call_impl = None  # what Module.compile() set
 
