@@ -107,7 +107,7 @@ class CpuConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         if not _stands_for(self, x):
             return super().forward(x)
-        height, width = (self._positions(axis, size) for axis, size in enumerate(x.shape[-2:]))
+        height, width = self._positions(0, x.shape[-2]), self._positions(1, x.shape[-1])
         rows = len(x) * height * width
         if rows <= SMALL_MAP * self.out_channels and self.weight.numel() >= LARGE_WEIGHT:
             # Patches overlap, so that their gradients add up: in float32 at least.
