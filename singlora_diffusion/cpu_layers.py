@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 from typing import Any
 
 import torch
@@ -70,14 +69,16 @@ def product_dtype(x: Tensor, weight: Tensor, rows: int) -> torch.dtype:
 
 
 def _is_slow(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and not quick_at_bfloat16()
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and not QUICK_AT_BFLOAT16
 
 
-@cache
-def quick_at_bfloat16() -> bool:
-    """Whether this CPU has matrix units for bfloat16 (AMX), or is of a kind that was not measured."""
+def _quick_at_bfloat16() -> bool:
     has = torch.cpu.get_capabilities()
     return has.get("architecture") != "x86_64" or bool(has.get("amx_bf16"))
+
+
+QUICK_AT_BFLOAT16 = _quick_at_bfloat16()  # here once: torch.compile cannot look into the call
+"""Whether this CPU has matrix units for bfloat16 (AMX), or is of a kind that was not measured."""
 
 
 def _stands_for(layer: nn.Linear | nn.Conv2d, x: Tensor) -> bool:

@@ -25,7 +25,7 @@ CONVOLUTIONS = {
 @pytest.fixture(autouse=True)
 def everything_is_worth_it(monkeypatch) -> None:
     """On a CPU without matrix units, and as though every layer were large enough."""
-    monkeypatch.setattr(cpu_layers, "quick_at_bfloat16", lambda: False)
+    monkeypatch.setattr(cpu_layers, "QUICK_AT_BFLOAT16", False)
     monkeypatch.setattr(cpu_layers, "ENOUGH_ROWS", 1)
     monkeypatch.setattr(cpu_layers, "ENOUGH_WEIGHT", 1)
     monkeypatch.setattr(cpu_layers, "LARGE_MAP", 1)

@@ -116,7 +116,7 @@ def test_hooks_of_the_base_are_heard(cast: bool) -> None:
 @pytest.mark.parametrize(("dora", "dtype"), ((True, torch.float32), (False, torch.bfloat16)))
 def test_a_step_compiles_without_graph_breaks(dora, dtype, make_networks, monkeypatch) -> None:
     """Through the attention processors and the layers' CPU forms; answers and gradients are those of the eager step."""
-    monkeypatch.setattr(cpu_layers, "quick_at_bfloat16", lambda: False)
+    monkeypatch.setattr(cpu_layers, "QUICK_AT_BFLOAT16", False)
     for least in ("LARGE_MAP", "ENOUGH_ROWS", "ENOUGH_WEIGHT", "LARGE_WEIGHT"):
         monkeypatch.setattr(cpu_layers, least, 1)
     torch.manual_seed(0)
