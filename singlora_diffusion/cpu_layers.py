@@ -73,7 +73,7 @@ def _is_slow(x: Tensor) -> bool:
 
 
 def _quick_at_bfloat16() -> bool:
-    has = getattr(torch.cpu, "get_capabilities", dict)()  # the oldest torch that will do cannot say
+    has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # the oldest torch that will do cannot say
     return has.get("architecture") != "x86_64" or bool(has.get("amx_bf16"))
 
 
