@@ -3,9 +3,11 @@
 Two things cost more there than the arithmetic itself:
 
 * A convolution lays its whole weight out anew at each call. Where the map is small, as in the inner half of a UNet,
-  that is most of its time. There it is computed as one product of patches with the weight as it lies in memory.
+  that is most of its time. There it is computed as one product of the weight, as it lies in memory, with patches. For a
+  kernel of 1 x 1 the map is all the patches there are, and that pays at any size.
 * Without matrix units (AMX) a product of bfloat16 numbers takes longer than one of float32. Where there are rows enough
-  to pay for converting the weight, the product is computed in float32 and rounded once at the end, and so is attention.
+  to pay for converting the weight, the product is computed in float32 and rounded once at the end, and so are
+  convolutions and attention.
 
 Nothing is kept besides: neither form stores a second copy of a weight, for the backward pass included.
 """
@@ -25,13 +27,14 @@ from torch.nn.grad import conv2d_input
 
 from .attention_view import AttentionView
 
-SMALL_MAP, LARGE_WEIGHT = 1 / 4, 1_000_000
-"""A convolution is computed as a product up to so many output positions in its batch for each output channel, if its
-weight has so many numbers."""
-LARGE_MAP = 512
-"""From so many output positions on, a convolution of bfloat16 numbers is quicker in float32."""
-ENOUGH_ROWS, ENOUGH_WEIGHT = 128, 100_000
-"""From so many rows, and numbers in the weight, on, float32 gains more than converting x, weight and y costs."""
+FEW = 96
+"""With fewer rows, or positions in the maps of a batch, fetching a weight takes longer than computing with it: there
+convolutions become products, and bfloat16 stays bfloat16. From here on bfloat16 is computed in float32."""
+LARGE_WEIGHT, VERY_LARGE_WEIGHT = 100_000, 1_000_000
+"""Numbers in a weight from which on float32 gains more than converting x and y costs, and patches more than cutting
+them out."""
+SLOW_MAP = 20_480
+"""Up to so many numbers in one picture's map, PyTorch leaves a float32 convolution to its own slow form."""
 PART = 1 << 21
 """Numbers of a weight converted at a time: larger pieces are fetched from the system anew each time, page by page."""
 
@@ -54,7 +57,12 @@ def prepare(network: nn.Module) -> nn.Module:
 
 def _can_change(layer: nn.Conv2d) -> bool:
     usual = layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-    return usual and (_is_slow(layer.weight) or layer.weight.numel() >= LARGE_WEIGHT)
+    soon = _is_pointwise(layer) or _is_slow(layer.weight)
+    return usual and layer.weight.numel() >= (LARGE_WEIGHT if soon else VERY_LARGE_WEIGHT)
+
+
+def _is_pointwise(layer: nn.Conv2d) -> bool:
+    return layer.weight[0, 0].numel() == 1 and layer.stride == (1, 1) and layer.padding == (0, 0)
 
 
 def _can_widen(attention: Any) -> bool:
@@ -64,7 +72,7 @@ def _can_widen(attention: Any) -> bool:
 
 def product_dtype(x: Tensor, weight: Tensor, rows: int) -> torch.dtype:
     """In what dtype a product of `rows` rows made of x with a weight is quickest: that of x, or float32."""
-    enough = rows >= ENOUGH_ROWS and weight.numel() >= ENOUGH_WEIGHT
+    enough = rows >= FEW and weight.numel() >= LARGE_WEIGHT
     return torch.float32 if enough and _is_slow(x) else x.dtype
 
 
@@ -88,18 +96,16 @@ def _stands_for(layer: nn.Linear | nn.Conv2d, x: Tensor) -> bool:
     return here and not trained and not torch.is_autocast_enabled("cpu")
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(x, weight, bias) if x.dtype == weight.dtype else _Product.apply(x, weight, bias)
-
-
 class CpuLinear(nn.Linear):
     """x (..., in) to (..., out) in the dtype of x."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not _stands_for(self, x):
             return super().forward(x)
-        wide = product_dtype(x, self.weight, x.shape[:-1].numel())
-        return _product(x.to(wide), self.weight, self.bias).to(x.dtype)
+        rows = x.shape[:-1].numel()
+        if product_dtype(x, self.weight, rows) == x.dtype:
+            return super().forward(x)
+        return _Product.apply(x.reshape(rows, -1), self.weight, self.bias).view(*x.shape[:-1], -1)
 
 
 class CpuConv2d(nn.Conv2d):
@@ -109,17 +115,24 @@ class CpuConv2d(nn.Conv2d):
         if not _stands_for(self, x):
             return super().forward(x)
         height, width = self._positions(0, x.shape[-2]), self._positions(1, x.shape[-1])
-        rows = len(x) * height * width
-        if rows <= SMALL_MAP * self.out_channels and self.weight.numel() >= LARGE_WEIGHT:
-            # Patches overlap, so that their gradients add up: in float32 at least.
-            exact = x.to(torch.promote_types(x.dtype, torch.float32))
-            patches = F.unfold(exact, self.kernel_size, self.dilation, self.padding, self.stride)  # type: ignore[arg-type]
-            wide = product_dtype(x, self.weight, rows)
-            y = _product(patches.mT.reshape(rows, -1).to(wide), self.weight.flatten(1), self.bias)  # (N h' w', C')
-            return y.to(x.dtype).view(len(x), height, width, -1).permute(0, 3, 1, 2)
-        if rows >= LARGE_MAP and _is_slow(x):
+        positions = len(x) * height * width
+        wide = product_dtype(x, self.weight, positions) != x.dtype
+        if _is_pointwise(self) or (positions < FEW and self.weight.numel() >= VERY_LARGE_WEIGHT):
+            product = _ColumnProduct.apply if wide else _column_product
+            y = product(self._patches(x), self.weight.flatten(1), self.bias)
+            return y.view(-1, len(x), height, width).transpose(0, 1).contiguous()
+        if wide:
             return _Convolution.apply(x, self.weight, self.bias, (self.stride, self.padding, self.dilation))
         return super().forward(x)
+
+    def _patches(self, x: Tensor) -> Tensor:
+        """(C k k, N h' w')"""
+        if _is_pointwise(self):
+            columns = x.flatten(2)
+        else:  # patches overlap, so that their gradients add up: in float32 at least
+            exact = x.to(torch.promote_types(x.dtype, torch.float32))
+            columns = F.unfold(exact, self.kernel_size, self.dilation, self.padding, self.stride).to(x.dtype)  # type: ignore[arg-type]
+        return columns.transpose(0, 1).reshape(columns.shape[1], -1)
 
     def _positions(self, axis: int, size: int) -> int:
         reach = self.dilation[axis] * (self.kernel_size[axis] - 1)
@@ -179,50 +192,84 @@ def _widened(attention: Any, narrow: torch.dtype) -> AttentionView:
     return AttentionView(attention, wide)
 
 
+def _column_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """W x + b of columns x (in, n): (out, n)."""
+    return weight @ x if bias is None else torch.addmm(bias[:, None], weight, x)
+
+
 class _Product(torch.autograd.Function):
-    """x W^T + b in the dtype of x; a narrower W is converted by parts in each direction, not kept wide."""
+    """x W^T + b of rows x (n, in), in float32 by parts of W in each direction, so that nothing wide is large."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
-        rows = x.reshape(-1, x.shape[-1])
-        y = rows.new_empty(len(rows), len(weight))
-        for part, columns in zip(_parts(weight), y.split(_height(weight), dim=1), strict=True):
-            torch.mm(rows, part.to(x.dtype).T, out=columns)
-        if bias is not None:
-            y += bias
-        return y.view(*x.shape[:-1], len(weight))
+        wide, y = x.float(), x.new_empty(len(x), len(weight))
+        for part in _parts(len(weight), max(x.shape)):
+            some = wide @ weight[part].float().T
+            y[:, part] = some if bias is None else some.add_(bias[part])
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        rows = dy.reshape(-1, len(weight))
-        dx = rows.new_zeros(len(rows), weight.shape[1])
-        for part, columns in zip(_parts(weight), rows.split(_height(weight), dim=1), strict=True):
-            dx.addmm_(columns, part.to(dy.dtype))
-        return dx.view(*dy.shape[:-1], -1), None, None
+        dx = dy.new_zeros(len(dy), weight.shape[1], dtype=torch.float32)
+        for part in _parts(len(weight), max(dx.shape)):
+            dx.addmm_(dy[:, part].float(), weight[part].float())
+        return dx.to(dy.dtype), None, None
 
 
-def _height(weight: Tensor) -> int:
-    return max(1, PART // weight.shape[1])
+class _ColumnProduct(torch.autograd.Function):
+    """W x + b of columns x (in, n), as `_Product` otherwise."""
 
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        wide, y = x.float(), x.new_empty(len(weight), x.shape[1])
+        for part in _parts(len(weight), max(x.shape)):
+            some = weight[part].float() @ wide
+            y[part] = some if bias is None else some.add_(bias[part, None])
+        return y
 
-def _parts(weight: Tensor) -> tuple[Tensor, ...]:
-    return weight.split(_height(weight))
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        dx = dy.new_zeros(weight.shape[1], dy.shape[1], dtype=torch.float32)
+        for part in _parts(len(weight), max(dx.shape)):
+            dx.addmm_(weight[part].float().T, dy[part].float())
+        return dx.to(dy.dtype), None, None
 
 
 class _Convolution(torch.autograd.Function):
-    """`F.conv2d` computed in float32; the weight is converted in each direction."""
+    """`F.conv2d` computed in float32; the weight is converted by parts of whole channels in each direction."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...]) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.geometry, ctx.shape = geometry, x.shape
-        return F.conv2d(x.float(), weight.float(), None if bias is None else bias.float(), *geometry).to(x.dtype)
+        wide, y = x.float(), []
+        for part in _parts(len(weight), weight[0].numel()):
+            some = F.conv2d(wide, weight[part].float(), None if bias is None else bias[part].float(), *geometry)
+            y.append(some.to(x.dtype))
+        return torch.cat(y, dim=1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        return conv2d_input(ctx.shape, weight.float(), dy.float(), *ctx.geometry).to(dy.dtype), None, None, None
+        wide, dx = dy.float(), []
+        least = SLOW_MAP // ctx.shape[2:].numel() + 1
+        for part in _parts(weight.shape[1], weight[:, 0].numel(), least):
+            some = weight[:, part].float()
+            shape = (len(dy), some.shape[1], *ctx.shape[2:])
+            dx.append(conv2d_input(shape, some, wide, *ctx.geometry).to(dy.dtype))
+        return torch.cat(dx, dim=1), None, None, None
+
+
+def _parts(count: int, each: int, least: int = 1) -> list[slice]:
+    """`count` things of `each` numbers, evenly: some PART numbers at a time, but about `least` things and more."""
+    pieces = max(1, min(-(-count * each // PART), count // least))
+    some = -(-count // pieces)
+    some += -some % 16 if some > 16 else 0  # as libraries like their channels
+    return [slice(start, start + some) for start in range(0, count, some)]

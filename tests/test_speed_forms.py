@@ -117,7 +117,7 @@ def test_hooks_of_the_base_are_heard(cast: bool) -> None:
 def test_a_step_compiles_without_graph_breaks(dora, dtype, make_networks, monkeypatch) -> None:
     """Through the attention processors and the layers' CPU forms; answers and gradients are those of the eager step."""
     monkeypatch.setattr(cpu_layers, "QUICK_AT_BFLOAT16", False)
-    for least in ("LARGE_MAP", "ENOUGH_ROWS", "ENOUGH_WEIGHT", "LARGE_WEIGHT"):
+    for least in ("FEW", "LARGE_WEIGHT", "VERY_LARGE_WEIGHT"):
         monkeypatch.setattr(cpu_layers, least, 1)
     torch.manual_seed(0)
     unet = cpu_layers.prepare(make_networks(dtype)["unet"].requires_grad_(False).eval())
