@@ -55,12 +55,18 @@ CLOCKS: dict[str, Callable[[], float]] = {"wall": wall, "cpu": time.process_time
 
 
 def rounds(
-    jobs: Mapping[str, Job], count: int, *, repeats: int = 1, warm_up: int = 1, clock: Callable[[], float] = wall
+    jobs: Mapping[str, Job],
+    count: int,
+    *,
+    repeats: int = 1,
+    settle: int = 0,
+    warm_up: int = 1,
+    clock: Callable[[], float] = wall,
 ) -> dict[str, list[float]]:
     """Seconds per call of each job, by round.
 
     Each round runs every job, and begins with another one than the round before. `warm_up` rounds come first and are
-    thrown away; `repeats` calls are timed together and divided.
+    thrown away; after `settle` untimed calls, `repeats` calls are timed together and divided.
     """
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     names = list(jobs)
@@ -68,6 +74,8 @@ def rounds(
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
             with jobs[name]() as call:
+                for _ in range(settle):
+                    call()
                 began = clock()
                 for _ in range(repeats):
                     call()
