@@ -3,7 +3,7 @@
     python -m benchmarks.layers --model sd15 --resolution 256 --dtype float32
 
 Forward and backward to the input, weights frozen, milliseconds per layer; `adapted` has the gradient of A too, rank 15.
-What cpu_layers.py takes for small, large and enough comes from here. One kind of layer is timed again and again, so its
+What cpu_layers.py takes for few and large comes from here. One kind of layer is timed again and again, so its
 weight may lie in a cache where that of a whole network would not: the step's own benchmark has the last word.
 """
 
