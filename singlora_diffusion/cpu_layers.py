@@ -100,10 +100,8 @@ class CpuLinear(nn.Linear):
     """x (..., in) to (..., out) in the dtype of x."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not _stands_for(self, x):
-            return super().forward(x)
         rows = x.shape[:-1].numel()
-        if product_dtype(x, self.weight, rows) == x.dtype:
+        if not _stands_for(self, x) or product_dtype(x, self.weight, rows) == x.dtype:
             return super().forward(x)
         return _Product.apply(x.reshape(rows, -1), self.weight, self.bias).view(*x.shape[:-1], -1)
 
