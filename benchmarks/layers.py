@@ -104,8 +104,8 @@ def both_ways(kind: Kind, form: str, dtype: torch.dtype) -> Iterator[Callable[[]
     import torch
     from torch import nn
 
-    from singlora_diffusion import cpu_layers
-    from singlora_diffusion.singlora import SingLoRA
+    from singlora_diffusion.adapters.singlora import SingLoRA
+    from singlora_diffusion.models import cpu_layers
 
     layer: Any = kind.layer(dtype)
     if form != "stock":

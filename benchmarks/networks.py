@@ -45,7 +45,7 @@ class Bench:
 
     def rank(self, method: str, budget: int) -> int:
         """The rank at which a line of budget.PER_LAYER trains as many parameters as LoRA does at rank `budget`."""
-        from singlora_diffusion import budget as budgets
+        from singlora_diffusion.adapters import budget as budgets
 
         return budgets.match(budgets.count("lora", budget, self.shapes), method, self.shapes).rank
 
@@ -114,7 +114,8 @@ def prepare(model: Model, resolution: int, batch: int, precision: Precision, *, 
     """
     import torch
 
-    from singlora_diffusion import budget, cpu_layers
+    from singlora_diffusion.adapters import budget
+    from singlora_diffusion.models import cpu_layers
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, precision)

@@ -55,7 +55,7 @@ def call(bench: Bench, unet: Any) -> None:
 @contextmanager
 def with_adapter(bench: Bench, *, times: int = 1, merged: bool = False, **options: Any) -> Iterator[Callable[[], None]]:
     from singlora_diffusion import adapters
-    from singlora_diffusion.recipe import AdapterConfig
+    from singlora_diffusion.adapters.config import AdapterConfig
 
     config = AdapterConfig(rank=times * bench.rank("singlora", BUDGET), targets=TARGETS, **options)
     adapter = adapters.attach({"unet": bench.prepared}, config)
@@ -75,7 +75,7 @@ def base(bench: Bench, unet: Any) -> Iterator[Callable[[], None]]:
 def switching(bench: Bench) -> Iterator[Callable[[], None]]:
     """From one adapter of the budget's size to another, both in memory."""
     from singlora_diffusion import adapters
-    from singlora_diffusion.recipe import AdapterConfig
+    from singlora_diffusion.adapters.config import AdapterConfig
 
     config = AdapterConfig(rank=bench.rank("singlora", BUDGET), targets=TARGETS)
     adapter = adapters.attach({"unet": bench.prepared}, config)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-    from eval.features import Preprocessing
+    from eval.encoders import Preprocessing
     from eval.score import ScoreSettings
 
 SEEDS = 4  # pictures per prompt, as in DreamBooth's evaluation
@@ -102,7 +102,7 @@ def load_full(files: dict[str, Path]) -> Loaded:
 
 
 def find_toyworld(folder: Path) -> dict[str, Path]:
-    from eval.weights import packaged
+    from eval.encoder_files import packaged
 
     return {"clip": Path(packaged("clip")), "dino": Path(packaged("dino"))}
 
@@ -137,9 +137,9 @@ class Bench:
 
 def prepare(settings: Settings, folder: Path) -> Bench:
     """Write encoders, pictures and references, and the manifest that gives each picture its prompts."""
-    from eval.features import encoder
+    from eval.encoders import encoder
     from eval.score import ScoreSettings
-    from singlora_diffusion import prompts
+    from singlora_diffusion.data import prompts
 
     encoders = ENCODERS[settings.encoders]
     files = encoders.make(folder)

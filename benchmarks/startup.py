@@ -31,7 +31,7 @@ import json, pathlib, sys, time
 import torch
 from benchmarks.networks import TARGETS, prepare
 from singlora_diffusion import adapters, formats
-from singlora_diffusion.recipe import AdapterConfig
+from singlora_diffusion.adapters.config import AdapterConfig
 networks = {"unet": prepare(sys.argv[1], 256, 1, "bfloat16").prepared}
 path = pathlib.Path(sys.argv[2]) / "adapter.safetensors"
 adapter = adapters.attach(networks, AdapterConfig(rank=15, targets=TARGETS))

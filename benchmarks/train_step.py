@@ -123,7 +123,7 @@ def floor(bench: Bench, unet: Any, budget: int) -> Attached:
     """Trains one vector behind the first adapted layer."""
     import torch
 
-    from singlora_diffusion.inject import projections
+    from singlora_diffusion.adapters.inject import projections
 
     first = next(iter(projections(unet, TARGETS).values()))
     vector = torch.nn.Parameter(torch.zeros(first.out_features, device=bench.device))
@@ -136,7 +136,7 @@ def floor(bench: Bench, unet: Any, budget: int) -> Attached:
 def ours(bench: Bench, unet: Any, budget: int, method: str, row: str = "", **options: Any) -> Attached:
     """An adapter as users of this package attach it; `row` is its line in budget.PER_LAYER if not the method's."""
     from singlora_diffusion import adapters
-    from singlora_diffusion.recipe import AdapterConfig
+    from singlora_diffusion.adapters.config import AdapterConfig
 
     config = AdapterConfig(method=method, rank=bench.rank(row or method, budget), targets=TARGETS, **options)
     adapter = adapters.attach({"unet": unet}, config)

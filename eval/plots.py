@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .runs import Column, Loaded
+from .results import Column, Loaded
 
 INK, SOFT, FAINT, GRID = "#1c1e21", "#4a4f57", "#d8dbe0", "#eceef1"
 WIDTH = 11.6  # inches, at 72 CSS pixels each on a page of that width

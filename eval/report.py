@@ -21,10 +21,11 @@ from typing import Any
 
 from PIL import Image
 
+from singlora_diffusion.data.images import open_picture, pictures
+from singlora_diffusion.errors import UserError
+
 from . import plots
-from .errors import UserError
-from .pictures import open_picture, pictures
-from .runs import Column, Loaded, Picture, Run, ceiling, load, scored, warnings
+from .results import Column, Loaded, Picture, Run, ceiling, load, scored, warnings
 
 METRIC_LABELS = {"dino": "DINO", "clip_i": "CLIP-I", "clip_t": "CLIP-T", "clip_t_token": "CLIP-T, identifier kept"}
 MODE_LABELS = {"train": "training pictures", "heldout": "held-out pictures", "all": "all real pictures"}

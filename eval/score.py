@@ -27,13 +27,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .errors import UserError
-from .features import Encoder, Vectors, encoder, torch_device
-from .manifest import read_manifest
+from singlora_diffusion.data.images import check, open_picture
+from singlora_diffusion.errors import UserError
+from singlora_diffusion.sampling.manifest import read_manifest
+
+from .encoder_files import Role
+from .encoders import Encoder, Vectors, encoder, torch_device
 from .metrics import METRICS, Metric, mean_over_prompts, real_to_real
-from .pictures import check, open_picture
 from .vector_store import VectorStore, picture_key, text_key
-from .weights import Role
 
 MetricName = Literal["clip_i", "dino", "clip_t", "clip_t_token"]
 

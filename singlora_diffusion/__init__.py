@@ -2,7 +2,7 @@
 
 The command is `singlora`. From Python, with `import singlora_diffusion as sd`:
 
-    family = sd.families.load("toyworld")  # or a diffusers folder, or a hub id
+    family = sd.models.load("toyworld")  # or a diffusers folder, or a hub id
     adapter = sd.attach(family.networks, sd.AdapterConfig(rank=16, text_targets=("q_proj", "v_proj")))
     optimizer = torch.optim.AdamW(adapter.param_groups(lr=1e-3))  # ... train; adapter.set_step(t) after each step
     sd.save(adapter, "dog.safetensors", about={"identifier": "sks", "class_noun": "dog"})
@@ -21,17 +21,17 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from . import families, formats
-    from .adapters import Adapter, attach
+    from . import formats, models
+    from .adapters.config import AdapterConfig
+    from .adapters.registry import Adapter, attach
     from .errors import UserError
     from .formats import load, save
-    from .recipe import AdapterConfig
 
-__all__ = ["Adapter", "AdapterConfig", "UserError", "attach", "families", "formats", "load", "save"]
+__all__ = ["Adapter", "AdapterConfig", "UserError", "attach", "formats", "load", "models", "save"]
 
 _HOMES = {
     "Adapter": "adapters",
-    "AdapterConfig": "recipe",
+    "AdapterConfig": "adapters.config",
     "UserError": "errors",
     "attach": "adapters",
     "load": "formats",
@@ -40,7 +40,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("families", "formats"):
+    if name in ("models", "formats"):
         return import_module(f".{name}", __name__)
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -21,11 +21,13 @@ class Verb(NamedTuple):
 
 VERBS = {
     "train": Verb(
-        "singlora_diffusion.recipe:Recipe", "train_dreambooth:main", "learn a subject from a folder of pictures"
+        "singlora_diffusion.training.recipe:Recipe",
+        "train_dreambooth:main",
+        "learn a subject from a folder of pictures",
     ),
     "generate": Verb(
-        "singlora_diffusion.generate:GenerateSettings",
-        "singlora_diffusion.generate:generate",
+        "singlora_diffusion.sampling.generate:GenerateSettings",
+        "singlora_diffusion.sampling.generate:generate",
         "make pictures with an adapter, prompts x seeds",
     ),
     "score": Verb("eval.score:ScoreSettings", "eval.score:run", "CLIP-I, CLIP-T and DINO of a folder of pictures"),
@@ -35,13 +37,13 @@ VERBS = {
         "all of it on a toyworld subject, with a report",
     ),
     "toyworld": Verb(
-        "singlora_diffusion.toyworld.verb:SubjectSettings",
-        "singlora_diffusion.toyworld.verb:write",
+        "singlora_diffusion.toyworld.command:SubjectSettings",
+        "singlora_diffusion.toyworld.command:write",
         "write a toyworld subject's pictures: singlora toyworld subject --name dog-1",
     ),
     "budget": Verb(
-        "singlora_diffusion.budget:BudgetSettings",
-        "singlora_diffusion.budget:budget",
+        "singlora_diffusion.adapters.budget:BudgetSettings",
+        "singlora_diffusion.adapters.budget:budget",
         "ranks of equal numbers of parameters",
     ),
     "export": Verb(

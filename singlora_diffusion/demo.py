@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
-from .recipe import Method, Recipe
+from .training.recipe import Method, Recipe
 
 if TYPE_CHECKING:
     import numpy as np
     from rich.console import Console
 
-    from eval.runs import Loaded, Run
+    from eval.results import Loaded, Run
 
-    from .budget import Match
-    from .generate import GenerateSettings
+    from .adapters.budget import Match
+    from .sampling.generate import GenerateSettings
     from .toyworld.subjects import Subject
 
 LABELS = {"singlora": "SingLoRA", "lora": "LoRA", "lora+": "LoRA+", "dora": "DoRA", "oft": "OFT", "lokr": "LoKr"}
@@ -76,9 +76,9 @@ def demo(settings: DemoSettings) -> Path:
     """
     from rich.console import Console
 
-    from eval.runs import load
+    from eval.results import load
 
-    from . import budget
+    from .adapters import budget
     from .toyworld.subjects import subject
 
     began, console = time.monotonic(), Console(highlight=False, soft_wrap=True)
@@ -107,7 +107,7 @@ def demo(settings: DemoSettings) -> Path:
         train(recipe, console)
 
     _heading(console, 3, "the same prompts and seeds with the base model and with each adapter")
-    from .generate import generate
+    from .sampling.generate import generate
 
     generations = _generations(settings, chosen)
     made: dict[str, list[Path]] = {}  # of the first seed
@@ -183,7 +183,7 @@ def write_heldout(subject: Subject, out: Path, prompts_from: str) -> Path:
     """
     from PIL import Image
 
-    from . import prompts
+    from .data import prompts
     from .toyworld.captions import PLACES
     from .toyworld.subjects import HELD_OUT, references
 
@@ -248,7 +248,7 @@ def caveat(loaded: Sequence[Loaded]) -> str:
     """What the scores of one demo are worth, with the first two adapters' difference set against its spread."""
     import numpy as np
 
-    from eval.runs import scored
+    from eval.results import scored
 
     text = "One subject, one training seed, a toy model."
     trained = [one for one in loaded if one.trained]
@@ -271,9 +271,8 @@ def caveat(loaded: Sequence[Loaded]) -> str:
 
 def look(references: Path, made: Mapping[str, Sequence[Path]], path: Path, width: int = 8) -> None:
     """One sheet: the training pictures, then the first prompts by the base model and by each adapter."""
-    from eval.pictures import open_picture, pictures
-
-    from . import contact_sheet
+    from .data.images import open_picture, pictures
+    from .sampling import contact_sheet
 
     folders = {"the training pictures": pictures(references), **made}
     rows = [[open_picture(picture) for picture in row[:width]] for row in folders.values()]
@@ -313,7 +312,7 @@ def _recipe(settings: DemoSettings, subject: Subject, method: Method, rank: int)
 
 def _generations(settings: DemoSettings, subject: Subject) -> dict[str, GenerateSettings]:
     """By the name of the column: the base model, then each adapter."""
-    from .generate import GenerateSettings
+    from .sampling.generate import GenerateSettings
 
     common: dict[str, Any] = {"prompts": settings.prompts, "seeds": settings.seeds, "device": settings.device}
     base = GenerateSettings(
@@ -365,7 +364,7 @@ def _scorings(settings: DemoSettings, generations: Sequence[GenerateSettings]) -
 
 def _runs(out: Path, generations: dict[str, GenerateSettings], ranks: dict[Method, Match]) -> list[Run]:
     """The columns of the report."""
-    from eval.runs import Run
+    from eval.results import Run
 
     runs = [Run(REAL, out / "heldout", real=True)] if (out / "heldout" / "manifest.jsonl").exists() else []
     runs.append(Run(BASE, generations[BASE].output_dir))
@@ -382,7 +381,7 @@ def _table(loaded: Sequence[Loaded]) -> Any:
     from rich.table import Table
 
     from eval.report import METRIC_LABELS, MODE_LABELS
-    from eval.runs import ceiling, scored
+    from eval.results import ceiling, scored
 
     columns = [column for column in scored(loaded) if column.mode in ("heldout", None)]
     against = MODE_LABELS["heldout"]
@@ -420,8 +419,8 @@ def _verify(folder: Path, pictures: dict[str, np.ndarray]) -> None:
     """Raise a UserError unless the folder holds these pictures."""
     import numpy as np
 
-    from .subjects import open_picture
-    from .subjects import pictures as found
+    from .data.images import open_picture
+    from .data.images import pictures as found
 
     names = {path.name for path in found(folder)}
     if names != set(pictures) or any(

@@ -1,7 +1,7 @@
-"""The one exception whose message is meant for the person at the keyboard.
+"""The one exception whose message is meant for the person at the keyboard."""
 
-It is the scores' own class: whoever catches one catches both, and the command line prints it as one line and exits
-with code 2.
-"""
+from __future__ import annotations
 
-from eval.errors import UserError as UserError
+
+class UserError(Exception):
+    """One line that says what is wrong, where, and what to do; the command line prints it and exits with code 2."""

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from singlora_diffusion import adapters
+from singlora_diffusion.adapters.config import AdapterConfig
+from singlora_diffusion.adapters.singlora import SingLoRA
 from singlora_diffusion.errors import UserError
-from singlora_diffusion.recipe import AdapterConfig
-from singlora_diffusion.singlora import SingLoRA
 
 TEXT = ("q_proj", "k_proj", "v_proj", "out_proj")
 CONFIG = AdapterConfig(rank=4, text_rank=3, text_targets=TEXT)

@@ -10,12 +10,11 @@ import pytest
 import tyro
 
 from benchmarks import scoring, whole_job
-from eval import features
-from eval.errors import UserError as ScoreError
+from eval import encoders
 from eval.score import ScoreSettings, score
 from singlora_diffusion.errors import UserError
-from singlora_diffusion.generate import GenerateSettings
-from singlora_diffusion.recipe import Recipe
+from singlora_diffusion.sampling.generate import GenerateSettings
+from singlora_diffusion.training.recipe import Recipe
 
 
 def test_the_floor_of_scoring_gives_the_scores(tmp_path: Path) -> None:
@@ -41,12 +40,12 @@ def test_scoring_starts_with_an_empty_or_a_full_store(tmp_path: Path, monkeypatc
         pass
 
     def refuse(*_: object) -> None:
-        raise ScoreError("an encoder ran")
+        raise UserError("an encoder ran")
 
-    monkeypatch.setattr(features, "_unit_vectors", refuse)
+    monkeypatch.setattr(encoders, "_unit_vectors", refuse)
     with scoring.scored(bench, stored=True) as again:
         again()
-    with scoring.scored(bench, stored=False) as anew, pytest.raises(ScoreError, match="an encoder ran"):
+    with scoring.scored(bench, stored=False) as anew, pytest.raises(UserError, match="an encoder ran"):
         anew()
 
 

@@ -14,7 +14,7 @@ from diffusers import UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from singlora_diffusion import adapters
-from singlora_diffusion.budget import (
+from singlora_diffusion.adapters.budget import (
     PER_LAYER,
     BudgetSettings,
     budget,
@@ -24,8 +24,8 @@ from singlora_diffusion.budget import (
     meta_networks,
     shapes,
 )
+from singlora_diffusion.adapters.config import AdapterConfig
 from singlora_diffusion.errors import UserError
-from singlora_diffusion.recipe import AdapterConfig
 
 ALL = ("to_q", "to_k", "to_v", "to_out.0")
 TEXT = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -222,5 +222,5 @@ def test_refusals(sd15: Path, tmp_path: Path) -> None:
 
 
 def test_settings_import_without_torch() -> None:
-    code = "import sys, singlora_diffusion.budget as b; b.BudgetSettings(); print('torch' in sys.modules)"
+    code = "import sys, singlora_diffusion.adapters.budget as b; b.BudgetSettings(); print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"

@@ -113,7 +113,7 @@ def foreign_adapter(path: Path, make_networks: MakeNetworks, base_model: Path) -
     from diffusers import UNet2DConditionModel
 
     from singlora_diffusion import adapters, formats
-    from singlora_diffusion.recipe import AdapterConfig
+    from singlora_diffusion.adapters.config import AdapterConfig
 
     config = {**make_networks()["unet"].config, "block_out_channels": (16, 32), "cross_attention_dim": 40}
     other = {"unet": UNet2DConditionModel.from_config(config)}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from singlora_diffusion.contact_sheet import GAP, INK, LINE, PAPER, SMALLEST, TEXT, _wrap, grid
+from singlora_diffusion.sampling.contact_sheet import GAP, INK, LINE, PAPER, SMALLEST, TEXT, _wrap, grid
 
 RED, GREEN, BLUE, GOLD = (200, 0, 0), (0, 200, 0), (0, 0, 200), (200, 200, 0)
 

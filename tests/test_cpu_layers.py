@@ -9,9 +9,10 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 
-from singlora_diffusion import adapters, cpu_layers, families
-from singlora_diffusion.recipe import AdapterConfig
-from singlora_diffusion.singlora import SingLoRA
+from singlora_diffusion import adapters, models
+from singlora_diffusion.adapters.config import AdapterConfig
+from singlora_diffusion.adapters.singlora import SingLoRA
+from singlora_diffusion.models import cpu_layers
 
 CONVOLUTIONS = {
     "3x3": dict(kernel_size=3, padding=1),
@@ -173,8 +174,8 @@ def test_what_is_not_plain_and_frozen_computes_as_before(monkeypatch) -> None:
 def test_a_loaded_model_is_prepared_and_keeps_its_names(dtype, tiny_model, monkeypatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(cpu_layers, "prepare", lambda network: network)
-        stock = families.load(str(tiny_model), dtype, "cpu")
-    model = families.load(str(tiny_model), dtype, "cpu")
+        stock = models.load(str(tiny_model), dtype, "cpu")
+    model = models.load(str(tiny_model), dtype, "cpu")
     linear, processor = (nn.Linear, AttnProcessor2_0)
     if dtype == "bfloat16":
         linear, processor = (cpu_layers.CpuLinear, cpu_layers.CpuAttnProcessor)

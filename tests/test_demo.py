@@ -14,16 +14,16 @@ import pytest
 import tyro
 from encoder_folders import clip_folder, timm_folder
 
-from eval.pictures import open_picture, pictures
-from eval.runs import Column, Loaded, Picture, Run
+from eval.results import Column, Loaded, Picture, Run
 from singlora_diffusion import demo
+from singlora_diffusion.data.images import open_picture, pictures
 from singlora_diffusion.demo import DemoSettings
 from singlora_diffusion.errors import UserError
-from singlora_diffusion.generate import GenerateSettings
-from singlora_diffusion.recipe import Recipe
-from singlora_diffusion.toyworld import verb
+from singlora_diffusion.sampling.generate import GenerateSettings
+from singlora_diffusion.toyworld import command as toyworld_command
 from singlora_diffusion.toyworld.captions import PLACES
 from singlora_diffusion.toyworld.subjects import HELD_OUT, references, subject
+from singlora_diffusion.training.recipe import Recipe
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_nothing_is_done_twice(
     done: SimpleNamespace, settings: DemoSettings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import train_dreambooth
-    from singlora_diffusion.families.stable_diffusion import StableDiffusion
+    from singlora_diffusion.models.stable_diffusion import StableDiffusion
 
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("done again")
@@ -195,7 +195,7 @@ def test_the_caveat_weighs_the_difference(differences: list[float], words: str) 
 
 def test_toyworld_subject_writes_a_folder_to_train_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "my dog"
-    verb.write(verb.SubjectSettings("subject", "dog-2", folder, pictures=2, masks=True))
+    toyworld_command.write(toyworld_command.SubjectSettings("subject", "dog-2", folder, pictures=2, masks=True))
     assert [path.name for path in pictures(folder)] == ["00.png", "01.png"]
     assert len(pictures(folder / "masks")) == 2
     last = capsys.readouterr().out.splitlines()[-1]

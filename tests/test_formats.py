@@ -15,10 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from singlora_diffusion import adapters, families, formats
+from singlora_diffusion import adapters, formats, models
+from singlora_diffusion.adapters.config import AdapterConfig
 from singlora_diffusion.errors import UserError
 from singlora_diffusion.formats import native, outward, verbs
-from singlora_diffusion.recipe import AdapterConfig
 
 TEXT = ("q_proj", "k_proj", "v_proj", "out_proj")
 SOME = ("to_k",)  # square, wide and tall weights, at a quarter of the layers
@@ -300,7 +300,7 @@ def test_exporting_a_file_leaves_the_networks_as_they_were(networks: Any, tmp_pa
 def test_a_merged_pipeline_needs_nothing_of_ours(name: str, tiny_model: Path, tmp_path: Path) -> None:
     from diffusers import StableDiffusionPipeline
 
-    family = families.load(str(tiny_model))
+    family = models.load(str(tiny_model))
     adapter = trained(family.networks, EVERY[name])
     want = answers(family.networks)
     formats.merge_into(family, adapter, tmp_path / "merged")
@@ -316,7 +316,7 @@ def test_a_merged_pipeline_needs_nothing_of_ours(name: str, tiny_model: Path, tm
 def test_the_same_picture_through_stock_diffusers(tiny_model: Path, tmp_path: Path) -> None:
     from PIL import ImageChops
 
-    family = families.load(str(tiny_model))
+    family = models.load(str(tiny_model))
     adapter = trained(family.networks, EVERY["ramp"])
     settings: dict[str, Any] = {"steps": 3, "guidance": 4.0}
     ours = family.sample(["a photo of sks dog"], [3], **settings)[0]
@@ -532,7 +532,7 @@ def test_the_table_of_layers_is_not_folded(
 
 
 def test_the_verbs(tiny_model: Path, tmp_path: Path, capsys: Any) -> None:
-    family = families.load(str(tiny_model))
+    family = models.load(str(tiny_model))
     about = {**ABOUT, "base_model": str(tiny_model), "base_hash": family.fingerprint}
     formats.save(trained(family.networks, EVERY["ramp"]), tmp_path / "adapter.safetensors", about=about)
     out = str(tmp_path / "out.safetensors")

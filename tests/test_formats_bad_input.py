@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from singlora_diffusion import adapters, formats
+from singlora_diffusion.adapters.config import AdapterConfig
 from singlora_diffusion.errors import UserError
 from singlora_diffusion.formats import container
-from singlora_diffusion.recipe import AdapterConfig
 
 CONFIG = AdapterConfig(rank=2, targets=("to_k",), text_targets=("q_proj",), ramp_steps=4)
 Networks = dict[str, nn.Module]

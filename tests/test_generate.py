@@ -15,9 +15,9 @@ import pytest
 import tyro
 from PIL import Image
 
+from singlora_diffusion.adapters.config import AdapterConfig
 from singlora_diffusion.errors import UserError
-from singlora_diffusion.generate import GenerateSettings, generate, parse_seeds
-from singlora_diffusion.recipe import AdapterConfig
+from singlora_diffusion.sampling.generate import GenerateSettings, generate, parse_seeds
 
 TEMPLATES = "# two places\na photo of a {token} {class} in the snow\n\n{class} on the beach\n"
 
@@ -27,9 +27,9 @@ def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with an adapter that changes the tiny model's pictures a good deal."""
     import torch
 
-    from singlora_diffusion import adapters, families, formats
+    from singlora_diffusion import adapters, formats, models
 
-    family = families.load(str(tiny_model), device="cpu")
+    family = models.load(str(tiny_model), device="cpu")
     made = adapters.attach(family.networks, AdapterConfig(rank=4, alpha=8.0, text_targets=("q_proj", "v_proj")), seed=1)
     with torch.no_grad():
         for parameter in made.parameters():
@@ -80,7 +80,7 @@ class NotAgain(Exception):
 @pytest.fixture
 def samples_counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The batch sizes sampled so far. A limit put in front of them, as a negative number, ends the run when reached."""
-    from singlora_diffusion.families.stable_diffusion import StableDiffusion
+    from singlora_diffusion.models.stable_diffusion import StableDiffusion
 
     counts: list[int] = []
     sample = StableDiffusion.sample
@@ -155,11 +155,11 @@ def manifest_base(settings: GenerateSettings) -> str:
 
 
 def test_a_lora_of_another_program_gives_the_same_pictures(settings: GenerateSettings, tmp_path: Path) -> None:
-    from singlora_diffusion import families, formats
+    from singlora_diffusion import formats, models
 
     base = manifest_base(settings)
     exported = tmp_path / "dog.safetensors"
-    formats.export(settings.adapter[0], "kohya", exported, networks=families.load(base).networks)
+    formats.export(settings.adapter[0], "kohya", exported, networks=models.load(base).networks)
     own = replace(settings, scale=(0.7,))
     generate(own, quiet=True)
     foreign = replace(own, adapter=(exported,), output_dir=tmp_path / "foreign", identifier="sks", class_noun="dog")
@@ -175,10 +175,10 @@ def test_a_lora_of_another_program_gives_the_same_pictures(settings: GenerateSet
 
 def test_several_adapters_add_up_each_at_its_scale(settings: GenerateSettings, tmp_path: Path) -> None:
     """dW + dW/2 - dW/2, ours and another program's, is dW; 0.75 dW + 0.75 dW is 1.5 dW."""
-    from singlora_diffusion import families, formats
+    from singlora_diffusion import formats, models
 
     exported, own = tmp_path / "dog.safetensors", settings.adapter[0]
-    formats.export(own, "peft", exported, networks=families.load(manifest_base(settings)).networks)
+    formats.export(own, "peft", exported, networks=models.load(manifest_base(settings)).networks)
     settings = replace(settings, seeds="3")
     variants = {
         "alone": settings,
@@ -388,5 +388,7 @@ def test_seeds_that_are_none(text: str) -> None:
 
 
 def test_help_needs_no_torch() -> None:
-    code = "import sys, singlora_diffusion.generate; assert not {'torch', 'diffusers', 'PIL'} & set(sys.modules)"
+    code = (
+        "import sys, singlora_diffusion.sampling.generate; assert not {'torch', 'diffusers', 'PIL'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -13,9 +13,9 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 
-from singlora_diffusion import inject
+from singlora_diffusion.adapters import inject
+from singlora_diffusion.adapters.singlora import SingLoRA
 from singlora_diffusion.errors import UserError
-from singlora_diffusion.singlora import SingLoRA
 
 TOKENS = torch.tensor([[1, 5, 7, 2], [1, 9, 3, 2]])
 LATENTS = torch.linspace(-2, 2, 2 * 4 * 8 * 8).reshape(2, 4, 8, 8)

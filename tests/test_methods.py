@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from singlora_diffusion import adapters, formats
+from singlora_diffusion.adapters.config import AdapterConfig
 from singlora_diffusion.errors import UserError
 from singlora_diffusion.formats import container
-from singlora_diffusion.recipe import AdapterConfig
 
 ROWS = {
     "singlora": AdapterConfig(),

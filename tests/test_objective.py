@@ -7,7 +7,8 @@ from collections import Counter
 import pytest
 import torch
 
-from singlora_diffusion import objective
+from singlora_diffusion.data import draws
+from singlora_diffusion.training import objective
 
 
 def test_loss_is_the_mean_square_and_the_prior_adds_its_own() -> None:
@@ -31,17 +32,17 @@ def test_min_snr_weights() -> None:
 
 
 def test_an_examples_noise_depends_on_its_position_alone() -> None:
-    whole = objective.draw(3, range(10, 16), (4, 2, 2), 1000)
-    parts = [objective.draw(3, [position], (4, 2, 2), 1000) for position in range(10, 16)]
-    for field in objective.Draw._fields:
+    whole = draws.draw(3, range(10, 16), (4, 2, 2), 1000)
+    parts = [draws.draw(3, [position], (4, 2, 2), 1000) for position in range(10, 16)]
+    for field in draws.Draw._fields:
         assert torch.equal(getattr(whole, field), torch.cat([getattr(part, field) for part in parts]))
-    other = objective.draw(4, range(10, 16), (4, 2, 2), 1000)
-    prior = objective.draw(3, range(10, 16), (4, 2, 2), 1000, objective.PRIOR)
+    other = draws.draw(4, range(10, 16), (4, 2, 2), 1000)
+    prior = draws.draw(3, range(10, 16), (4, 2, 2), 1000, draws.PRIOR)
     assert not torch.equal(whole.noise, other.noise) and not torch.equal(whole.noise, prior.noise)
 
 
 def test_noise_is_standard_normal_and_timesteps_uniform() -> None:
-    drawn = objective.draw(0, range(2000), (1, 4, 4), 10)
+    drawn = draws.draw(0, range(2000), (1, 4, 4), 10)
     for noise in (drawn.noise, drawn.latent_noise):
         assert abs(noise.mean().item()) < 0.02 and abs(noise.std().item() - 1) < 0.02
     counts = torch.bincount(drawn.t, minlength=10)
@@ -50,8 +51,8 @@ def test_noise_is_standard_normal_and_timesteps_uniform() -> None:
 
 
 def test_every_epoch_shows_every_example_once_in_a_new_order() -> None:
-    stream = objective.examples(0, range(35), 7)
+    stream = draws.examples(0, range(35), 7)
     epochs = [stream[i : i + 7] for i in range(0, 35, 7)]
     assert all(Counter(epoch) == Counter(range(7)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1
-    assert objective.examples(0, [20], 7) == [stream[20]]
+    assert draws.examples(0, [20], 7) == [stream[20]]

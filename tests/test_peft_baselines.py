@@ -12,10 +12,10 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from singlora_diffusion import peft_baselines
+from singlora_diffusion.adapters import peft_baselines
+from singlora_diffusion.adapters.config import AdapterConfig
+from singlora_diffusion.adapters.peft_baselines import PeftAdapter, attach
 from singlora_diffusion.errors import UserError
-from singlora_diffusion.peft_baselines import PeftAdapter, attach
-from singlora_diffusion.recipe import AdapterConfig
 
 METHODS = tuple(peft_baselines.ROWS)
 CONFIG = AdapterConfig(method="lora", rank=4, text_rank=2, text_targets=("q_proj", "k_proj", "v_proj", "out_proj"))

@@ -76,10 +76,10 @@ def test_every_stage_runs_from_nothing(tmp_path: Path) -> None:
     weights = tmp_path / "weights"
     assert json.loads((weights / "pipeline" / "singlora.json").read_text())["prompts"] == "toyworld"
 
-    from eval.features import encoder
-    from singlora_diffusion import families
+    from eval.encoders import encoder
+    from singlora_diffusion import models
 
-    family = families.load(str(weights / "pipeline"))
+    family = models.load(str(weights / "pipeline"))
     picture = family.sample(["a red dog"], [0], steps=2)[0]
     assert picture.size == (64, 64)
     for role in ("clip", "dino"):

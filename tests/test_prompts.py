@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from singlora_diffusion import prompts
+from singlora_diffusion.data import prompts
+from singlora_diffusion.data.prompts import Prompt, split_instance_prompt
 from singlora_diffusion.errors import UserError
-from singlora_diffusion.prompts import Prompt, split_instance_prompt
 
 
 def test_a_prompt_with_and_without_its_identifier() -> None:
@@ -116,5 +116,5 @@ def test_instance_prompts_that_cannot_be_split(prompt: str, identifier: str | No
 
 
 def test_torch_is_not_imported() -> None:
-    program = "import sys, singlora_diffusion.prompts; sys.exit('torch' in sys.modules)"
+    program = "import sys, singlora_diffusion.data.prompts; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from eval import plots, report
-from eval.errors import UserError
-from eval.runs import Column, Run, ceiling, load, scored
+from eval.results import Column, Run, ceiling, load, scored
+from singlora_diffusion.errors import UserError
 
 ENCODERS = {
     role: {
@@ -229,7 +229,7 @@ def test_the_program_writes_a_page_without_torch(runs: list[Run], tmp_path: Path
     output = tmp_path / "new" / "page.html"
     program = (
         "import sys; from eval import report; code = report.main(sys.argv[1:]); "
-        "assert not {'torch', 'singlora_diffusion'} & set(sys.modules); sys.exit(code)"
+        "assert not {'torch', 'diffusers'} & set(sys.modules); sys.exit(code)"
     )
     folders = [str(run.images) for run in runs]
     arguments = ["--runs", *folders, "--names", "one", "two", "--title", "A title", "--output", str(output)]

@@ -14,10 +14,10 @@ import pytest
 from encoder_folders import clip_folder, timm_folder
 from PIL import Image
 
-from eval import features
-from eval.errors import UserError
-from eval.features import encoder
+from eval import encoders as encoders_module
+from eval.encoders import encoder
 from eval.score import ScoreSettings, main, score
+from singlora_diffusion.errors import UserError
 
 PROMPTS = ("a {}dog in the snow", "a {}dog on the beach")
 
@@ -121,7 +121,7 @@ def test_the_second_time_no_encoder_is_loaded(
     def refuse(*_: object) -> None:
         raise AssertionError("an encoder ran")
 
-    monkeypatch.setattr(features, "_unit_vectors", refuse)
+    monkeypatch.setattr(encoders_module, "_unit_vectors", refuse)
     again = score(settings(folders, encoders))
     assert again["pictures"] == first["pictures"] and again["metrics"] == first["metrics"]
     paint(folders[0] / "001-1.png", 77)  # other pixels under the same name
@@ -290,6 +290,6 @@ def test_help_names_every_flag_and_imports_no_torch(capsys: pytest.CaptureFixtur
         "--cache_dir",
     ):
         assert flag in text
-    names = "('torch', 'scipy', 'singlora_diffusion')"
+    names = "('torch', 'scipy', 'diffusers')"
     program = f"import sys, eval.score; sys.exit(any(name in sys.modules for name in {names}))"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from singlora_diffusion.singlora import INITS, SIGNATURES, SingLoRA, kaiming, ramp
-from singlora_diffusion.singlora_dora import DoraSingLoRA
+from singlora_diffusion.adapters.singlora import INITS, SIGNATURES, SingLoRA, kaiming, ramp
+from singlora_diffusion.adapters.singlora_dora import DoraSingLoRA
 
 FORMS = (SingLoRA, DoraSingLoRA)
 SHAPES = ((24, 24), (16, 40), (40, 16), (1, 7), (9, 1))  # (out, in): square, wide, tall, single rows and columns

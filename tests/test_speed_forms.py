@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from singlora_diffusion import adapters, cpu_layers, singlora_fused
-from singlora_diffusion.recipe import AdapterConfig
-from singlora_diffusion.singlora import SingLoRA
-from singlora_diffusion.singlora_dora import DoraSingLoRA
+from singlora_diffusion import adapters
+from singlora_diffusion.adapters import singlora_fused
+from singlora_diffusion.adapters.config import AdapterConfig
+from singlora_diffusion.adapters.singlora import SingLoRA
+from singlora_diffusion.adapters.singlora_dora import DoraSingLoRA
+from singlora_diffusion.models import cpu_layers
 
 SHAPES = ((24, 24), (16, 40), (40, 16), (1, 7), (9, 1))  # (out, in)
 FORMS = (SingLoRA, DoraSingLoRA)

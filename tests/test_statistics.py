@@ -8,15 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from eval.statistics import (
-    compare,
-    holm,
-    sign_flip_p,
-    smallest_detectable,
-    studentised_bootstrap,
-    t_interval,
-    verdict,
-)
+from eval.statistics import compare, holm, sign_flip_p, smallest_detectable, studentised_bootstrap, t_interval, verdict
 
 D = np.array([0.021, -0.004, 0.013, 0.008, 0.017, 0.002, -0.001, 0.011])
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from singlora_diffusion import adapters, families, formats
-from singlora_diffusion.recipe import AdapterConfig
+from singlora_diffusion import adapters, formats, models
+from singlora_diffusion.adapters.config import AdapterConfig
 
-PIPELINE = Path(families.__file__).parent.parent / "toyworld" / "weights" / "pipeline"
+PIPELINE = Path(models.__file__).parent.parent / "toyworld" / "weights" / "pipeline"
 PROMPT, SEED, STEPS = "a photo of a sks dog", 3, 4
 CONFIG = AdapterConfig(
     rank=8, text_rank=4, text_targets=("q_proj", "k_proj", "v_proj", "out_proj"), alpha=6.0, ramp_steps=10
@@ -37,7 +37,7 @@ def test_load_lora_weights_draws_our_picture(tmp_path: Path) -> None:
             PIPELINE, safety_checker=None, torch_dtype=torch.float32, local_files_only=True
         )
 
-    family = families.load("toyworld", dtype="float32", device="cpu")
+    family = models.load("toyworld", dtype="float32", device="cpu")
     plain = picture(family.pipeline())
     adapter = adapters.attach(family.networks, CONFIG, seed=1)
     generator = torch.Generator().manual_seed(2)

@@ -15,9 +15,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train_dreambooth
-from singlora_diffusion import checkpoint, formats
+from singlora_diffusion import formats
 from singlora_diffusion.errors import UserError
-from singlora_diffusion.recipe import Recipe
+from singlora_diffusion.training import checkpoint
+from singlora_diffusion.training.recipe import Recipe
 
 
 @pytest.fixture(scope="session")

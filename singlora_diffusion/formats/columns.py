@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..recipe import AdapterConfig
+from ..adapters.config import AdapterConfig
 from . import container
 from .container import Index
 from .native import Header

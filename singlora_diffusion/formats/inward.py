@@ -19,7 +19,7 @@ from .pairs import Pair
 from .recognition import recognise
 
 if TYPE_CHECKING:
-    from ..adapters import Adapter
+    from ..adapters.registry import Adapter
 
 __all__ = ["Attached", "attach_files", "import_", "recognise"]
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from .. import inject
+from ..adapters import inject
 
 # What a tensor is by the end of its name, longest first: `down` (k, in), `up` (out, k), `one` SingLoRA's A.
 ROLES = {

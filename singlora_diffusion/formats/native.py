@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from .. import adapters
+from ..adapters.config import AdapterConfig
 from ..errors import UserError
-from ..recipe import AdapterConfig
 from . import container
 from .container import Index, shown
 
 if TYPE_CHECKING:
-    from ..adapters import Adapter
+    from ..adapters.registry import Adapter
 
 KEY = "singlora"
 VERSION = 1

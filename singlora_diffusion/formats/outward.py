@@ -26,7 +26,7 @@ from .pairs import Pair
 from .proof import Proof
 
 if TYPE_CHECKING:
-    from ..adapters import Adapter
+    from ..adapters.registry import Adapter
 
 
 def export(

@@ -15,7 +15,7 @@ from .container import Index, shown
 from .native import Header
 
 if TYPE_CHECKING:
-    from ..adapters import Adapter
+    from ..adapters.registry import Adapter
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from .. import inject
+from ..adapters import inject
 from ..errors import UserError
 
 if TYPE_CHECKING:
-    from ..adapters import Adapter
+    from ..adapters.registry import Adapter
 
 NAME = "exported"  # the adapter's name in diffusers while it is tried
 STORED = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from .. import families
+from .. import models
 from ..errors import UserError
 from . import arithmetic, container, inspection, inward, native, outward
 from .native import Header
@@ -47,7 +47,7 @@ def import_(settings: ImportSettings) -> None:
     """`singlora import`."""
     if Path(settings.output).exists() and not settings.overwrite:
         raise UserError(f"{settings.output}: exists already; name another file, or pass --overwrite")
-    family = families.load(settings.pretrained_model_name_or_path)
+    family = models.load(settings.pretrained_model_name_or_path)
     adapter, header = inward.import_(
         settings.file, family.networks, alpha=settings.alpha, ramp_steps=settings.ramp_steps
     )
@@ -68,7 +68,7 @@ def import_(settings: ImportSettings) -> None:
 def inspect(settings: InspectSettings) -> None:
     """`singlora inspect`."""
     base = settings.pretrained_model_name_or_path
-    networks = families.load(base).networks if base else None
+    networks = models.load(base).networks if base else None
     report = inspection.inspect(settings.file, networks)
     inspection.show(report)
     if report.rows and networks is None:
@@ -83,11 +83,11 @@ def add(settings: AddSettings) -> None:
     print(f"wrote {settings.output} (singlora, rank {header.config.rank}, {header.config.signature})")
 
 
-def load_base(header: Header, named: str | None, **options: str) -> families.Family:
+def load_base(header: Header, named: str | None, **options: str) -> models.Family:
     """The base model of an adapter: the one the user names, else the one the header names; says so if it is another."""
     if not (named or header.base_model):
         raise UserError("the adapter does not say what it was trained on: --pretrained_model_name_or_path MODEL")
-    family = families.load(named or header.base_model, **options)
+    family = models.load(named or header.base_model, **options)
     if header.base_hash and family.fingerprint != header.base_hash:
         print(f"note: {family.source} is not the very model this adapter was trained on ({header.base_model})")
     return family

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from singlora_diffusion.toyworld.identities import BACKGROUNDS, CLASSES, COLOURS, Identity, Scene
+from .identities import BACKGROUNDS, CLASSES, COLOURS, Identity, Scene
 
 PLACES: dict[str, tuple[str, ...]] = {
     "beach": ("on the beach", "on a beach", "on a sandy beach"),

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 
-from .. import families
+from .. import models
 from . import autoencoding, world
 from .captions import PATTERN_WORDS
 from .reader import Reader
@@ -67,7 +67,7 @@ def load_reader() -> Reader:
 
 def autoencoder(n: int) -> dict[str, float]:
     """PSNR in dB of n unseen pictures."""
-    vae = families.load("toyworld").vae
+    vae = models.load("toyworld").vae
     return {"autoencoder PSNR, dB": autoencoding.psnr(vae, world.batch(range(UNSEEN, UNSEEN + n))["images"])}
 
 
@@ -95,7 +95,7 @@ def prompt_following(n: int, guidance: float, seed: int = 0) -> dict[str, float]
         )
         for i in range(n)
     ]
-    family = families.load("toyworld")
+    family = models.load("toyworld")
     images, begun = [], time.perf_counter()
     for i in range(0, n, 20):
         chunk = prompts[i : i + 20]
@@ -108,7 +108,7 @@ def prompt_following(n: int, guidance: float, seed: int = 0) -> dict[str, float]
 
 def clip(groups: int = 20, size: int = 50) -> dict[str, float]:
     """Share of unseen pictures whose full caption is found among those of `size` pictures."""
-    from eval.features import encoder
+    from eval.encoders import encoder
 
     encoders = encoder("toyworld", "clip", str(WEIGHTS / "clip"))
     assert encoders.texts is not None
@@ -133,7 +133,7 @@ def clip(groups: int = 20, size: int = 50) -> dict[str, float]:
 
 def dino(subjects: int = 20, views: int = 4) -> dict[str, float]:
     """ROC AUC of the cosine: the same subject in two places against two subjects of one class."""
-    from eval.features import encoder
+    from eval.encoders import encoder
 
     extract = encoder("toyworld", "dino", str(WEIGHTS / "dino")).images
     same, other = [], []

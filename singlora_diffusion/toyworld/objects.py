@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from singlora_diffusion.toyworld.identities import RGB
-from singlora_diffusion.toyworld.pen import INK, METAL, WHITE, Pen, blob, box, curve, ellipse, shade
+from .identities import RGB
+from .pen import INK, METAL, WHITE, Pen, blob, box, curve, ellipse, shade
 
 IRISES: tuple[RGB, ...] = ((60, 170, 70), (232, 160, 20), (60, 120, 220))
 LAMPS: tuple[RGB, ...] = ((150, 240, 120), (255, 216, 80), (120, 220, 255))

@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw
 
-from singlora_diffusion.toyworld.identities import PALETTE, RGB, Identity, Scene
+from .identities import PALETTE, RGB, Identity, Scene
 
 Points = np.ndarray
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from singlora_diffusion.toyworld.identities import Identity, Scene
-from singlora_diffusion.toyworld.objects import DRAWINGS
-from singlora_diffusion.toyworld.pen import OVERSAMPLING, Pen
-from singlora_diffusion.toyworld.scenery import backdrop
+from .identities import Identity, Scene
+from .objects import DRAWINGS
+from .pen import OVERSAMPLING, Pen
+from .scenery import backdrop
 
 SHADOW = 0.5
 """Darkness of the contact shadow at its middle, 0 to 1."""

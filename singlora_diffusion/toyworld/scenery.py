@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from singlora_diffusion.toyworld.identities import RGB
+from .identities import RGB
 
 Random = np.random.Generator
 

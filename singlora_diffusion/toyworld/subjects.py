@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from singlora_diffusion.errors import UserError
-from singlora_diffusion.toyworld.identities import BACKGROUNDS, Identity, Scene, draw_identity, identity, scene
-from singlora_diffusion.toyworld.render import render
+from ..errors import UserError
+from .identities import BACKGROUNDS, Identity, Scene, draw_identity, identity, scene
+from .render import render
 
 PRETRAINING_SEEDS = 1_000_000
 HELD_OUT = 1_000

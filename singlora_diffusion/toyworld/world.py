@@ -7,20 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from singlora_diffusion.toyworld.captions import PLACES, caption, compose, vocabulary
-from singlora_diffusion.toyworld.identities import (
-    BACKGROUNDS,
-    CLASSES,
-    COLOURS,
-    PALETTE,
-    PATTERNS,
-    Identity,
-    Scene,
-    identity,
-    scene,
-)
-from singlora_diffusion.toyworld.render import render
-from singlora_diffusion.toyworld.subjects import (
+from .captions import PLACES, caption, compose, vocabulary
+from .identities import BACKGROUNDS, CLASSES, COLOURS, PALETTE, PATTERNS, Identity, Scene, identity, scene
+from .render import render
+from .subjects import (
     HELD_OUT,
     PRETRAINING_SEEDS,
     SUBJECTS,

@@ -1,0 +1,45 @@
+"""What it takes to rebuild an adapter on a base model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What it takes to rebuild an adapter's modules on a base model; stored in every adapter file."""
+
+    method: str = "singlora"
+    """A row of `adapters.METHODS`: singlora, lora, lora+, dora, oft, lokr."""
+    rank: int = 8
+    """Rank r in the UNet."""
+    alpha: float | None = None
+    """The update is scaled by alpha / rank. None: equal to rank."""
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Attention projections of the UNet that are adapted."""
+    text_rank: int | None = None
+    """Rank in the text encoder. None: as in the UNet."""
+    text_alpha: float | None = None
+    """None: equal to the text encoder's rank."""
+    text_targets: tuple[str, ...] = ()
+    """Projections of the text encoder that are adapted: q_proj k_proj v_proj out_proj. Empty: none."""
+    init: str = "kaiming"
+    """kaiming: entries of variance about 1/n. offset: the same, with its product subtracted, so dW starts at zero."""
+    signature: str = "positive"
+    """positive: A A^T, as in the paper. balanced: A S A^T with S = diag(+1, -1, ...), indefinite."""
+    dora: bool = False
+    """A learned magnitude per output row on top of the SingLoRA direction."""
+    ramp_steps: int = 0
+    """T in u(t) = min(t / T, 1). 0: u = 1 throughout."""
+    loraplus_ratio: float = 16.0
+    """lora+: rate of B over rate of A. SingLoRA with dora: rate of the magnitudes over rate of A."""
+
+    rate_by_width: bool = False
+    """SingLoRA: lower the rate of wide layers as n^-1/2, the exponent of the paper's analysis."""
+
+    def for_network(self, network: str) -> tuple[int, float, tuple[str, ...]]:
+        """Rank, alpha and targets of one network, `unet` or a text encoder."""
+        if not network.startswith("text_encoder"):
+            return self.rank, float(self.rank if self.alpha is None else self.alpha), self.targets
+        rank = self.rank if self.text_rank is None else self.text_rank
+        return rank, float(rank if self.text_alpha is None else self.text_alpha), self.text_targets

@@ -1,0 +1,63 @@
+"""Where the randomness of training comes from: (seed, position in the stream of examples), nothing else.
+
+Because an example's noise, timestep and place in the shuffle depend only on its position in the global stream, the same
+run comes out of one process or two, of one big batch or several accumulated ones, unbroken or resumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+INSTANCE, PRIOR = 0, 1  # two streams: pictures of the subject, pictures of its class
+
+
+class Draw(NamedTuple):
+    """The randomness of a few examples."""
+
+    noise: Tensor
+    """(N, C, h, w) float32, what the latents are corrupted with."""
+    latent_noise: Tensor
+    """(N, C, h, w) float32, picks the latent out of the autoencoder's posterior."""
+    t: Tensor
+    """(N,) int64 timesteps."""
+    flip: Tensor
+    """(N,) bool."""
+
+
+def examples(seed: int, positions: Sequence[int], count: int, stream: int = INSTANCE) -> list[int]:
+    """Which of `count` examples stand at these positions: every epoch is a fresh shuffle of all of them."""
+    shuffles: dict[int, np.ndarray] = {}
+    chosen = []
+    for position in positions:
+        epoch, place = divmod(position, count)
+        if epoch not in shuffles:
+            shuffles[epoch] = np.random.default_rng((seed, stream, epoch)).permutation(count)
+        chosen.append(int(shuffles[epoch][place]))
+    return chosen
+
+
+def draw(seed: int, positions: Sequence[int], shape: tuple[int, ...], timesteps: int, stream: int = INSTANCE) -> Draw:
+    """Noise, timesteps and flips for the examples at these positions.
+
+    Args:
+        shape: of one latent, (C, h, w).
+        timesteps: number of training timesteps; t is uniform below it.
+    """
+    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    for position in positions:
+        key = int(np.random.SeedSequence((seed, stream, position)).generate_state(1, np.uint64)[0])
+        generator = torch.Generator().manual_seed(key)
+        parts.append(
+            (
+                torch.randn(shape, generator=generator),
+                torch.randn(shape, generator=generator),
+                torch.randint(timesteps, (), generator=generator),
+                torch.rand((), generator=generator) < 0.5,
+            )
+        )
+    return Draw(*(torch.stack(column) for column in zip(*parts, strict=True)))

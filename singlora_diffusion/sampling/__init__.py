@@ -1,0 +1,1 @@
+"""Images made with an adapter, and what is written beside them."""
