@@ -76,6 +76,8 @@ def test_it_runs_in_an_empty_folder(wheel: Path, tmp_path: Path) -> None:
         assert verb in usage.stdout
         page = run("-m", "singlora_diffusion.cli", verb, "--help")
         assert page.returncode == 0 and f"usage: singlora {verb}" in page.stdout, page.stderr
-    sets = run("-c", "from singlora_diffusion.data import prompts; print(*prompts.bundled(), len(prompts.load('object')))")
+    sets = run(
+        "-c", "from singlora_diffusion.data import prompts; print(*prompts.bundled(), len(prompts.load('object')))"
+    )
     assert sets.stdout.split() == ["live_subject", "object", "toyworld", "25"], sets.stderr
     assert not any(elsewhere.iterdir())

@@ -1,0 +1,125 @@
+"""What adapters and files need to know of one network of a base model; no family, no adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+Role = Literal["denoiser", "text"]
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+
+def _same(path: str) -> str:
+    return path
+
+
+def _nothing() -> dict[str, Any]:
+    raise NotImplementedError("this network has no sample inputs")
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """One network: the module, and how files spell it.
+
+    Attributes:
+        name: of the network in the model's folder and at the front of its layers' names in files: `unet`.
+        role: what it does; `AdapterConfig` has targets and ranks by role.
+        targets: the layers that are adapted unless the user names others.
+        presets: further lists of targets by name, such as `attention+mlp`.
+        prefixes: what stands in the name's place, by file form, as in {"kohya": "lora_te1"}; else the name itself.
+        file_path: a layer's path in the module -> its path in files.
+        sample_inputs: small random keyword arguments to call the module with, on its device and in its dtype; a
+            function of nothing else.
+    """
+
+    name: str
+    module: nn.Module
+    role: Role
+    targets: tuple[str, ...]
+    presets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    prefixes: Mapping[str, str] = field(default_factory=dict)
+    file_path: Callable[[str], str] = _same
+    sample_inputs: Callable[[], dict[str, Any]] = _nothing
+
+    def layer(self, path: str) -> str:
+        """A layer's name in files: `unet.mid_block...to_q`, `text_encoder.text_model.encoder...q_proj`."""
+        return f"{self.name}.{self.file_path(path)}"
+
+    def prefix(self, form: str) -> str:
+        """What the layers of this network begin with in files of a form: kohya, diffusers, peft."""
+        return self.prefixes.get(form, self.name)
+
+
+Networks = Mapping[str, "NetworkSpec | nn.Module"]
+
+
+def specs(networks: Networks) -> dict[str, NetworkSpec]:
+    """Networks by name, each with its spec: a bare module gets the one that goes by its name and class."""
+    return {name: one if isinstance(one, NetworkSpec) else bare(name, one) for name, one in networks.items()}
+
+
+def bare(name: str, module: nn.Module) -> NetworkSpec:
+    """The spec of a module that comes without one: a diffusers UNet, a CLIP text encoder, or any other network."""
+    if name.startswith("text_encoder"):
+        return clip_text_encoder(name, module)
+    if hasattr(getattr(module, "config", None), "cross_attention_dim"):
+        return unet(name, module)
+    return NetworkSpec(name, module, "denoiser", ATTENTION)
+
+
+def unet(name: str, module: nn.Module, **more: Any) -> NetworkSpec:
+    """A diffusers UNet2DConditionModel."""
+    prefixes = {"kohya": "lora_unet", **more.pop("prefixes", {})}
+    return NetworkSpec(
+        name, module, "denoiser", ATTENTION, prefixes=prefixes, sample_inputs=lambda: unet_inputs(module), **more
+    )
+
+
+def clip_text_encoder(name: str, module: nn.Module, prefix: str = "lora_te") -> NetworkSpec:
+    """A CLIP text encoder of transformers.
+
+    transformers 5 dropped the `text_model.` level from CLIPTextModel; every tool outside expects it in files.
+    """
+    return NetworkSpec(
+        name,
+        module,
+        "text",
+        TEXT_ATTENTION,
+        prefixes={"kohya": prefix},
+        file_path=lambda path: path if path.startswith("text_model.") else f"text_model.{path}",
+        sample_inputs=lambda: text_inputs(module),
+    )
+
+
+def unet_inputs(module: nn.Module) -> dict[str, Any]:
+    """A batch of two small random latents with text, as a UNet takes them; SDXL's pooled text and sizes too."""
+    config: Any = module.config
+    draw = _normal(module)
+    side = 2 ** len(config.down_block_types)
+    inputs: dict[str, Any] = {
+        "sample": draw(2, config.in_channels, side, side),
+        "timestep": torch.tensor(500, device=next(module.parameters()).device),
+        "encoder_hidden_states": draw(2, 5, config.cross_attention_dim),
+    }
+    if getattr(config, "addition_embed_type", None) == "text_time":
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        inputs["added_cond_kwargs"] = {"text_embeds": draw(2, pooled), "time_ids": draw(2, 6).abs()}
+    return inputs
+
+
+def text_inputs(module: nn.Module) -> dict[str, Any]:
+    """Two short random texts as token ids."""
+    config: Any = module.config
+    length = min(8, config.max_position_embeddings)
+    ids = torch.randint(config.vocab_size, (2, length), generator=torch.Generator().manual_seed(1))
+    return {"input_ids": ids.to(next(module.parameters()).device)}
+
+
+def _normal(module: nn.Module) -> Callable[..., Tensor]:
+    generator, like = torch.Generator().manual_seed(1), next(module.parameters())
+    return lambda *shape: torch.randn(*shape, generator=generator).to(like)

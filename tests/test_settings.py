@@ -1,0 +1,84 @@
+"""Settings: flags, ranges, command lines and JSON from one declaration."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from singlora_diffusion import settings
+from singlora_diffusion.errors import UserError
+from singlora_diffusion.settings import Count, Number, Positive
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What is trained."""
+
+    rank: Count = 16
+    """Rank r."""
+    alpha: Positive | None = None
+    """None: as the rank."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job."""
+
+    data: Path
+    """Folder."""
+    adapter: Adapter = field(default_factory=Adapter)
+    scales: tuple[Number, ...] = ()
+    """One per adapter."""
+    overwrite: bool = True
+    """Replace what is there."""
+
+
+def parse(*words: str) -> Job:
+    return settings.parse(Job, words, "job", "A job.")
+
+
+def test_flags_are_flat_and_say_the_same_as_the_command_line_made_of_them() -> None:
+    job = parse("--data", "my dog", "--rank", "3", "--no_overwrite", "--scales", "1", "-0.5")
+    assert job == Job(Path("my dog"), Adapter(rank=3), (1.0, -0.5), False)
+    words = shlex.split(settings.command_line("job", job))
+    assert words[:2] == ["singlora", "job"] and parse(*words[2:]) == job
+    assert settings.command_line("job", Job(Path("x"))) == "singlora job --data x"
+
+
+def test_json_is_flat() -> None:
+    job = Job(Path("x"), scales=(1.0,))
+    assert settings.as_json(job) == {"data": "x", "rank": 16, "alpha": None, "scales": [1.0], "overwrite": True}
+
+
+def test_replaced_finds_the_group() -> None:
+    job = settings.replaced(Job(Path("x")), rank=2, overwrite=False)
+    assert job == Job(Path("x"), Adapter(rank=2), overwrite=False)
+    with pytest.raises(TypeError, match="ranke"):
+        settings.replaced(job, ranke=2)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--rank", "0"], ["--rank 0: must be at least 1"]),
+        (["--rank", "9" * 30], ["--rank 99999999", "at most 1e+07"]),
+        (["--alpha", "-3", "--rank", "-1"], ["--alpha -3.0: must be greater than 0", "--rank -1"]),
+        (["--alpha", "nan"], ["--alpha nan"]),
+        (["--alpha", "inf"], ["--alpha inf"]),
+        (["--scales", "1", "nan"], ["--scales nan"]),
+    ],
+)
+def test_values_out_of_range_are_named_in_one_line(words: list[str], said: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        parse("--data", "x", *words)
+    assert "\n" not in str(error.value) and all(part in str(error.value) for part in said), str(error.value)
+
+
+def test_help_groups_the_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("--help")
+    shown = capsys.readouterr().out
+    assert "adapter options" in shown and "What is trained." in shown and "--rank" in shown
