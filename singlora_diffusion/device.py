@@ -71,4 +71,6 @@ def _free_in(group: Path, limit: str, use: str, cache: str) -> int:
 
 
 def _size(count: int) -> str:
-    return f"{count / 1e9:,.0f} GB" if count >= 10e9 else f"{count / 1e9:.1f} GB"
+    if count < 1e9:
+        return f"{count / 1e6:.0f} MB"
+    return f"{count / 1e9:.1f} GB" if count < 10e9 else f"{count / 1e9:,.0f} GB"

@@ -104,7 +104,8 @@ def split_instance_prompt(prompt: str, identifier: str | None = None) -> Instanc
         starts = [i for i in range(len(words)) if [_bare(word) for word in words[i : i + len(sought)]] == sought]
         if not starts:
             raise UserError(
-                f'the instance prompt "{shown}" lacks the identifier "{escaped(identifier)}"; write it before the class noun'
+                f'the instance prompt "{shown}" lacks the identifier "{escaped(identifier)}"; '
+                f"write it before the class noun"
             )
         start, name = starts[0] + len(sought), " ".join(sought)
     else:

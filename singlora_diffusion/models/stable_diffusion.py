@@ -66,6 +66,7 @@ class StableDiffusion:
         self.networks: dict[str, nn.Module] = {"unet": unet, "text_encoder": text_encoder}
         self.downsampling = 2 ** (len(vae.config.block_out_channels) - 1)
         self.resolution = int(unet.config.sample_size) * self.downsampling
+        self.multiple, self.steps, self.samplers = self.downsampling, 25, SAMPLERS
         self.device = next(unet.parameters()).device
         self.dtype = next(unet.parameters()).dtype
         # What a model's folder may say in singlora.json about how it likes to be used.
@@ -86,6 +87,10 @@ class StableDiffusion:
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         """Hidden states (N, L, D) of the text encoder's last layer, in its dtype; differentiable."""
         return self.text_encoder(self.tokenize(prompts)).last_hidden_state
+
+    def prompt_overflow(self, prompt: str) -> int:
+        """By how many tokens a prompt is too long for the model, which cuts them off; 0 if it fits."""
+        return max(0, len(self.tokenizer(prompt).input_ids) - self.tokenizer.model_max_length)
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Token ids (N, L) int64 on the model's device, cut at the encoder's length."""
@@ -155,8 +160,8 @@ class StableDiffusion:
             UserError: a side that the autoencoder and the network cannot halve evenly.
         """
         height, width = height or self.resolution, width or self.resolution
-        if height % 8 or width % 8 or min(height, width) < 8:
-            raise UserError(f"{width}x{height} pixels: both sides must be multiples of 8")
+        if height % self.multiple or width % self.multiple:
+            raise UserError(f"{width}x{height} pixels: both sides must be multiples of {self.multiple}")
         pipe = self.pipeline(sampler)
         latents = pipe(
             list(prompts),
