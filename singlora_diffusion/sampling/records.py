@@ -86,9 +86,9 @@ def _shared(wanted: GenerateSettings, family: Family, adapters: Sequence[Adapter
     """Of every record of the run."""
     sampling = wanted.sampling
     steps = sampling.num_inference_steps or family.steps
-    limit = family.scheduler.config.get("num_train_timesteps", steps)
+    limit = _most_steps(family)
     if steps > limit:
-        raise UserError(f"--num_inference_steps {steps}: the scheduler of {escaped(family.source)} has {limit} steps")
+        raise UserError(f"--num_inference_steps {steps}: {escaped(family.source)} can take at most {limit} steps")
     if sampling.scheduler is not None and sampling.scheduler not in family.samplers:
         known = ", ".join(family.samplers)
         raise UserError(f"--scheduler {escaped(sampling.scheduler)}: {escaped(family.source)} can take {known}")
@@ -107,6 +107,12 @@ def _shared(wanted: GenerateSettings, family: Family, adapters: Sequence[Adapter
         "height": _side("height", sampling.height, family),
         "width": _side("width", sampling.width, family),
     }
+
+
+def _most_steps(family: Family) -> int:
+    """Each step has a training timestep of its own, and diffusers lets the first begin at an offset from 0."""
+    config = family.scheduler.config
+    return int(config.get("num_train_timesteps", 1000)) - int(config.get("steps_offset", 0))
 
 
 def _side(flag: str, wanted: int | None, family: Family) -> int:

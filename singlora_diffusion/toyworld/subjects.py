@@ -179,6 +179,8 @@ def write_subject(name: str, output_dir: str | Path, n: int = 5, masks: bool = F
     except UserError:
         for path in written:
             path.unlink()
+        if masks and (folder / "masks").is_dir():
+            (folder / "masks").rmdir()
         raise
     return [path for path in written if path.parent == folder]
 
@@ -186,9 +188,12 @@ def write_subject(name: str, output_dir: str | Path, n: int = 5, masks: bool = F
 def _check_new(folder: Path, remedy: str) -> None:
     shown = escaped(folder, 1000)
     try:
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"{shown} is a file; {remedy}")
         if folder.is_dir() and any(folder.iterdir()):
             raise UserError(f"{shown} already holds files; {remedy}")
-    except OSError as error:
-        raise UserError(f"{shown}: cannot be used: {reason(error)}; {remedy}") from error
+        if not folder.is_dir() and (folder.is_symlink() or folder.stat()):
+            raise UserError(f"{shown} is a file; {remedy}")
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        why = reason(error) if isinstance(error, OSError) else error
+        raise UserError(f"{shown}: cannot be used: {why}; {remedy}") from error
