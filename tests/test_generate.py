@@ -371,7 +371,7 @@ def test_an_adapter_of_another_model_is_refused_unless_asked_for(
         ({"seeds": "a"}, "--seeds"),
         ({"num_inference_steps": 0}, "--num_inference_steps 0: must be at least 1"),
         ({"batch_size": 0}, "--batch_size 0: must be at least 1"),
-        ({"height": 102}, "--height 102: must be a multiple of 4 pixels"),
+        ({"height": 100}, "--height 100: must be a multiple of 8 pixels"),
         ({"scale": (float("nan"),)}, "--scale"),
         ({"scale": (1.0, 0.5)}, "2 numbers for --scale and 1 for --adapter"),
         ({"adapter": (), "pretrained_model_name_or_path": "toyworld", "scale": (0.5,)}, "name it with --adapter"),

@@ -23,13 +23,11 @@ def of_sampling(family: Family, height: int, width: int, batch_size: int) -> int
 
     Images of a batch are denoised together, each with and without its prompt, and decoded one by one in float32.
     """
-    from ..models.network import specs
-
     pixels = height * width
     parts = family.pipeline().components
     decoder = TENSORS_DECODING * _width(parts["vae"], 1) * pixels * 4
-    latents = pixels // family.multiple**2
-    denoiser = next(iter(specs(family.networks).values())).module
+    latents = pixels // 4 ** (len(parts["vae"].config.block_out_channels) - 1)
+    denoiser = next(iter(family.networks.values())).module
     denoising = TENSORS_DENOISING * _width(denoiser, 0) * latents * family.dtype.itemsize * 2 * batch_size
     return max(decoder, denoising) + BYTES_PER_RESULT * pixels * batch_size
 
