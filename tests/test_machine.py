@@ -1,4 +1,4 @@
-"""Free memory, refused requests and seeds: `pytest tests/test_machine.py`."""
+"""Free memory, folders, refused requests and seeds: `pytest tests/test_machine.py`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from singlora_diffusion import device
+from singlora_diffusion import device, files
 from singlora_diffusion.errors import UserError
 
 
@@ -58,3 +58,31 @@ def test_training_draws_are_those_of_the_lower_half_of_a_64_bit_key() -> None:
     for position, noise in zip((0, 10**12), drawn.noise, strict=True):
         key = int(np.random.SeedSequence((3, draws.INSTANCE, position)).generate_state(1, np.uint64)[0])
         assert torch.equal(noise, torch.randn(4, 2, 2, generator=torch.Generator().manual_seed(key)))
+
+
+@pytest.mark.parametrize(
+    ("below", "said"),
+    [
+        ("file", "is a file: name a folder"),
+        ("file/x/y", "cannot be used: Not a directory"),
+        ("x" * 300, "cannot be used: File name too long"),
+        ("a\0b", "cannot be used: "),
+        ("dangling", "is a file"),
+    ],
+)
+def test_folders_that_cannot_be_written_to(tmp_path: Path, below: str, said: str) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    files.check_writable(tmp_path, "--output_dir")
+    files.check_writable(tmp_path / "a" / "b", "--output_dir")
+    with pytest.raises(UserError) as error:
+        files.check_writable(tmp_path / below, "--output_dir")
+    assert str(error.value).startswith("--output_dir ") and said in str(error.value) and "\n" not in str(error.value)
+    assert len([*tmp_path.iterdir()]) == 2
+
+
+def test_a_read_only_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)  # root may write everywhere
+    for folder in (tmp_path, tmp_path / "a" / "b"):
+        with pytest.raises(UserError, match=f"cannot be written to: check the permissions of {tmp_path}$"):
+            files.check_writable(folder, "--output_dir")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Literal
 from .. import settings
 from ..data import prompts
 from ..errors import UserError
-from ..files import reason
+from ..files import check_writable
 from ..settings import Count, NotNegative, Number, Side
 from ..terminal import escaped
 
@@ -121,7 +120,7 @@ def check(wanted: GenerateSettings) -> None:
             f"{len(adapters.scale)} numbers for --scale and {len(adapters.adapter)} for --adapter: "
             f"give one scale for all adapters, or one for each"
         )
-    _check_folder(wanted.output.output_dir)
+    check_writable(wanted.output.output_dir, "--output_dir")
 
 
 def scales(adapters: AdapterSettings) -> list[float]:
@@ -160,22 +159,3 @@ def _check_text(flag: str, text: str) -> None:
         text.encode()
     except UnicodeEncodeError:  # bytes that the terminal sent and that are no UTF-8
         raise UserError(f"--{flag} {escaped(text)}: is not valid text") from None
-
-
-def _check_folder(folder: Path) -> None:
-    """Refuse an output folder that cannot be written to, without making it."""
-    shown = f"--output_dir {escaped(folder, 1000)}"
-    try:
-        if folder.is_dir():
-            above = folder
-        elif os.path.lexists(folder):
-            raise UserError(f"{shown} is a file: name a folder")
-        else:
-            folder.stat()
-    except FileNotFoundError:
-        above = next(parent for parent in folder.absolute().parents if parent.exists())
-    except (OSError, ValueError) as error:
-        why = reason(error) if isinstance(error, OSError) else error
-        raise UserError(f"{shown} cannot be used: {why}") from error
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise UserError(f"{shown} cannot be written to: check the permissions of {escaped(above, 1000)}")

@@ -19,7 +19,7 @@ from PIL import Image
 
 from ..data import png
 from ..errors import UserError
-from ..files import reason
+from ..files import check_writable
 from ..terminal import escaped
 from .identities import BACKGROUNDS, Identity, Scene, draw_identity, identity, scene
 from .render import render
@@ -166,7 +166,9 @@ def write_subject(name: str, output_dir: str | Path, n: int = 5, masks: bool = F
     if n < 1:
         raise UserError(f"cannot write {n} images of {name}; ask for at least 1")
     folder = Path(output_dir)
-    _check_new(folder, f"name a new or empty folder for the images of {name}")
+    check_writable(folder, f"the folder for {name}")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{escaped(folder, 1000)} already holds files; name a new or empty folder for {name}")
     written: list[Path] = []
     try:
         for k, (pixels, mask, _) in enumerate(references(chosen, n)):
@@ -183,17 +185,3 @@ def write_subject(name: str, output_dir: str | Path, n: int = 5, masks: bool = F
             (folder / "masks").rmdir()
         raise
     return [path for path in written if path.parent == folder]
-
-
-def _check_new(folder: Path, remedy: str) -> None:
-    shown = escaped(folder, 1000)
-    try:
-        if folder.is_dir() and any(folder.iterdir()):
-            raise UserError(f"{shown} already holds files; {remedy}")
-        if not folder.is_dir() and (folder.is_symlink() or folder.stat()):
-            raise UserError(f"{shown} is a file; {remedy}")
-    except FileNotFoundError:
-        return
-    except (OSError, ValueError) as error:
-        why = reason(error) if isinstance(error, OSError) else error
-        raise UserError(f"{shown}: cannot be used: {why}; {remedy}") from error
