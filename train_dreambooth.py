@@ -65,8 +65,8 @@ def main(recipe: Recipe, *, hint: bool = True) -> Path:
     dtype = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}[recipe.mixed_precision]
     family = models.load(recipe.pretrained_model_name_or_path, dtype, recipe.device or str(accelerator.device))
     resolution = recipe.resolution or family.resolution
-    if resolution % family.downsampling:
-        raise UserError(f"--resolution {resolution} is no multiple of {family.downsampling}, as {family.source} needs")
+    if resolution % family.multiple:
+        raise UserError(f"--resolution {resolution} is no multiple of {family.multiple}, as {family.source} needs")
     class_prompt = recipe.class_prompt or " ".join(recipe.instance_prompt.replace(named.identifier, " ", 1).split())
     instance = encode_pictures(family, pictures, resolution, recipe.random_flip, console)
     prior = None
@@ -81,8 +81,9 @@ def main(recipe: Recipe, *, hint: bool = True) -> Path:
     adapter = adapters.attach(family.networks, recipe.adapter(), recipe.seed)
     out.mkdir(parents=True, exist_ok=True)
     if recipe.gradient_checkpointing:
-        family.unet.enable_gradient_checkpointing()
-        family.unet.train()  # diffusers checkpoints in train mode only; Stable Diffusion's UNet has no dropout
+        unwrapped: Any = next(network.module for network in family.networks.values() if network.role == "denoiser")
+        unwrapped.enable_gradient_checkpointing()
+        unwrapped.train()  # diffusers checkpoints in train mode only
     optimizer: torch.optim.Optimizer = torch.optim.AdamW(
         adapter.param_groups(recipe.learning_rate, recipe.text_encoder_lr),
         betas=(recipe.adam_beta1, recipe.adam_beta2),
@@ -108,11 +109,11 @@ def main(recipe: Recipe, *, hint: bool = True) -> Path:
 
         def __init__(self) -> None:
             super().__init__()
-            self.unet, self.text_encoder = family.unet, family.text_encoder
+            self.networks = nn.ModuleDict({name: network.module for name, network in family.networks.items()})
 
         def forward(self, noisy: Tensor, t: Tensor, which: list[int]) -> Tensor:
             text = family.encode_prompts(texts) if embedded is None else embedded
-            return family.predict(noisy, t, text[which])
+            return family.denoise(noisy, t, text.select(which))
 
     denoiser, optimizer = accelerator.prepare(Denoiser(), optimizer)
     about = dict(
@@ -132,7 +133,6 @@ def main(recipe: Recipe, *, hint: bool = True) -> Path:
     # ---- the loop
     log = RunLog(out, start, tensorboard=recipe.report_to == "tensorboard") if accelerator.is_main_process else None
     per_pass = recipe.train_batch_size * accelerator.num_processes
-    timesteps = family.noise_schedule.config.num_train_timesteps
     for step in track(range(start, recipe.max_train_steps), "training", console, recipe.max_train_steps):
         adapter.set_step(step + 1)  # u(0) = 0 would make the first gradient exactly zero, so the clock starts at 1
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
@@ -142,18 +142,16 @@ def main(recipe: Recipe, *, hint: bool = True) -> Path:
             first = (step * recipe.gradient_accumulation_steps + micro) * per_pass
             first += accelerator.process_index * recipe.train_batch_size
             positions = range(first, first + recipe.train_batch_size)
-            x0, noise, t = batch(instance, recipe.seed, positions, timesteps, draws.INSTANCE)
+            x0, noise, quantile = batch(instance, recipe.seed, positions, draws.INSTANCE)
             which = [0] * len(x0)
             if prior is not None:
-                more = batch(prior, recipe.seed, positions, timesteps, draws.PRIOR)
-                x0, noise, t = (torch.cat(pair) for pair in zip((x0, noise, t), more, strict=True))
+                more = batch(prior, recipe.seed, positions, draws.PRIOR)
+                x0, noise, quantile = (torch.cat(pair) for pair in zip((x0, noise, quantile), more, strict=True))
                 which += [1] * (len(x0) - len(which))
-            x0, noise, t = (tensor.to(family.device) for tensor in (x0, noise, t))
+            t = family.times(quantile).to(family.device)
+            x0, noise = x0.to(family.device), noise.to(family.device)
             noisy, target = family.corrupt(x0, noise, t)
-            weights = None
-            if recipe.snr_gamma is not None:
-                kind = family.noise_schedule.config.prediction_type
-                weights = objective.min_snr(family.snr(t), recipe.snr_gamma, kind)
+            weights = family.loss_weights(t, recipe.snr_gamma)
             with accelerator.accumulate(denoiser):
                 loss = objective.loss(
                     denoiser(noisy, t, which),
@@ -248,16 +246,14 @@ def preview(family: Family, recipe: Recipe, path: Path, resolution: int) -> None
 
 
 def probe(family: Family) -> Tensor:
-    """The adapted model's answer to one fixed input, text encoder included."""
+    """The adapted networks' answers to fixed inputs."""
     import torch
 
-    config = family.unet.config
-    noise = torch.randn(
-        1, config.in_channels, config.sample_size, config.sample_size, generator=torch.Generator().manual_seed(0)
-    )
+    answers = []
     with torch.inference_mode():
-        text = family.encode_prompts(["a photo"])
-        return family.predict(noise.to(family.device), torch.tensor([500], device=family.device), text).float().cpu()
+        for network in family.networks.values():
+            answers.append(network.module(**network.sample_inputs())[0].float().flatten().cpu())
+    return torch.cat(answers)
 
 
 def announce(console: Any, family: Family, adapter: Adapter, recipe: Recipe, pictures: int, resolution: int) -> None:

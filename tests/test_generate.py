@@ -236,7 +236,7 @@ def test_literal_prompts_and_the_samplers(settings: GenerateSettings, tmp_path: 
 def test_prompts_that_the_model_cuts_are_named(settings: GenerateSettings, capsys: pytest.CaptureFixture[str]) -> None:
     long = "a photo of a dog " * 10
     generate(replace(settings, prompts=None, prompt=(long, "a dog"), seeds="0"))
-    assert "1 of 2 prompts exceed the 24 tokens" in capsys.readouterr().err
+    assert "1 of 2 prompts are longer than" in capsys.readouterr().err
 
 
 # --- what is there already -------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from singlora_diffusion.adapters import inject
 from singlora_diffusion.adapters.singlora import SingLoRA
 from singlora_diffusion.errors import UserError
+from singlora_diffusion.models.network import bare
 
 TOKENS = torch.tensor([[1, 5, 7, 2], [1, 9, 3, 2]])
 LATENTS = torch.linspace(-2, 2, 2 * 4 * 8 * 8).reshape(2, 4, 8, 8)
@@ -67,10 +68,11 @@ def test_projections_by_name(networks) -> None:
     ]
     assert set(inject.projections(unet, ("attn2.to_k",))) == {p for p in every if p.endswith("attn2.to_k")}
     assert all(unet.get_submodule(path) is layer for path, layer in every.items())
-    names = [inject.outside_name("text_encoder", path) for path in inject.projections(text, ("q_proj",))]
+    spec = bare("text_encoder", text)
+    names = [spec.layer(path) for path in inject.projections(text, ("q_proj",))]
     assert names == [f"text_encoder.text_model.encoder.layers.{i}.self_attn.q_proj" for i in range(2)]
-    assert inject.outside_name("text_encoder", "text_model.x.q_proj") == "text_encoder.text_model.x.q_proj"
-    assert inject.outside_name("unet", "mid_block.x.to_q") == "unet.mid_block.x.to_q"
+    assert spec.layer("text_model.x.q_proj") == "text_encoder.text_model.x.q_proj"
+    assert bare("unet", unet).layer("mid_block.x.to_q") == "unet.mid_block.x.to_q"
 
 
 def test_an_unknown_target_is_named_with_what_there_is(networks) -> None:

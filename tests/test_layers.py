@@ -25,7 +25,7 @@ LEVELS = (
 LEVEL = {unit: number for number, units in enumerate(LEVELS) for unit in units.split()}
 
 ONLY = {
-    "singlora_diffusion.adapters": {"adapters", "models.attention_view", "models.cpu_layers"},
+    "singlora_diffusion.adapters": {"adapters", "models.attention_view", "models.cpu_layers", "models.network"},
     "singlora_diffusion.models": {"models"},
     **{
         f"eval.{name}": {"eval", "data", "sampling.manifest"}

@@ -14,7 +14,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from singlora_diffusion.adapters import peft_baselines
 from singlora_diffusion.adapters.config import AdapterConfig
-from singlora_diffusion.adapters.peft_baselines import PeftAdapter, attach
+from singlora_diffusion.adapters.peft_baselines import PeftAdapter
+from singlora_diffusion.adapters.registry import attach
 from singlora_diffusion.errors import UserError
 
 METHODS = tuple(peft_baselines.ROWS)

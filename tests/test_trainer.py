@@ -157,7 +157,7 @@ def test_checkpoints_are_limited_and_a_run_is_not_begun_anew_by_mistake(recipe: 
         ({"instance_prompt": "a photo of my dog"}, "identifier"),
         ({"instance_data_dir": Path("nowhere")}, "nowhere"),
         ({"max_train_steps": 0}, "max_train_steps"),
-        ({"resolution": 30}, "multiple of 4"),
+        ({"resolution": 30}, "multiple of 8"),
         ({"targets": ("to_z",)}, "to_z"),
         ({"rank": 0}, "rank"),
     ],

@@ -15,8 +15,8 @@ class AdapterConfig:
     """Rank r in the UNet."""
     alpha: float | None = None
     """The update is scaled by alpha / rank. None: equal to rank."""
-    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    """Attention projections of the UNet that are adapted."""
+    targets: tuple[str, ...] | None = None
+    """Layers of the denoiser that are adapted, by the ends of their paths. None: its attention projections."""
     text_rank: int | None = None
     """Rank in the text encoder. None: as in the UNet."""
     text_alpha: float | None = None
@@ -37,9 +37,9 @@ class AdapterConfig:
     rate_by_width: bool = False
     """SingLoRA: lower the rate of wide layers as n^-1/2, the exponent of the paper's analysis."""
 
-    def for_network(self, network: str) -> tuple[int, float, tuple[str, ...]]:
-        """Rank, alpha and targets of one network, `unet` or a text encoder."""
-        if not network.startswith("text_encoder"):
-            return self.rank, float(self.rank if self.alpha is None else self.alpha), self.targets
+    def for_role(self, role: str) -> tuple[int, float, tuple[str, ...]]:
+        """Rank, alpha and targets of the networks of a role: denoiser or text."""
+        if role == "denoiser":
+            return self.rank, float(self.rank if self.alpha is None else self.alpha), self.targets or ()
         rank = self.rank if self.text_rank is None else self.text_rank
         return rank, float(rank if self.text_alpha is None else self.text_alpha), self.text_targets

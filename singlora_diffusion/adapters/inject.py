@@ -46,13 +46,6 @@ def _ends(path: str, target: str) -> bool:
     return f".{path}".endswith(f".{target}")
 
 
-def outside_name(network: str, path: str) -> str:
-    """A layer's name in files: network, then path, with the `text_model.` level that transformers 5 dropped."""
-    if network.startswith("text_encoder") and not path.startswith("text_model."):
-        path = f"text_model.{path}"
-    return f"{network}.{path}"
-
-
 class AdaptedAttnProcessor(nn.Module):
     """An attention processor around another one, with the deltas of its attention's projections.
 

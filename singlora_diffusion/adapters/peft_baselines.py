@@ -25,6 +25,7 @@ from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..models.network import Networks, NetworkSpec, specs
 from . import inject
 from .check_state_dict import check_state
 from .config import AdapterConfig
@@ -118,29 +119,29 @@ class PeftAdapter:
 
     u = 1.0  # no ramp
 
-    def __init__(self, networks: Mapping[str, nn.Module], config: AdapterConfig, seed: int = 0) -> None:
+    def __init__(self, networks: Networks, config: AdapterConfig, seed: int = 0) -> None:
         if config.dora or config.init != "kaiming" or config.signature != "positive":
             raise UserError(f"init, signature and dora are options of singlora, not of {config.method}: leave them out")
         self.config = config
-        self.networks: dict[str, nn.Module] = {}
+        self.networks: dict[str, NetworkSpec] = {}
         self._row = ROWS[config.method]
         self._bases: dict[str, dict[str, nn.Linear]] = {}  # by network, then by path inside it
         self._layers: dict[str, dict[str, Layer]] = {}
         self._originals: dict[str, Tensor] | None = None  # the base weights, while merged
         self._scale = 1.0
         plans: dict[str, PeftConfig] = {}
-        for name, network in networks.items():
-            rank, alpha, targets = config.for_network(name)
+        for name, network in specs(networks).items():
+            rank, alpha, targets = config.for_role(network.role)
             if targets:
                 self.networks[name] = network
-                self._bases[name] = inject.projections(network, targets)
+                self._bases[name] = inject.projections(network.module, targets)
                 plans[name] = self._row.config(rank, alpha, "|".join(map(re.escape, self._bases[name])))
         if not plans:
             raise UserError("nothing to adapt: no targets are named for any of the networks")
-        self._thaw = [p for network in self.networks.values() for p in network.parameters() if p.requires_grad]
+        self._thaw = [p for network in self.networks.values() for p in network.module.parameters() if p.requires_grad]
         for name, network in self.networks.items():
             start = seed * 0x9E3779B1 + zlib.crc32(name.encode())
-            self._layers[name] = _enter(network, self._bases[name], plans[name], start)
+            self._layers[name] = _enter(network.module, self._bases[name], plans[name], start)
         if not self._row.scales:
             for _, _, layer in self._named():
                 layer.register_forward_hook(self._blend)
@@ -152,13 +153,13 @@ class PeftAdapter:
     def _named(self) -> Iterator[tuple[str, nn.Linear, Layer]]:
         for name, layers in self._layers.items():
             for path, layer in layers.items():
-                yield inject.outside_name(name, path), self._bases[name][path], layer
+                yield self.networks[name].layer(path), self._bases[name][path], layer
 
     def _put(self, modules: Mapping[str, Mapping[str, nn.Module]]) -> None:
         for name, by_path in modules.items():
             for path, module in by_path.items():
                 parent, _, child = path.rpartition(".")
-                setattr(self.networks[name].get_submodule(parent), child, module)
+                setattr(self.networks[name].module.get_submodule(parent), child, module)
 
     def parameters(self) -> list[nn.Parameter]:
         return [p for _, _, layer in self._named() for p in _tensors(layer).values()]
@@ -170,7 +171,7 @@ class PeftAdapter:
         """One group per network; lora+ has two, A at the network's rate and B at `loraplus_ratio` times that."""
         groups: list[dict[str, Any]] = []
         for name, layers in self._layers.items():
-            rate = lr if text_lr is None or name == "unet" else text_lr
+            rate = lr if text_lr is None or self.networks[name].role == "denoiser" else text_lr
             groups += self._row.groups(list(layers.values()), rate, self.config.loraplus_ratio)
         return groups
 
@@ -238,7 +239,7 @@ class PeftAdapter:
         self._thaw = []
 
 
-def attach(networks: Mapping[str, nn.Module], config: AdapterConfig, seed: int = 0) -> PeftAdapter:
+def attach(networks: Networks, config: AdapterConfig, seed: int = 0) -> PeftAdapter:
     """Attach a fresh adapter of `config.method`, a row of `ROWS`; arguments and errors as `adapters.attach`."""
     return PeftAdapter(networks, config, seed)
 

@@ -6,12 +6,14 @@ import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..models.network import Networks, NetworkSpec, specs
 from . import inject, peft_baselines
 from .check_state_dict import check_state
 from .config import AdapterConfig
@@ -28,7 +30,7 @@ class Adapter(Protocol):
     config: AdapterConfig
 
     @property
-    def networks(self) -> Mapping[str, nn.Module]:
+    def networks(self) -> Mapping[str, NetworkSpec]:
         """Those it is attached to, by name."""
         ...
 
@@ -90,24 +92,24 @@ class Adapter(Protocol):
 class SingLoRAAdapter:
     """SingLoRA, with or without magnitudes, on the attention projections of a UNet and of text encoders."""
 
-    def __init__(self, networks: Mapping[str, nn.Module], config: AdapterConfig, seed: int = 0) -> None:
+    def __init__(self, networks: Mapping[str, NetworkSpec], config: AdapterConfig, seed: int = 0) -> None:
         self.config = config
-        self.networks: dict[str, nn.Module] = {}
+        self.networks: dict[str, NetworkSpec] = {}
         self._deltas: dict[str, dict[str, SingLoRA]] = {}  # by network, then by path inside it
         self._bases: dict[str, dict[str, nn.Linear]] = {}
         self._originals: dict[str, Tensor] | None = None  # the base weights, while merged
         self._undo: list[Callable[[], None]] = []
         form = DoraSingLoRA if config.dora else SingLoRA
         for name, network in networks.items():
-            rank, alpha, targets = config.for_network(name)
+            rank, alpha, targets = config.for_role(network.role)
             if not targets:
                 continue
             self.networks[name] = network
-            self._bases[name] = inject.projections(network, targets)
+            self._bases[name] = inject.projections(network.module, targets)
             self._deltas[name] = {}
             for path, base in self._bases[name].items():
                 # A layer's start depends on its name and the seed alone, not on which other layers are adapted.
-                key = zlib.crc32(inject.outside_name(name, path).encode())
+                key = zlib.crc32(network.layer(path).encode())
                 start = torch.Generator().manual_seed(seed * 0x9E3779B1 + key)
                 self._deltas[name][path] = form(
                     base, rank, alpha, init=config.init, signature=config.signature, generator=start
@@ -120,7 +122,7 @@ class SingLoRAAdapter:
     def _put_in(self) -> None:
         try:
             for name, network in self.networks.items():
-                self._undo.append(inject.attach(network, self._deltas[name]))
+                self._undo.append(inject.attach(network.module, self._deltas[name]))
         except UserError:
             self._take_out()
             raise
@@ -132,7 +134,7 @@ class SingLoRAAdapter:
     def _named(self) -> Iterator[tuple[str, nn.Linear, SingLoRA]]:
         for name, deltas in self._deltas.items():
             for path, delta in deltas.items():
-                yield inject.outside_name(name, path), self._bases[name][path], delta
+                yield self.networks[name].layer(path), self._bases[name][path], delta
 
     @property
     def u(self) -> float:
@@ -153,7 +155,7 @@ class SingLoRAAdapter:
         groups: dict[tuple[str, int, bool], dict[str, Any]] = {}
         narrowest = min(delta.A.shape[0] for _, _, delta in self._named())
         for name, deltas in self._deltas.items():
-            rate = lr if text_lr is None or name == "unet" else text_lr
+            rate = lr if text_lr is None or self.networks[name].role == "denoiser" else text_lr
             for delta in deltas.values():
                 width = delta.A.shape[0] if self.config.rate_by_width else narrowest
                 for key, parameter in delta.named_parameters():
@@ -234,7 +236,7 @@ class SingLoRAAdapter:
             self.merge()
 
 
-METHODS: dict[str, Callable[[Mapping[str, nn.Module], AdapterConfig, int], Adapter]] = {
+METHODS: dict[str, Callable[[Mapping[str, NetworkSpec], AdapterConfig, int], Adapter]] = {
     "singlora": SingLoRAAdapter,
     "lora": peft_baselines.attach,
     "lora+": peft_baselines.attach,
@@ -244,11 +246,12 @@ METHODS: dict[str, Callable[[Mapping[str, nn.Module], AdapterConfig, int], Adapt
 }
 
 
-def attach(networks: Mapping[str, nn.Module], config: AdapterConfig, seed: int = 0) -> Adapter:
+def attach(networks: Networks, config: AdapterConfig, seed: int = 0) -> Adapter:
     """Attach a fresh adapter of `config.method` to the networks that the configuration names targets for.
 
     Args:
-        networks: by name: `unet`, `text_encoder`. They are left frozen as the caller made them.
+        networks: by name, as a family has them, or bare modules (`unet`, `text_encoder`). They are left frozen as the
+            caller made them.
         seed: the same seed gives the same start.
 
     Raises:
@@ -264,4 +267,8 @@ def attach(networks: Mapping[str, nn.Module], config: AdapterConfig, seed: int =
             f"init {config.init!r}, signature {config.signature!r}: "
             f"there are {', '.join(INITS)} and {', '.join(SIGNATURES)}"
         )
-    return METHODS[config.method](networks, config, seed)
+    known = specs(networks)
+    if config.targets is None:
+        denoisers = [network.targets for network in known.values() if network.role == "denoiser"]
+        config = replace(config, targets=denoisers[0] if denoisers else ())
+    return METHODS[config.method](known, config, seed)

@@ -23,8 +23,8 @@ class Draw(NamedTuple):
     """(N, C, h, w) float32, what the latents are corrupted with."""
     latent_noise: Tensor
     """(N, C, h, w) float32, picks the latent out of the autoencoder's posterior."""
-    t: Tensor
-    """(N,) int64 timesteps."""
+    quantile: Tensor
+    """(N,) float64 in [0, 1), for `Family.times`."""
     flip: Tensor
     """(N,) bool."""
 
@@ -41,12 +41,11 @@ def examples(seed: int, positions: Sequence[int], count: int, stream: int = INST
     return chosen
 
 
-def draw(seed: int, positions: Sequence[int], shape: tuple[int, ...], timesteps: int, stream: int = INSTANCE) -> Draw:
-    """Noise, timesteps and flips for the examples at these positions.
+def draw(seed: int, positions: Sequence[int], shape: tuple[int, ...], stream: int = INSTANCE) -> Draw:
+    """Noise, quantiles of the time and flips for the examples at these positions.
 
     Args:
         shape: of one latent, (C, h, w).
-        timesteps: number of training timesteps; t is uniform below it.
     """
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     for position in positions:
@@ -56,7 +55,7 @@ def draw(seed: int, positions: Sequence[int], shape: tuple[int, ...], timesteps:
             (
                 torch.randn(shape, generator=generator),
                 torch.randn(shape, generator=generator),
-                torch.randint(timesteps, (), generator=generator),
+                torch.rand((), generator=generator, dtype=torch.float64),
                 torch.rand((), generator=generator) < 0.5,
             )
         )

@@ -38,9 +38,9 @@ def encode_pictures(family: Family, pictures: Sequence[Path], resolution: int, f
     return Encoded(torch.stack(means), torch.stack(stds))
 
 
-def batch(data: Encoded, seed: int, positions: range, timesteps: int, stream: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents, noise and timesteps for these positions of the stream, on the CPU."""
-    drawn = draws.draw(seed, positions, tuple(data.mean.shape[2:]), timesteps, stream)
+def batch(data: Encoded, seed: int, positions: range, stream: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents, noise and quantiles of the time for these positions of the stream, on the CPU."""
+    drawn = draws.draw(seed, positions, tuple(data.mean.shape[2:]), stream)
     chosen = draws.examples(seed, positions, len(data.mean), stream)
     view = drawn.flip.long() * (data.mean.shape[1] - 1)
-    return data.mean[chosen, view] + data.std[chosen, view] * drawn.latent_noise, drawn.noise, drawn.t
+    return data.mean[chosen, view] + data.std[chosen, view] * drawn.latent_noise, drawn.noise, drawn.quantile

@@ -34,6 +34,7 @@ def add(
     layers: dict[str, Columns] = {}
     targets: dict[str, tuple[str, ...]] = {}
     first: Header | None = None
+    roles: dict[str, str] = {}
     terms: list[dict[str, object]] = []
     for path, scale in zip(files, scales, strict=True):
         header, state = native.read(path)
@@ -47,17 +48,18 @@ def add(
         if header.base_hash != first.base_hash:
             raise UserError(f"{path}: was made for another base model than {files[0]}: their sum would mean nothing")
         for name in header.layers:
+            roles[name.partition(".")[0]] = header.role(name.partition(".")[0])
             term = columns.of_layer(header, state, name).scaled(scale)
             if name in layers and layers[name].shape != term.shape:
                 raise UserError(f"{path}: {name} has another shape than in {files[0]}")
             layers[name] = columns.beside([layers[name], term]) if name in layers else term
-        for network in ("unet", "text_encoder"):
-            here = config.for_network(network)[2]
-            targets[network] = tuple(dict.fromkeys((*targets.get(network, ()), *here)))
+        for role in ("denoiser", "text"):
+            here = config.for_role(role)[2]
+            targets[role] = tuple(dict.fromkeys((*targets.get(role, ()), *here)))
         terms.append({"file": Path(path).name, "sha256": header.sha256, "scale": scale})
     assert first is not None
-    config, state = columns.pack(layers, targets)
-    about = replace(first, config=config, u=1.0, recipe={"sum_of": terms})
+    config, state = columns.pack(layers, targets, roles)
+    about = replace(first, config=config, u=1.0, roles=roles, recipe={"sum_of": terms})
     return native.write(
         output, state, replace(about, layers={n: c.shape for n, c in layers.items()}), overwrite=overwrite
     )

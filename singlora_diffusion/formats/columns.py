@@ -46,7 +46,7 @@ def are_all_of(config: AdapterConfig) -> bool:
 
 def of_layer(header: Header, state: Mapping[str, Tensor], name: str) -> Columns:
     """The columns of a layer in one of our files; of a `dora` adapter, those of its direction."""
-    rank, alpha, _ = header.config.for_network(name.partition(".")[0])
+    rank, alpha, _ = header.for_network(name.partition(".")[0])
     values = state[f"{name}.A"].double()
     signs = torch.ones(rank, dtype=torch.float64)
     if header.config.signature == "balanced":
@@ -105,7 +105,7 @@ def beside(parts: list[Columns]) -> Columns:
 
 
 def pack(
-    layers: Mapping[str, Columns], targets: Mapping[str, tuple[str, ...]]
+    layers: Mapping[str, Columns], targets: Mapping[str, tuple[str, ...]], roles: Mapping[str, str]
 ) -> tuple[AdapterConfig, dict[str, Tensor]]:
     """Configuration and tensors of the SingLoRA adapter that has these columns: scale 1, no ramp, no offset.
 
@@ -113,23 +113,24 @@ def pack(
     Zero columns also make the ranks equal within a network.
 
     Args:
-        targets: by network, `unet` and `text_encoder`.
+        targets: by role, denoiser and text.
+        roles: of each network of these layers.
     """
     mixed = any(bool((columns.signs < 0).any()) for columns in layers.values())
     ordered = {name: _interleaved(columns) if mixed else columns.values for name, columns in layers.items()}
-    rank = {"unet": 1, "text_encoder": 1}
+    rank = {"denoiser": 1, "text": 1}
     for name, values in ordered.items():
-        network = name.partition(".")[0]
-        rank[network] = max(rank[network], values.shape[1])
+        role = roles[name.partition(".")[0]]
+        rank[role] = max(rank[role], values.shape[1])
     state: dict[str, Tensor] = {}
     for name, values in ordered.items():
-        padding = values.new_zeros(len(values), rank[name.partition(".")[0]] - values.shape[1])
+        padding = values.new_zeros(len(values), rank[roles[name.partition(".")[0]]] - values.shape[1])
         state[f"{name}.A"] = torch.cat([values, padding], dim=1).float()
     config = AdapterConfig(
-        rank=rank["unet"],
-        targets=targets.get("unet", ()),
-        text_rank=rank["text_encoder"] if targets.get("text_encoder") else None,
-        text_targets=targets.get("text_encoder", ()),
+        rank=rank["denoiser"],
+        targets=targets.get("denoiser", ()),
+        text_rank=rank["text"] if targets.get("text") else None,
+        text_targets=targets.get("text", ()),
         signature="balanced" if mixed else "positive",
     )
     return config, state

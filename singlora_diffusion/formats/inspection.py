@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import UserError
+from ..models.network import Networks
 from . import columns, container, inward, names, native, pairs, recognition
 from .container import Index, shown
 
@@ -44,7 +45,7 @@ class Report:
     """Header or metadata, for people."""
 
 
-def inspect(path: str | Path, networks: Mapping[str, nn.Module] | None = None) -> Report:
+def inspect(path: str | Path, networks: Networks | None = None) -> Report:
     """Describe a file or run folder.
 
     Args:
@@ -64,7 +65,7 @@ def inspect(path: str | Path, networks: Mapping[str, nn.Module] | None = None) -
     return Report(index.path, found.kind, found.form, found.note, rows, facts)
 
 
-def _native(index: Index, networks: Mapping[str, nn.Module] | None) -> tuple[list[Row], dict[str, str]]:
+def _native(index: Index, networks: Networks | None) -> tuple[list[Row], dict[str, str]]:
     header, state = native.read(index.path)
     config = header.config
     updates: dict[str, tuple[float, float | None]] = {}
@@ -81,7 +82,7 @@ def _native(index: Index, networks: Mapping[str, nn.Module] | None) -> tuple[lis
             updates[name] = _product_norm(*columns.of_layer(header, state, name).pair()), None
     rows = []
     for name, shape in header.layers.items():
-        rank, alpha, _ = config.for_network(name.partition(".")[0])
+        rank, alpha, _ = header.for_network(name.partition(".")[0])
         dtype = next(entry.dtype for key, entry in index.tensors.items() if key.rpartition(".")[0] == name)
         rows.append(Row(name, shape, rank, alpha, dtype, *updates.get(name, (None, None))))
     method = config.method + "".join(
@@ -108,7 +109,7 @@ def _native(index: Index, networks: Mapping[str, nn.Module] | None) -> tuple[lis
     return rows, facts
 
 
-def _foreign(found: recognition.Recognised, networks: Mapping[str, nn.Module] | None) -> list[Row]:
+def _foreign(found: recognition.Recognised, networks: Networks | None) -> list[Row]:
     index = found.index
     if networks is not None:
         return _fitted(found, networks)
@@ -141,7 +142,7 @@ def _foreign(found: recognition.Recognised, networks: Mapping[str, nn.Module] | 
     return rows
 
 
-def _fitted(found: recognition.Recognised, networks: Mapping[str, nn.Module]) -> list[Row]:
+def _fitted(found: recognition.Recognised, networks: Networks) -> list[Row]:
     index = found.index
     dtype = next(iter(index.tensors.values())).dtype
     if found.kind == recognition.SINGLORA:
@@ -155,7 +156,7 @@ def _fitted(found: recognition.Recognised, networks: Mapping[str, nn.Module]) ->
             Row(
                 name,
                 tuple(change.shape),
-                header.config.for_network(name.partition(".")[0])[0],
+                header.for_network(name.partition(".")[0])[0],
                 None,
                 dtype,
                 *_norms(change, w),

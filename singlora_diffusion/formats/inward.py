@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..models.network import Networks, specs
 from . import columns, container, names, native, pairs, proof, recognition
 from .columns import Columns
 from .container import Index, shown
@@ -36,7 +37,7 @@ class Attached(Protocol):
 
 def import_(
     path: str | Path,
-    networks: Mapping[str, nn.Module],
+    networks: Networks,
     *,
     alpha: float | None = None,
     ramp_steps: int = 1000,
@@ -74,18 +75,19 @@ def import_(
         step = 0
     else:
         layers, step = _single(index, networks, alpha, ramp_steps)
+    roles = {name: network.role for name, network in specs(networks).items()}
     targets: dict[str, tuple[str, ...]] = {}
     for name in layers:
-        network = name.partition(".")[0]
-        targets[network] = tuple(dict.fromkeys((*targets.get(network, ()), names.target(name))))
+        role = roles[name.partition(".")[0]]
+        targets[role] = tuple(dict.fromkeys((*targets.get(role, ()), names.target(name))))
     modules = names.modules(networks)
     for name, module in modules.items():  # a family of projections is adapted as a whole
-        network = name.partition(".")[0]
-        chosen = any(name.endswith(f".{one}") for one in targets.get(network, ()))
+        role = roles[name.partition(".")[0]]
+        chosen = any(name.endswith(f".{one}") for one in targets.get(role, ()))
         if chosen and name not in layers and isinstance(module, nn.Linear):
             layers[name] = columns.none((module.out_features, module.in_features))
-    config, state = columns.pack(layers, targets)
-    header = Header(config=config, step=step, layers={name: part.shape for name, part in layers.items()})
+    config, state = columns.pack(layers, targets, roles)
+    header = Header(config=config, step=step, layers={name: part.shape for name, part in layers.items()}, roles=roles)
     identifier, _, noun = index.metadata.get("modelspec.trigger_phrase", "").partition(" ")
     header = replace(header, identifier=identifier, class_noun=noun)
     return native.attach(index.path, networks, header, state), header
@@ -101,9 +103,7 @@ def _undisguised(index: Index, found: Mapping[str, Pair]) -> dict[str, Columns]:
     return layers
 
 
-def _single(
-    index: Index, networks: Mapping[str, nn.Module], alpha: float | None, ramp_steps: int
-) -> tuple[dict[str, Columns], int]:
+def _single(index: Index, networks: Networks, alpha: float | None, ramp_steps: int) -> tuple[dict[str, Columns], int]:
     path = index.path
     spellings, modules = names.spellings(networks), names.modules(networks)
     matrices: dict[str, Tensor] = {}
@@ -170,9 +170,7 @@ def _alpha(index: Index) -> float | None:
     return values.pop() if len(values) == 1 else None
 
 
-def attach_files(
-    paths: Sequence[str | Path], networks: Mapping[str, nn.Module], scales: Sequence[float] | None = None
-) -> Attached:
+def attach_files(paths: Sequence[str | Path], networks: Networks, scales: Sequence[float] | None = None) -> Attached:
     """Put adapters of any readable kind into networks, several at once: the updates add up, each times its scale.
 
     One adapter of ours is attached as it is, whatever its method. Several, and LoRA files of other programs, go in
@@ -214,12 +212,12 @@ def attach_files(
 class _Lora:
     """LoRA pairs inside networks through diffusers."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], networks: Mapping[str, nn.Module]) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], networks: Networks) -> None:
         layers = names.modules(networks)
         adapted = {tagged.layer for key in tensors if (tagged := names.tag(key)) is not None}
         self._weights: list[Any] = [layers[name].weight for name in adapted]
         self._originals: list[Tensor] | None = None  # of these weights, while merged
-        self._pipeline = proof.pipeline(networks)
+        self._pipeline = proof.pipeline({name: network.module for name, network in specs(networks).items()})
         try:
             with proof.quiet():
                 self._pipeline.load_lora_weights(dict(tensors), adapter_name=NAME)

@@ -8,12 +8,11 @@ What each tool reads was tried on diffusers 0.42 and read in the sources of Comf
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import nn
 
-from ..adapters import inject
+from ..models.network import Networks, NetworkSpec, specs
 
 # What a tensor is by the end of its name, longest first: `down` (k, in), `up` (out, k), `one` SingLoRA's A.
 ROLES = {
@@ -67,12 +66,12 @@ def kohya(name: str) -> str:
     return f"lora_{'te' if network == 'text_encoder' else network}_{path.replace('.', '_')}"
 
 
-def spellings(networks: Mapping[str, nn.Module]) -> dict[str, str]:
+def spellings(networks: Networks) -> dict[str, str]:
     """Our name of each linear or convolutional layer of the networks by every spelling that files use for it."""
     found: dict[str, str] = {}
-    for network, path, name in _layers(networks):
+    for network, path, name, _ in _layers(networks):
         found[name] = found[kohya(name)] = name
-        if network == "unet":
+        if network.role == "denoiser":
             found[path] = name
             head, _, last = path.removesuffix(".0").rpartition(".")
             if last in ("to_q", "to_k", "to_v", "to_out"):  # diffusers before 0.22
@@ -86,16 +85,16 @@ def spellings(networks: Mapping[str, nn.Module]) -> dict[str, str]:
     return found
 
 
-def modules(networks: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+def modules(networks: Networks) -> dict[str, nn.Module]:
     """The linear and convolutional layers of the networks by our name."""
-    return {name: networks[network].get_submodule(path) for network, path, name in _layers(networks)}
+    return {name: layer for _, _, name, layer in _layers(networks)}
 
 
-def _layers(networks: Mapping[str, nn.Module]) -> list[tuple[str, str, str]]:
+def _layers(networks: Networks) -> list[tuple[NetworkSpec, str, str, nn.Module]]:
     return [
-        (network, path, inject.outside_name(network, path))
-        for network, module in networks.items()
-        for path, layer in module.named_modules()
+        (network, path, network.layer(path), layer)
+        for network in specs(networks).values()
+        for path, layer in network.module.named_modules()
         if isinstance(layer, nn.Linear | nn.Conv2d)
     ]
 

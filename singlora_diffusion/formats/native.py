@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import adapters
 from ..adapters.config import AdapterConfig
 from ..errors import UserError
+from ..models.network import Networks
 from . import container
 from .container import Index, shown
 
@@ -58,12 +59,23 @@ class Header:
     version: int = VERSION
     """Of this layout."""
 
+    roles: Mapping[str, str] = field(default_factory=dict)
+    """What each network does, denoiser or text; without an entry the network's name says it."""
+
+    def for_network(self, name: str) -> tuple[int, float, tuple[str, ...]]:
+        """Rank, alpha and targets in one network."""
+        return self.config.for_role(self.role(name))
+
+    def role(self, name: str) -> str:
+        """What a network does: denoiser or text."""
+        return self.roles.get(name) or ("text" if name.startswith("text_encoder") else "denoiser")
+
     def trigger(self) -> str:
         """The words that call the subject, `sks dog`; empty if unknown."""
         return " ".join(word for word in (self.identifier, self.class_noun) if word)
 
 
-ABOUT = frozenset(f.name for f in fields(Header)) - {"config", "u", "layers", "sha256", "version"}
+ABOUT = frozenset(f.name for f in fields(Header)) - {"config", "u", "layers", "roles", "sha256", "version"}
 
 
 def find(path: str | Path) -> Path:
@@ -102,7 +114,8 @@ def save(
         raise TypeError(f"about: unknown {sorted(unknown)}, known {sorted(ABOUT)}")
     layers = {name: (base.out_features, base.in_features) for name, base in adapter.layers().items()}
     known = {key: _plain(value) for key, value in (about or {}).items() if value is not None}
-    header = Header(config=adapter.config, u=adapter.u, layers=layers, **known)
+    roles = {name: network.role for name, network in adapter.networks.items()}
+    header = Header(config=adapter.config, u=adapter.u, layers=layers, roles=roles, **known)
     return write(path, adapter.state_dict(), header, dtype=dtype, overwrite=overwrite, live=adapter)
 
 
@@ -174,7 +187,7 @@ def read(path: str | Path) -> tuple[Header, dict[str, Tensor]]:
     return header, state
 
 
-def load(path: str | Path, networks: Mapping[str, nn.Module]) -> Adapter:
+def load(path: str | Path, networks: Networks) -> Adapter:
     """Attach the adapter of a file to its networks, as it was when saved, u included.
 
     Args:
@@ -188,7 +201,7 @@ def load(path: str | Path, networks: Mapping[str, nn.Module]) -> Adapter:
     return attach(path, networks, header, state)
 
 
-def attach(path: Path, networks: Mapping[str, nn.Module], header: Header, state: Mapping[str, Tensor]) -> Adapter:
+def attach(path: Path, networks: Networks, header: Header, state: Mapping[str, Tensor]) -> Adapter:
     """`load` for tensors that are already read."""
     missing = {name.partition(".")[0] for name in header.layers} - set(networks)
     if missing:
@@ -283,6 +296,8 @@ def _typed(name: str, declared: str, value: Any) -> Any:
         return {key: _shape(shape) for key, shape in value.items()}
     if name == "recipe" and isinstance(value, dict):
         return value
+    if name == "roles" and isinstance(value, dict) and set(value.values()) <= {"denoiser", "text"}:
+        return value
     raise ValueError(f"has the impossible value {shown(value, 40)} for {name}")
 
 
@@ -300,14 +315,14 @@ def _check(header: Header, index: Index) -> None:
     config = header.config
     if config.method not in adapters.METHODS:
         raise ValueError(f"names the unknown method {shown(config.method, 40)}")
-    for network in ("unet", "text_encoder"):
-        rank, alpha, targets = config.for_network(network)
+    for role in ("denoiser", "text"):
+        rank, alpha, targets = config.for_role(role)
         if not 1 <= rank <= MAX_RANK:
-            raise ValueError(f"has rank {rank} for {network}, want 1 to {MAX_RANK}")
+            raise ValueError(f"has rank {rank} for the {role}, want 1 to {MAX_RANK}")
         if not math.isfinite(alpha):
-            raise ValueError(f"has alpha {alpha} for {network}")
+            raise ValueError(f"has alpha {alpha} for the {role}")
         if len(targets) > 256 or not all(targets):
-            raise ValueError(f"has impossible targets for {network}")
+            raise ValueError(f"has impossible targets for the {role}")
     if not 0.0 <= header.u <= 1.0 or header.step < 0 or config.ramp_steps < 0:
         raise ValueError(f"has an impossible clock: step {header.step}, u {header.u}, ramp {config.ramp_steps}")
     names = set(header.layers)
@@ -315,7 +330,7 @@ def _check(header: Header, index: Index) -> None:
         if name.rpartition(".")[0] not in names:
             raise ValueError(f"does not list the layer of tensor {shown(name)}")
     for name, (out, in_) in header.layers.items():
-        rank = config.for_network(name.partition(".")[0])[0]
+        rank = header.for_network(name.partition(".")[0])[0]
         wanted = {"singlora": ("A", (max(out, in_), rank))}
         wanted.update({method: ("lora_A", (rank, in_)) for method in ("lora", "lora+", "dora")})
         key, shape = wanted.get(config.method, ("", ()))

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..models.network import Networks
 from . import container, names, native, pairs, proof
 from .native import Header
 from .pairs import Pair
@@ -34,7 +35,7 @@ def export(
     form: str,
     path: str | Path,
     *,
-    networks: Mapping[str, nn.Module] | None = None,
+    networks: Networks | None = None,
     dtype: str | torch.dtype = torch.float32,
     about: Header | None = None,
     overwrite: bool = False,
@@ -109,7 +110,7 @@ def _kohya(found: Mapping[str, Pair], header: Header, adapter: Adapter) -> tuple
     alphas: dict[str, float] = {}
     for name, pair in found.items():
         network = name.partition(".")[0]
-        rank, alpha, _ = header.config.for_network(network)
+        rank, alpha, _ = header.for_network(network)
         scale = alpha / rank * adapter.u
         k = pair.rank
         alphas[network] = scale * k if scale else float(k)
@@ -156,7 +157,7 @@ def _dotted(
         lora: dict[str, Any] = {}
         for network, rank in ranks.items():
             lora |= {f"{network}.r": rank, f"{network}.lora_alpha": rank}
-            lora[f"{network}.target_modules"] = list(header.config.for_network(network)[2])
+            lora[f"{network}.target_modules"] = list(header.for_network(network)[2])
             lora[f"{network}.use_dora"] = not _additive(found)
         facts["lora_adapter_metadata"] = json.dumps(lora, sort_keys=True)
     if header.trigger():
@@ -184,7 +185,8 @@ def _kohya_facts(
     def common(values: set[str]) -> str:
         return values.pop() if len(values) == 1 else "Dynamic"
 
-    width: Any = getattr(getattr(adapter.networks.get("unet"), "config", None), "cross_attention_dim", None)
+    denoisers = [network.module for network in adapter.networks.values() if network.role == "denoiser"]
+    width: Any = getattr(getattr(denoisers[0], "config", None), "cross_attention_dim", None) if denoisers else None
     v2, version, architecture = BASES.get(width, ("False", "", "stable-diffusion-v1/lora"))
     side = header.resolution or 512
     trigger = header.trigger()
@@ -244,7 +246,7 @@ def merge_into(family: Any, adapter: Adapter, folder: str | Path) -> Path:
         with proof.quiet():
             family.pipeline().save_pretrained(part, safe_serialization=True)
             for name, network in adapter.networks.items():
-                _same_weights(part / name, network)
+                _same_weights(part / name, network.module)
         part.replace(folder)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error}") from error

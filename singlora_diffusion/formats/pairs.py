@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..models.network import Networks
 from . import columns, container, names
 from .container import Index, shown
 from .native import Header
@@ -61,7 +62,7 @@ def _singlora_dora(adapter: Adapter) -> Iterator[tuple[str, Pair]]:
 def _peft_dora(adapter: Adapter) -> Iterator[tuple[str, Pair]]:
     state = adapter.state_dict()
     for name in adapter.layers():
-        rank, alpha, _ = adapter.config.for_network(name.partition(".")[0])
+        rank, alpha, _ = adapter.config.for_role(adapter.networks[name.partition(".")[0]].role)
         up, down, m = (state[f"{name}.{key}"].float() for key in ("lora_B", "lora_A", "lora_magnitude_vector"))
         yield name, Pair(up * (alpha / rank), down, m)
 
@@ -85,7 +86,7 @@ def _steady(pair: tuple[Tensor, Tensor], init: str) -> tuple[Tensor, Tensor]:
     return torch.cat([p + q, (p - q) / 2], dim=1), torch.cat([(r + t) / 2, r - t], dim=0)
 
 
-def of_file(index: Index, networks: Mapping[str, nn.Module]) -> dict[str, Pair]:
+def of_file(index: Index, networks: Networks) -> dict[str, Pair]:
     """The layers of an ordinary LoRA file, kohya's, diffusers' or PEFT's, by our names; fitted to `networks`.
 
     Raises:

@@ -16,7 +16,6 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from ..adapters import inject
 from ..errors import UserError
 
 if TYPE_CHECKING:
@@ -53,9 +52,9 @@ def prove(path: Path, adapter: Adapter, stored: torch.dtype, *, additive: bool) 
     Raises:
         UserError: diffusers does not load the file, or it is further from the adapter than the precision explains.
     """
-    twins = {name: twin(network, name, adapter) for name, network in adapter.networks.items()}
+    twins = {name: twin(network.module, name, adapter) for name, network in adapter.networks.items()}
     load(path, twins)
-    output = max(_output_difference(network, twins[name]) for name, network in adapter.networks.items())
+    output = max(_output_difference(network.module, twins[name]) for name, network in adapter.networks.items())
     places = {name: (kind, inside) for kind in twins for name, inside in paths(adapter, kind).items()}
     bases = adapter.layers()
     factors = {name: (up, down) for name, up, down in adapter.factors()} if additive else {}
@@ -72,7 +71,7 @@ def prove(path: Path, adapter: Adapter, stored: torch.dtype, *, additive: bool) 
                 f"not written: {name}, loaded through diffusers, differs by {difference:.1e} of its effect from the "
                 f"adapter, more than {stored} explains" + ("" if stored == torch.float32 else ": use --dtype float32")
             )
-    computed = next(p.dtype for network in adapter.networks.values() for p in network.parameters())
+    computed = next(p.dtype for network in adapter.networks.values() for p in network.module.parameters())
     if not output <= max(STORED[stored], COMPUTED[computed]):
         raise UserError(f"not written: loaded through diffusers, the networks' outputs differ by {output:.1e}")
     return Proof(found, worst, output)
@@ -107,7 +106,8 @@ def _single(tensor: Tensor) -> Tensor:
 
 def paths(adapter: Adapter, network: str) -> dict[str, str]:
     """The adapter's layers in one network: path inside it by name."""
-    here = {inject.outside_name(network, path): path for path, _ in adapter.networks[network].named_modules()}
+    spec = adapter.networks[network]
+    here = {spec.layer(path): path for path, _ in spec.module.named_modules()}
     return {name: here[name] for name in adapter.layers() if name.startswith(f"{network}.")}
 
 

@@ -146,12 +146,15 @@ class Family(Protocol):
         prompts: Sequence[str],
         seeds: Sequence[int],
         *,
-        steps: int,
-        guidance: float,
-        height: int,
-        width: int,
+        steps: int | None = None,
+        guidance: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
         negative_prompt: str = "",
         sampler: str | None = None,
     ) -> list[Image.Image]:
-        """One image per prompt and seed. Each has its own generator, so it depends on its batch to rounding only."""
+        """One image per prompt and seed. Each has its own generator, so it depends on its batch to rounding only.
+
+        None stands for what the model likes: `steps`, `guidance`, `resolution`.
+        """
         ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,12 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..errors import UserError
-from . import cpu_layers
+from . import cpu_layers, network
+from .family import Conditioning, Corrupted, Geometry, Latents
 
 SAMPLERS = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler, "euler": EulerDiscreteScheduler}
 PREDICTIONS = ("epsilon", "v_prediction")
@@ -33,12 +35,10 @@ BLOCK = 1 << 16
 
 
 class StableDiffusion:
-    """The frozen parts of one model and the verbs the trainer and the generator need of it.
+    """Stable Diffusion behind the contract of `family.Family`.
 
-    Attributes:
-        networks: what can be adapted, by name: `unet`, `text_encoder`.
-        source: what the user named. fingerprint: sha256 of the weights (`fingerprint`).
-        resolution: native side in pixels.
+    Training times are integer timesteps, uniform over the noise schedule (Ho et al. 2020, arXiv 2006.11239); the answer
+    wanted is the noise or, where the scheduler says so, the velocity (Salimans and Ho 2022, arXiv 2202.00512).
     """
 
     name = "stable_diffusion"
@@ -57,37 +57,36 @@ class StableDiffusion:
     ) -> None:
         self.unet, self.text_encoder, self.vae, self.tokenizer = unet, text_encoder, vae, tokenizer
         self.scheduler = scheduler
+        self.samplers: Mapping[str, Any] = SAMPLERS
         kind = scheduler.config.get("prediction_type", "epsilon")
         if kind not in PREDICTIONS:
             raise ValueError(f"its scheduler's prediction_type is {kind!r}, which is none of {', '.join(PREDICTIONS)}")
         self.noise_schedule = DDPMScheduler.from_config(scheduler.config)
         self.source, self.fingerprint = source, fingerprint
-        self.networks: dict[str, nn.Module] = {"unet": unet, "text_encoder": text_encoder}
-        self.downsampling = 2 ** (len(vae.config.block_out_channels) - 1)
-        self.resolution = int(unet.config.sample_size) * self.downsampling
+        self.networks = {
+            "unet": network.unet("unet", unet),
+            "text_encoder": network.clip_text_encoder("text_encoder", text_encoder),
+        }
+        downsampling = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.multiple = math.lcm(downsampling, 8)  # the stock pipeline asks for 8, whatever the autoencoder
+        self.resolution = int(unet.config.sample_size) * downsampling
         self.device = next(unet.parameters()).device
         self.dtype = next(unet.parameters()).dtype
         # What a model's folder may say in singlora.json about how it likes to be used.
         self.guidance = float((hints or {}).get("guidance_scale", 7.5))
+        self.steps = 25
         self.prompts: str | None = (hints or {}).get("prompts")
 
-    def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the latents of pictures (N, 3, H, W) in [-1, 1], both (N, C, h, w) float32.
-
-        The autoencoder computes in float32, in which no known one overflows.
-        """
+    def encode_images(self, pixels: Tensor) -> Latents:
+        """The autoencoder computes in float32, in which no known one overflows."""
         with torch.no_grad():
             posterior = self.vae.encode(pixels.to(self.device, torch.float32)).latent_dist
             shift = getattr(self.vae.config, "shift_factor", None) or 0.0
             scale = self.vae.config.scaling_factor
-            return (posterior.mean - shift) * scale, posterior.std * scale
+            return Latents((posterior.mean - shift) * scale, posterior.std * scale)
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
-        """Hidden states (N, L, D) of the text encoder's last layer, in its dtype; differentiable."""
-        return self.text_encoder(self.tokenize(prompts)).last_hidden_state
-
-    def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Token ids (N, L) int64 on the model's device, cut at the encoder's length."""
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """`text`: hidden states (N, L, D) of the text encoder's last layer, in its dtype; differentiable."""
         tokens = self.tokenizer(
             list(prompts),
             padding="max_length",
@@ -95,30 +94,45 @@ class StableDiffusion:
             truncation=True,
             return_tensors="pt",
         )
-        return tokens.input_ids.to(self.device)
+        return Conditioning({"text": self.text_encoder(tokens.input_ids.to(self.device)).last_hidden_state})
 
-    def corrupt(self, x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Noisy latents at timesteps t (N,) and the answer wanted of the network: noise or velocity."""
+    def with_geometry(self, conditioning: Conditioning, geometry: Geometry) -> Conditioning:
+        """Nothing of sizes and crops is told to this family."""
+        return conditioning
+
+    def prompt_overflow(self, prompt: str) -> int:
+        return max(0, len(self.tokenizer(prompt).input_ids) - self.tokenizer.model_max_length)
+
+    def times(self, quantiles: Tensor) -> Tensor:
+        """Integer timesteps, uniform."""
+        return (quantiles * self.noise_schedule.config.num_train_timesteps).long()
+
+    def corrupt(self, latents: Tensor, noise: Tensor, times: Tensor) -> Corrupted:
         schedule = self.noise_schedule
-        noisy = schedule.add_noise(x0, noise, t)
-        kind = schedule.config.prediction_type
-        target = schedule.get_velocity(x0, noise, t) if kind == "v_prediction" else noise
-        return noisy, target
+        velocity = schedule.config.prediction_type == "v_prediction"
+        target = schedule.get_velocity(latents, noise, times) if velocity else noise
+        return Corrupted(schedule.add_noise(latents, noise, times), target)
 
-    def snr(self, t: Tensor) -> Tensor:
-        """Signal-to-noise ratio at timesteps t (N,), float32."""
-        alphas = self.noise_schedule.alphas_cumprod.to(t.device)[t]
-        return alphas / (1 - alphas)
+    def recover(self, noisy: Tensor, answer: Tensor, times: Tensor) -> Tensor:
+        alphas = self.noise_schedule.alphas_cumprod.to(times.device)[times].reshape(-1, 1, 1, 1)
+        if self.noise_schedule.config.prediction_type == "v_prediction":
+            return alphas.sqrt() * noisy - (1 - alphas).sqrt() * answer
+        return (noisy - (1 - alphas).sqrt() * answer) / alphas.sqrt()
 
-    def predict(self, noisy: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        """The network's answer (N, C, h, w) to noisy latents, in its dtype."""
-        return self.unet(noisy.to(self.dtype), t, text.to(self.dtype)).sample
+    def loss_weights(self, times: Tensor, snr_gamma: float | None) -> Tensor | None:
+        """min-SNR: min(SNR, gamma) / SNR for noise and / (SNR + 1) for velocity prediction (arXiv 2303.09556)."""
+        if snr_gamma is None:
+            return None
+        alphas = self.noise_schedule.alphas_cumprod.to(times.device)[times]
+        snr = alphas / (1 - alphas)
+        velocity = self.noise_schedule.config.prediction_type == "v_prediction"
+        return snr.clamp(max=snr_gamma) / (snr + 1 if velocity else snr)
+
+    def denoise(self, noisy: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
+        return self.unet(noisy.to(self.dtype), times, conditioning["text"].to(self.dtype)).sample
 
     def pipeline(self, sampler: str | None = None) -> StableDiffusionPipeline:
-        """A stock pipeline around the same modules; `sampler` None keeps the model's own scheduler.
-
-        The autoencoder is in float32: with the others in half precision, ask the pipeline for `output_type="latent"`.
-        """
+        """The autoencoder is in float32: with the others in half precision, ask it for `output_type="latent"`."""
         scheduler = self.scheduler
         if sampler is not None:
             scheduler = SAMPLERS[sampler].from_config(self.scheduler.config)
@@ -141,26 +155,26 @@ class StableDiffusion:
         prompts: Sequence[str],
         seeds: Sequence[int],
         *,
-        steps: int = 25,
-        guidance: float = 7.5,
+        steps: int | None = None,
+        guidance: float | None = None,
         height: int | None = None,
         width: int | None = None,
         negative_prompt: str = "",
         sampler: str | None = None,
     ) -> list[Image.Image]:
-        """One picture per prompt and seed. Each has its own generator, so a picture does not depend on its batch.
+        """One image per prompt and seed, as `Family.sample` says; None: as the model likes it.
 
         Raises:
-            UserError: a side that the autoencoder and the network cannot halve evenly.
+            UserError: a side that is not a multiple of `multiple`.
         """
         height, width = height or self.resolution, width or self.resolution
-        if height % 8 or width % 8 or min(height, width) < 8:
-            raise UserError(f"{width}x{height} pixels: both sides must be multiples of 8")
+        if height % self.multiple or width % self.multiple or min(height, width) < self.multiple:
+            raise UserError(f"{width}x{height} pixels: both sides must be multiples of {self.multiple}")
         pipe = self.pipeline(sampler)
         latents = pipe(
             list(prompts),
-            num_inference_steps=steps,
-            guidance_scale=guidance,
+            num_inference_steps=self.steps if steps is None else steps,
+            guidance_scale=self.guidance if guidance is None else guidance,
             height=height,
             width=width,
             negative_prompt=[negative_prompt] * len(prompts),
@@ -168,7 +182,7 @@ class StableDiffusion:
             output_type="latent",
         ).images
         scale, shift = self.vae.config.scaling_factor, getattr(self.vae.config, "shift_factor", None) or 0.0
-        # One at a time and in float32: full-size pictures do not fit otherwise, and half precision shows in flat areas.
+        # One at a time and in float32: full-size images do not fit otherwise, and half precision shows in flat areas.
         decoded = torch.cat([self.vae.decode(one[None].float() / scale + shift).sample for one in latents])
         pixels = decoded.clamp(-1, 1).add(1).mul(127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         return [Image.fromarray(np.ascontiguousarray(one)) for one in pixels]

@@ -372,12 +372,12 @@ def _sampled(
 
 
 def _warn_of_cut_prompts(family: Family, plan: Sequence[Line]) -> None:
-    limit = family.tokenizer.model_max_length
     texts = list(dict.fromkeys(line["prompt"] for line in plan))
-    long = [text for text in texts if len(family.tokenizer(text).input_ids) > limit]
+    long = [text for text in texts if family.prompt_overflow(text)]
     if long:
         _warn(
-            f'{len(long)} of {len(texts)} prompts exceed the {limit} tokens of {family.source} and are cut: "{long[0]}"'
+            f"{len(long)} of {len(texts)} prompts are longer than {family.source} reads and are cut, "
+            f'by {family.prompt_overflow(long[0])} tokens: "{long[0]}"'
         )
 
 

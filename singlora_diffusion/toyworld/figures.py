@@ -67,7 +67,7 @@ def load_reader() -> Reader:
 
 def autoencoder(n: int) -> dict[str, float]:
     """PSNR in dB of n unseen pictures."""
-    vae = models.load("toyworld").vae
+    vae = models.load("toyworld").pipeline().vae
     return {"autoencoder PSNR, dB": autoencoding.psnr(vae, world.batch(range(UNSEEN, UNSEEN + n))["images"])}
 
 
