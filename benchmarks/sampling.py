@@ -1,8 +1,8 @@
-"""What an adapter costs while pictures are made: base, attached, merged, two adapters, and switching between two.
+"""What an adapter costs while images are made: base, attached, merged, two adapters, and switching between two.
 
     python -m benchmarks.sampling --model sd15 --resolution 256 --dtype bfloat16
 
-One call is one UNet forward for a prompt and its negative, as guidance asks for: a picture is as many of them as it has
+One call is one UNet forward for a prompt and its negative, as guidance asks for: an image is as many of them as it has
 steps, whatever the sampler. `base` is as this package loads it, `stock base` as diffusers does. `two added` is two
 adapters at once, as one whose factors are set side by side: the rank of their exact sum is the sum of their ranks.
 Switching puts another adapter's tensors in the place of those attached.
@@ -11,7 +11,7 @@ Switching puts another adapter's tensors in the place of those attached.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -84,10 +84,11 @@ def switching(bench: Bench) -> Iterator[Callable[[], None]]:
     adapter.detach()
 
 
-def main() -> int:
+def main(words: Sequence[str] | None = None) -> int:
     import tyro
 
-    settings = tyro.cli(Settings, description=__doc__)
+    words = sys.argv[1:] if words is None else words
+    settings = tyro.cli(Settings, args=words, description=__doc__)
     bench = prepare(settings.model, settings.resolution, 2, settings.dtype)
     clock = timing.CLOCKS[settings.clock]
     variants: dict[str, timing.Job] = {
@@ -108,7 +109,7 @@ def main() -> int:
     )
     print(f"switching adapters: {timing.spread([1000 * s for s in switch])} ms")
     if settings.output is not None:
-        command = ["python", "-m", "benchmarks.sampling", *sys.argv[1:]]
+        command = ["python", "-m", "benchmarks.sampling", *words]
         timing.write(settings.output, command, seconds=seconds, ratio_to_base=to_base, switching_seconds=switch)
     return 0
 

@@ -143,10 +143,10 @@ def test_flags_are_parsed_where_programs_begin() -> None:
 
 
 def test_help_loads_nothing_heavy() -> None:
-    """What stands behind `singlora VERB --help`: the command itself and every verb's settings."""
-    from singlora_diffusion.cli import VERBS
+    """What stands behind `singlora COMMAND --help`: the command itself and every command's settings."""
+    from singlora_diffusion.cli import COMMANDS
 
-    todo = ["singlora_diffusion.cli", *(verb.settings.partition(":")[0] for verb in VERBS.values())]
+    todo = ["singlora_diffusion.cli", *(command.settings.partition(":")[0] for command in COMMANDS.values())]
     seen: set[str] = set()
     while todo:
         module = todo.pop()
