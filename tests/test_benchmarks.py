@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tyro
 
 from benchmarks import gpu, gpu_stages, sampling, scoring, train_step, whole_job
 from benchmarks.gpu_stages import Stage
