@@ -231,4 +231,4 @@ def test_toyworld_subject_writes_a_folder_to_train_on(tmp_path: Path, capsys: py
     assert len(image_files(folder / "masks")) == 2
     last = capsys.readouterr().out.splitlines()[-1]
     recipe = parse(Recipe, shlex.split(last.removeprefix("next: singlora train ")), "train", "")
-    assert (recipe.instance_data_dir, recipe.instance_prompt) == (folder, "a photo of sks dog")
+    assert (recipe.data.instance_data_dir, recipe.data.instance_prompt) == (folder, "a photo of sks dog")

@@ -166,7 +166,7 @@ class SingLoRAAdapter:
         return list(groups.values())
 
     def set_step(self, step: int) -> None:
-        self.set_ramp(ramp(step, self.config.ramp_steps))
+        self.set_ramp(ramp(step, self.config.ramp_steps or 0))
 
     def set_ramp(self, u: float) -> None:
         """Set u directly, as a file that was saved in mid-ramp asks for."""
@@ -271,4 +271,9 @@ def attach(networks: Networks, config: AdapterConfig, seed: int = 0) -> Adapter:
     if config.targets is None:
         denoisers = [network.targets for network in known.values() if network.role == "denoiser"]
         config = replace(config, targets=denoisers[0] if denoisers else ())
+    if config.text_targets is None:
+        texts = [network.targets for network in known.values() if network.role == "text"]
+        config = replace(config, text_targets=texts[0] if texts else ())
+    if config.ramp_steps is None:
+        config = replace(config, ramp_steps=0)
     return METHODS[config.method](known, config, seed)

@@ -36,6 +36,7 @@ def demo(chosen: DemoSettings) -> Path:
 
     from .. import device
     from ..adapters import budget
+    from ..models.network import ATTENTION
     from ..sampling import generate
     from ..sampling.settings import check, parse_seeds
     from ..toyworld.subjects import subject
@@ -52,8 +53,8 @@ def demo(chosen: DemoSettings) -> Path:
         check(generation)
     parse_seeds(chosen.seeds)
     device.choose(chosen.device)
-    model, targets = chosen.pretrained_model_name_or_path, plan.recipe(chosen, target, "singlora", 1).targets
-    shapes = budget.shapes(model, targets)
+    targets = plan.recipe(chosen, target, "singlora", 1).adapter.targets or ATTENTION
+    shapes = budget.shapes(chosen.pretrained_model_name_or_path, targets)
     goal = budget.target_count(chosen.match, shapes)
     sizes = {method: budget.match(goal, method, shapes) for method in chosen.methods}
     recipes = {method: plan.recipe(chosen, target, method, row.rank) for method, row in sizes.items()}
@@ -118,17 +119,20 @@ def demo(chosen: DemoSettings) -> Path:
 
 
 def train(recipe: Recipe, folder: Path) -> bool:
-    """The trainer's `main`, unless its result is there already; whether it ran.
+    """The trainer's `main`, unless its result is there already; whether it ran. An interrupted training goes on.
 
     Raises:
         UserError: there is an adapter of another recipe.
     """
     import train_dreambooth
 
+    from ..training import run_folder
+
     if not (folder / ADAPTER).exists():
-        train_dreambooth.main(recipe, hint=False)
+        going_on = "latest" if run_folder.checkpoints(folder) else None
+        train_dreambooth.main(settings.replaced(recipe, resume_from_checkpoint=going_on), hint=False)
         return True
-    before, now = files.read_json(folder / "recipe.json"), settings.as_json(recipe)
+    before, now = files.read_json(folder / run_folder.RECIPE), settings.as_json(recipe)
     for key, value in now.items():
         if before.get(key) != value:
             raise UserError(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from .. import adapters
@@ -269,7 +270,9 @@ def _build(kind: type[Any], raw: object) -> Any:
     for name, value in raw.items():
         if name not in known:
             raise ValueError(f"has the unknown entry {shown(name)}: written by a newer version?")
-        values[name] = _typed(name, str(known[name].type), value)
+        values[name] = value if kind is AdapterConfig else _typed(name, str(known[name].type), value)
+    if kind is AdapterConfig:
+        return TypeAdapter(AdapterConfig).validate_json(json.dumps(values), strict=True)
     for name, f in known.items():
         if name not in values and f.default is MISSING and f.default_factory is MISSING:
             raise ValueError(f"lacks {name}")
@@ -323,7 +326,7 @@ def _check(header: Header, index: Index) -> None:
             raise ValueError(f"has alpha {alpha} for the {role}")
         if len(targets) > 256 or not all(targets):
             raise ValueError(f"has impossible targets for the {role}")
-    if not 0.0 <= header.u <= 1.0 or header.step < 0 or config.ramp_steps < 0:
+    if not 0.0 <= header.u <= 1.0 or header.step < 0 or (config.ramp_steps or 0) < 0:
         raise ValueError(f"has an impossible clock: step {header.step}, u {header.u}, ramp {config.ramp_steps}")
     names = set(header.layers)
     for name in index.tensors:
