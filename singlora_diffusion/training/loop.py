@@ -14,22 +14,24 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from accelerate import Accelerator
-
-from .. import adapters, files
-from ..adapters.registry import Adapter
+from .. import files
 from ..data import prompts
 from ..data.folders import read_folder
 from ..errors import UserError
-from ..models import Family
 from ..terminal import escaped
-from . import checkpoint, identity, memory, preparation, result, run_folder, validation
+from . import run_folder
+from .diagnosis import NotFinite, cause
 from .events import Checkpoint, Event, Images, Interrupted, Loaded, Preview, PutAway, Resumed, Saved, Started, Step
 from .recipe import OutputSettings, Recipe, adapter_config, check, recorded
-from .step import NotFinite, Stepper
+
+if TYPE_CHECKING:  # torch and what needs it are imported once the recipe's own mistakes are named
+    from accelerate import Accelerator
+
+    from ..adapters.registry import Adapter
+    from ..models import Family
+    from .step import Stepper
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,11 @@ def run(recipe: Recipe, stop: Callable[[], bool] = lambda: False) -> Iterator[Ev
     instance = read_folder(recipe.data.instance_data_dir, strict=recipe.data.strict, resolution=recipe.data.resolution)
     run_folder.check(recipe.output)
     yield Images(instance)
+
+    from .. import adapters
+    from . import identity, memory, preparation, result
+    from .step import Stepper
+
     state = yield from preparation.checkpoint_to_resume(recipe)
     accelerator, family, resolution = preparation.load(recipe)
     config = adapter_config(recipe, state.config.ramp_steps if state else None)
@@ -162,6 +169,8 @@ def _anyone(accelerator: Accelerator, asked: bool) -> bool:
     """Whether any of the processes says so: all stop after the same step, or some would wait for the others forever."""
     if accelerator.num_processes == 1:
         return asked
+    import torch
+
     return bool(accelerator.reduce(torch.tensor(float(asked), device=accelerator.device), "sum") > 0)
 
 
@@ -170,6 +179,8 @@ def _outputs(job: Job, step: int) -> Iterator[Event]:
     if _is_due(step, job.recipe.output.checkpointing_steps):
         yield Checkpoint(_save_checkpoint(job, step), step)
     if _is_due(step, job.recipe.validation.validation_steps):
+        from . import validation
+
         yield Preview(validation.preview(job.family, job.recipe, step, job.resolution), step)
 
 
@@ -178,6 +189,8 @@ def _is_due(step: int, every: int) -> bool:
 
 
 def _save_checkpoint(job: Job, step: int) -> Path:
+    from . import checkpoint
+
     scaler = job.accelerator.scaler
     try:
         return checkpoint.save(
@@ -196,6 +209,8 @@ def _save_checkpoint(job: Job, step: int) -> Path:
 
 
 def _saved(job: Job) -> Saved:
+    from . import result
+
     path = job.out / run_folder.ADAPTER
     try:
         result.save(job.family, job.adapter, path, {**job.about, "step": job.recipe.optimization.max_train_steps})
@@ -210,13 +225,7 @@ def _diagnosis(job: Job, error: NotFinite) -> str:
     if before > job.start and job.writes and not (job.out / f"checkpoint-{before}").exists():
         with suppress(UserError):  # numbers that are not finite are not saved: the step before was bad already
             _save_checkpoint(job, before)
-    if job.recipe.model.mixed_precision == "fp16":
-        cause = "fp16 overflows; --mixed_precision bf16 does not"
-    elif before == 0:
-        cause = "the base model gives no finite answer to these images"
-    else:
-        cause = f"--learning_rate {job.recipe.optimization.learning_rate:g} is likely too high; try a third of it"
-    return f"{error}; {cause}{_kept(job)}"
+    return f"{error}; {cause(error, job.recipe)}{_kept(job)}"
 
 
 def _kept(job: Job) -> str:

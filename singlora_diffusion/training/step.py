@@ -16,6 +16,7 @@ from ..data import draws, latents
 from ..data.latents import EncodedImages
 from ..models.family import Conditioning, Family, Geometry
 from . import objective
+from .diagnosis import NotFinite
 from .recipe import OptimizationSettings, Recipe
 
 if TYPE_CHECKING:
@@ -36,15 +37,6 @@ class Figures(NamedTuple):
     lr: float
     u: float
     grad_norm: float
-
-
-class NotFinite(Exception):
-    """The loss or the gradient of a step is NaN or infinite. Nothing was changed by that step."""
-
-    def __init__(self, step: int, loss: float, grad_norm: float) -> None:
-        self.step = step
-        what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient's norm is {grad_norm}"
-        super().__init__(f"step {step}: the {what}")
 
 
 class Denoiser(nn.Module):
