@@ -38,7 +38,7 @@ COMMANDS = {
         "learn a subject from a folder of images",
     ),
     "generate": Command(
-        "singlora_diffusion.sampling.generate:GenerateSettings",
+        "singlora_diffusion.sampling.settings:GenerateSettings",
         "singlora_diffusion.sampling.generate:generate",
         "make images with an adapter, prompts x seeds",
     ),

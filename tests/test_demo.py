@@ -14,7 +14,8 @@ import pytest
 from encoder_folders import clip_folder, timm_folder
 
 from eval.results import Column, Loaded, Picture, Run
-from singlora_diffusion.data.images import open_picture, pictures
+from singlora_diffusion.data.folders import image_files
+from singlora_diffusion.data.images import open_image
 from singlora_diffusion.demo import flow, plan, words
 from singlora_diffusion.demo.settings import RATES, DemoSettings
 from singlora_diffusion.demo.world_images import write_references
@@ -113,8 +114,8 @@ def test_the_page_shows_all_of_it(done: SimpleNamespace) -> None:
 
 
 def test_held_out_pictures_are_none_of_the_training_ones(done: SimpleNamespace) -> None:
-    held_out = {path.stem: np.asarray(open_picture(path)) for path in pictures(done.out / "heldout")}
-    training = [np.asarray(open_picture(path)) for path in pictures(done.out / "references")]
+    held_out = {path.stem: np.asarray(open_image(path)) for path in image_files(done.out / "heldout")}
+    training = [np.asarray(open_image(path)) for path in image_files(done.out / "references")]
     assert len(held_out) == len(PLACES)
     assert not any(np.array_equal(one, other) for one in held_out.values() for other in training)
     for picture, _, scene in references(subject("cat-1"), len(PLACES), start=HELD_OUT):
@@ -225,9 +226,9 @@ def test_the_caveat_weighs_the_difference(differences: list[float], said: str) -
 
 def test_toyworld_subject_writes_a_folder_to_train_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "my dog"
-    toyworld_command.write(toyworld_command.SubjectSettings("subject", "dog-2", folder, pictures=2, masks=True))
-    assert [path.name for path in pictures(folder)] == ["00.png", "01.png"]
-    assert len(pictures(folder / "masks")) == 2
+    toyworld_command.write(toyworld_command.SubjectSettings("subject", "dog-2", folder, images=2, masks=True))
+    assert [path.name for path in image_files(folder)] == ["00.png", "01.png"]
+    assert len(image_files(folder / "masks")) == 2
     last = capsys.readouterr().out.splitlines()[-1]
     recipe = parse(Recipe, shlex.split(last.removeprefix("next: singlora train ")), "train", "")
     assert (recipe.instance_data_dir, recipe.instance_prompt) == (folder, "a photo of sks dog")

@@ -186,7 +186,7 @@ def stopped(here: Here, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """`Reached` is raised where heavy work begins, and memory is limited."""
     from torch import nn
 
-    from singlora_diffusion import models
+    from singlora_diffusion import device, models
     from singlora_diffusion.toyworld import subjects
 
     def reached(*_: Any, **__: Any) -> None:
@@ -195,6 +195,7 @@ def stopped(here: Here, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(models, "load", reached)
     monkeypatch.setattr(nn.Module, "__call__", reached)
     monkeypatch.setattr(subjects, "render", reached)
+    monkeypatch.setattr(device, "free_memory", lambda name: BYTES)
     with at_most(BYTES):
         yield
 
@@ -203,6 +204,8 @@ def stopped(here: Here, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def stopped_later(here: Here, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The model is loaded, the adapter attached; `Reached` is raised when the denoiser is called."""
     from torch import Tensor, nn
+
+    from singlora_diffusion import device
 
     call = nn.Module.__call__
 
@@ -213,6 +216,7 @@ def stopped_later(here: Here, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
         return call(module, *args, **kwargs)
 
     monkeypatch.setattr(nn.Module, "__call__", called)
+    monkeypatch.setattr(device, "free_memory", lambda name: BYTES)
     with at_most(BYTES):
         yield
 

@@ -36,7 +36,8 @@ def demo(chosen: DemoSettings) -> Path:
 
     from .. import device
     from ..adapters import budget
-    from ..sampling import generate
+    from ..sampling.generate import generate
+    from ..sampling.settings import check
     from ..toyworld.subjects import subject
 
     began, console = time.monotonic(), Console(highlight=False, soft_wrap=True)
@@ -48,8 +49,7 @@ def demo(chosen: DemoSettings) -> Path:
         raise UserError("--methods: name each adapter once, such as --methods singlora lora")
     generations = plan.generations(chosen, target)
     for generation in generations.values():
-        generate.check(generation)
-    generate.parse_seeds(chosen.seeds)
+        check(generation)
     device.choose(chosen.device)
     model, targets = chosen.pretrained_model_name_or_path, plan.recipe(chosen, target, "singlora", 1).targets
     shapes = budget.shapes(model, targets)
@@ -74,7 +74,7 @@ def demo(chosen: DemoSettings) -> Path:
     first_seed: dict[str, list[Path]] = {}
     for name, generation in generations.items():
         with contextlib.redirect_stdout(io.StringIO()):  # its progress is on stderr; what to type next is not due yet
-            lines = generate.generate(generation)
+            lines = generate(generation)
         folder = plan.samples(chosen, name)
         first_seed[words.label(name)] = [folder / one["file"] for one in lines if one["seed"] == lines[0]["seed"]]
         say(console, f"{words.label(name)}: {len(lines)} images in {folder}")

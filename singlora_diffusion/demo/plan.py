@@ -14,7 +14,7 @@ from .world_images import IDENTIFIER, MANIFEST
 if TYPE_CHECKING:
     from eval.score import ScoreSettings
 
-    from ..sampling.generate import GenerateSettings
+    from ..sampling.settings import GenerateSettings
     from ..toyworld.subjects import Subject
 
 BASE = "base"
@@ -58,7 +58,7 @@ def recipe(demo: DemoSettings, subject: Subject, method: Method, rank: int) -> R
 
 def generations(demo: DemoSettings, subject: Subject) -> dict[str, GenerateSettings]:
     """The same prompts and seeds by the base model and by each adapter."""
-    from ..sampling.generate import GenerateSettings
+    from ..sampling.settings import GenerateSettings
 
     base: dict[str, Any] = {
         "pretrained_model_name_or_path": demo.pretrained_model_name_or_path,

@@ -125,10 +125,11 @@ def caveat(loaded: Sequence[Loaded]) -> str:
 
 def sheet(references: Path, made: Mapping[str, Sequence[Path]], path: Path) -> None:
     """One image: the training images, then the first prompts by the base model and by each adapter."""
-    from ..data.images import open_picture, pictures
+    from ..data.folders import image_files
+    from ..data.images import open_image
     from ..sampling import contact_sheet
 
-    rows = {"the training images": pictures(references), **made}
-    opened = [[open_picture(image) for image in row[:SHOWN]] for row in rows.values()]
+    rows = {"the training images": image_files(references), **made}
+    opened = [[open_image(image) for image in row[:SHOWN]] for row in rows.values()]
     with files.replacing(path) as part:
         contact_sheet.grid(opened, list(rows)).save(part)

@@ -68,11 +68,12 @@ def _write_images(folder: Path, images: Mapping[str, np.ndarray]) -> None:
     import numpy as np
     from PIL import Image
 
-    from ..data.images import open_picture, pictures
+    from ..data.folders import image_files
+    from ..data.images import open_image
 
-    present = {path.name for path in pictures(folder)} if folder.is_dir() and any(folder.iterdir()) else set()
+    present = {path.name for path in image_files(folder)} if folder.is_dir() and any(folder.iterdir()) else set()
     if present - set(images) or any(
-        not np.array_equal(np.asarray(open_picture(folder / name)), images[name]) for name in present
+        not np.array_equal(np.asarray(open_image(folder / name)), images[name]) for name in present
     ):
         raise UserError(f"{folder}: holds other images than this demo's; name another folder with --output_dir")
     for name in (name for name in images if name not in present):
