@@ -11,18 +11,19 @@ import json
 import shlex
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
+from .settings import command_line
 from .training.recipe import Method, Recipe
 
 if TYPE_CHECKING:
     import numpy as np
     from rich.console import Console
 
-    from eval.results import Loaded, Run
+    from eval.results import ImageSet, ScoredSet
 
     from .adapters.budget import Match
     from .sampling.generate import GenerateSettings
@@ -244,7 +245,7 @@ def train(recipe: Recipe, console: Console) -> Path:
     return out
 
 
-def caveat(loaded: Sequence[Loaded]) -> str:
+def caveat(loaded: Sequence[ScoredSet]) -> str:
     """What the scores of one demo are worth, with the first two adapters' difference set against its spread."""
     import numpy as np
 
@@ -261,7 +262,7 @@ def caveat(loaded: Sequence[Loaded]) -> str:
     if len(differences) < 2:
         return text
     mean, sd = float(differences.mean()), float(differences.std(ddof=1))
-    text += f" {first.run.name} minus {second.run.name}: DINO {mean:+.3f}, standard deviation over prompts {sd:.3f}. "
+    text += f" {first.name} minus {second.name}: DINO {mean:+.3f}, standard deviation over prompts {sd:.3f}. "
     if abs(mean) <= 2 * sd / len(differences) ** 0.5:
         return text + "Differences of this size are within noise."
     return (
@@ -281,15 +282,7 @@ def look(references: Path, made: Mapping[str, Sequence[Path]], path: Path, width
 
 def command(verb: str, settings: Any) -> str:
     """The command line that says the same as a settings dataclass."""
-    words = ["singlora", verb]
-    for one in fields(settings):
-        value = getattr(settings, one.name)
-        if one.default is not MISSING and value == one.default:
-            continue
-        words.append(f"--{one.name}" if value is not False else f"--no_{one.name}")
-        if not isinstance(value, bool):
-            words += [str(part) for part in value] if isinstance(value, tuple) else [str(value)]
-    return shlex.join(words)
+    return command_line(verb, settings)
 
 
 def _recipe(settings: DemoSettings, subject: Subject, method: Method, rank: int) -> Recipe:
@@ -333,16 +326,15 @@ def _generations(settings: DemoSettings, subject: Subject) -> dict[str, Generate
 
 def _scorings(settings: DemoSettings, generations: Sequence[GenerateSettings]) -> list[Any]:
     """Generated pictures against training and held-out pictures, held-out pictures against training pictures."""
-    from eval.score import ScoreSettings
+    from eval.score import EncoderSources, ScoreSettings
 
     out = settings.output_dir
     common: dict[str, Any] = {
         "protocol": "custom" if settings.clip or settings.dino else "toyworld",
         "metrics": ("dino", "clip_i", "clip_t"),
-        "clip": settings.clip,
-        "dino": settings.dino,
+        "encoders": EncoderSources(clip=settings.clip, dino=settings.dino),
         "cache_dir": out / ".features",
-        "device": settings.device or "auto",
+        "device": settings.device,
     }
     scorings = []
     for images in (generation.output_dir for generation in generations):
@@ -362,42 +354,43 @@ def _scorings(settings: DemoSettings, generations: Sequence[GenerateSettings]) -
     return scorings
 
 
-def _runs(out: Path, generations: dict[str, GenerateSettings], ranks: dict[Method, Match]) -> list[Run]:
+def _runs(out: Path, generations: dict[str, GenerateSettings], ranks: dict[Method, Match]) -> list[ImageSet]:
     """The columns of the report."""
-    from eval.results import Run
+    from eval.results import ImageSet
 
-    runs = [Run(REAL, out / "heldout", real=True)] if (out / "heldout" / "manifest.jsonl").exists() else []
-    runs.append(Run(BASE, generations[BASE].output_dir))
+    runs = [ImageSet(REAL, out / "heldout", real=True)] if (out / "heldout" / "manifest.jsonl").exists() else []
+    runs.append(ImageSet(BASE, generations[BASE].output_dir))
     for method, row in ranks.items():
         log = (out / method / "log.jsonl").read_text(encoding="utf-8").splitlines()
         seconds = json.loads(log[-1])["seconds"]
         facts = {"parameters": f"{row.parameters:,}", "training, s": f"{seconds:.0f}"}
-        runs.append(Run(LABELS[method], generations[LABELS[method]].output_dir, training=out / method, facts=facts))
+        runs.append(
+            ImageSet(LABELS[method], generations[LABELS[method]].output_dir, training=out / method, facts=facts)
+        )
     return runs
 
 
-def _table(loaded: Sequence[Loaded]) -> Any:
+def _table(loaded: Sequence[ScoredSet]) -> Any:
     """Rows: base model, adapters, real pictures; columns: scores, size, time."""
     from rich.table import Table
 
-    from eval.report import METRIC_LABELS, MODE_LABELS
-    from eval.results import ceiling, scored
+    from eval.results import REFERENCES, real_score, scored
 
     columns = [column for column in scored(loaded) if column.mode in ("heldout", None)]
-    against = MODE_LABELS["heldout"]
+    against = REFERENCES["heldout"]
     table = Table(
         title=f"likeness (DINO, CLIP-I) to {against}, agreement with the prompt (CLIP-T)", title_justify="left"
     )
     table.add_column("")
     for column in columns:
-        table.add_column(METRIC_LABELS[column.metric], justify="right")
-    facts = list(dict.fromkeys(name for one in loaded for name in one.run.facts))
+        table.add_column(column.label, justify="right")
+    facts = list(dict.fromkeys(name for one in loaded for name in one.source.facts))
     for name in facts:
         table.add_column(name, justify="right")
-    for one in sorted(loaded, key=lambda each: each.run.real):
-        values = [ceiling(loaded, column) if one.run.real else one.mean(column) for column in columns]
+    for one in sorted(loaded, key=lambda each: each.source.real):
+        values = [real_score(loaded, column) if one.source.real else one.mean(column) for column in columns]
         numbers = ["" if value is None else f"{value:.3f}" for value in values]
-        table.add_row(one.run.name, *numbers, *(one.run.facts.get(name, "") for name in facts))
+        table.add_row(one.name, *numbers, *(one.source.facts.get(name, "") for name in facts))
     return table
 
 

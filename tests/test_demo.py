@@ -14,7 +14,7 @@ import pytest
 import tyro
 from encoder_folders import clip_folder, timm_folder
 
-from eval.results import Column, Loaded, Picture, Run
+from eval.results import ImageSet, ScoredImage, ScoredSet, ScoreKey
 from singlora_diffusion import demo
 from singlora_diffusion.data.images import open_picture, pictures
 from singlora_diffusion.demo import DemoSettings
@@ -182,11 +182,11 @@ def test_commands_say_the_same_as_the_settings(settings: DemoSettings) -> None:
     ("differences", "words"), [([0.1, -0.1, 0.06], "within noise"), ([0.1, 0.11, 0.12], "no claim rests on it")]
 )
 def test_the_caveat_weighs_the_difference(differences: list[float], words: str) -> None:
-    column = Column("dino", "heldout")
+    column = ScoreKey("dino", "heldout")
 
-    def run(name: str, scores: list[float]) -> Loaded:
-        shown = [Picture(Path(f"{i}.png"), {"prompt": f"p{i}"}, {column: score}) for i, score in enumerate(scores)]
-        return Loaded(Run(name, Path()), True, shown, [], {}, [])
+    def run(name: str, scores: list[float]) -> ScoredSet:
+        shown = [ScoredImage(Path(f"{i}.png"), {"prompt": f"p{i}"}, {column: score}) for i, score in enumerate(scores)]
+        return ScoredSet(ImageSet(name, Path()), True, shown, [], {}, [])
 
     text = demo.caveat([run("A", [0.5 + each for each in differences]), run("B", [0.5] * 3)])
     assert words in text and f"A minus B: DINO {np.mean(differences):+.3f}" in text

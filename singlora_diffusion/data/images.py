@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,9 +59,9 @@ def check(folder: str | Path, decode: bool = True) -> FolderReport:
         UserError: as `pictures`, and with `decode` for the first picture that cannot be read.
     """
     folder = Path(folder).expanduser()
-    if folder.is_file():
+    if os.path.isfile(folder):  # unlike Path.is_file, False for a name that is too long
         raise UserError(f"{folder}: is a file; name the folder that holds the pictures")
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f"{folder}: no such folder; name one that holds pictures")
     try:
         entries = sorted(folder.iterdir(), key=_natural_key)
