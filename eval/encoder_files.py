@@ -9,16 +9,99 @@ import contextlib
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import singlora_diffusion
 from singlora_diffusion.errors import UserError
+from singlora_diffusion.files import read_json
+
+from . import preprocessing
+from .preprocessing import Preprocessing
 
 TOYWORLD = Path(singlora_diffusion.__file__).parent / "toyworld" / "weights"
 """The embedded model's encoders, a folder for each role."""
 
 
-def weights_file(source: str | None, role: str, repository: str, name: str) -> Path:
+@dataclass(frozen=True)
+class Found:
+    """An encoder's files, looked at and not loaded."""
+
+    path: Path  # what is loaded: a file or a folder
+    architecture: str
+    hashed: dict[str, Path]
+    preprocessing: Preprocessing
+
+
+class Files(Protocol):
+    """Where an encoder's files come from."""
+
+    def find(self, source: str | None, role: str) -> Found:
+        """`source`: a path or a hub name; None: the encoder's own place. Raises UserError for what is not there."""
+        ...
+
+
+@dataclass(frozen=True)
+class Published:
+    """The weights of one known model: a safetensors file."""
+
+    repository: str  # on the Hugging Face hub
+    name: str
+    architecture: str
+    preprocessing: Preprocessing
+
+    def find(self, source: str | None, role: str) -> Found:
+        path = _weights_file(source, role, self.repository, self.name)
+        return Found(path, self.architecture, {"weights": path}, self.preprocessing)
+
+
+@dataclass(frozen=True)
+class OpenClipFolder:
+    """Any open_clip model: a folder or hub repository with open_clip_config.json, safetensors and its tokenizer."""
+
+    config = "open_clip_config.json"
+    weights = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
+    tokenizer = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
+
+    def find(self, source: str | None, role: str) -> Found:
+        folder = _encoder_folder(_named(source, role), role, [self.config, *self.weights, *self.tokenizer])
+        described = read_json(folder / self.config)
+        weights = _weights_in(folder, role, self.weights)
+        way = preprocessing.of_open_clip(described, folder / self.config)
+        try:
+            width = int(described["model_cfg"]["embed_dim"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{folder / self.config}: describes no open_clip model (embed_dim is missing)") from error
+        hashed = {name: folder / name for name in (self.config, *self.tokenizer) if (folder / name).is_file()}
+        return Found(folder, f"CLIP of {width} dimensions", {"weights": weights, **hashed}, way)
+
+
+@dataclass(frozen=True)
+class TimmFolder:
+    """Any timm model: a folder or hub repository with config.json and model.safetensors."""
+
+    config, weights = "config.json", "model.safetensors"
+
+    def find(self, source: str | None, role: str) -> Found:
+        folder = _encoder_folder(_named(source, role), role, [self.config, self.weights])
+        described = read_json(folder / self.config)
+        weights = _weights_in(folder, role, [self.weights])
+        architecture = described.get("architecture")
+        if not isinstance(architecture, str):
+            raise UserError(f"{folder / self.config}: describes no timm model (architecture is missing)")
+        way = preprocessing.of_timm(described, folder / self.config)
+        files = {"weights": weights, self.config: folder / self.config}
+        return Found(folder, architecture, files, way)
+
+
+def _named(source: str | None, role: str) -> str:
+    if source is None:
+        raise UserError(f"the protocol has no {role} encoder of its own; name one with --{role}")
+    return source
+
+
+def _weights_file(source: str | None, role: str, repository: str, name: str) -> Path:
     """One safetensors file: of the hub repository, of a folder, or the file itself.
 
     Raises:
@@ -39,11 +122,11 @@ def weights_file(source: str | None, role: str, repository: str, name: str) -> P
     return path
 
 
-def encoder_folder(source: str, role: str, names: list[str]) -> Path:
+def _encoder_folder(source: str, role: str, names: list[str]) -> Path:
     """A folder that holds the first of these names; a hub name is fetched, these files only.
 
     Raises:
-        UserError: as `weights_file`.
+        UserError: as `_weights_file`.
     """
     path = Path(source).expanduser()
     if not os.path.exists(path) and _is_hub_name(source):
@@ -55,7 +138,7 @@ def encoder_folder(source: str, role: str, names: list[str]) -> Path:
     return path
 
 
-def weights_in(folder: Path, role: str, names: Sequence[str]) -> Path:
+def _weights_in(folder: Path, role: str, names: Sequence[str]) -> Path:
     """The first of these safetensors files that a folder has.
 
     Raises:

@@ -24,7 +24,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,11 +32,11 @@ from PIL import Image
 
 from singlora_diffusion import device as devices
 from singlora_diffusion.errors import UserError
-from singlora_diffusion.files import read_json, sha256
+from singlora_diffusion.files import sha256
 from singlora_diffusion.terminal import escaped
 
-from . import encoder_models, preprocessing
-from .encoder_files import TOYWORLD, encoder_folder, weights_file, weights_in
+from . import encoder_models
+from .encoder_files import TOYWORLD, Files, OpenClipFolder, Published, TimmFolder
 from .encoder_models import Model
 from .preprocessing import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 
@@ -60,89 +60,6 @@ class Encoder:
     def fingerprint(self) -> str:
         """sha256 of `about`: two encoders with the same one give the same vectors."""
         return hashlib.sha256(json.dumps(self.about, sort_keys=True).encode()).hexdigest()
-
-
-# --- where the files are ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Found:
-    """An encoder's files, looked at and not loaded."""
-
-    path: Path  # what is loaded: a file or a folder
-    architecture: str
-    hashed: dict[str, Path]
-    preprocessing: Preprocessing
-
-
-class Files(Protocol):
-    """Where an encoder's files come from."""
-
-    def find(self, source: str | None, role: str) -> Found:
-        """`source`: a path or a hub name; None: the encoder's own place. Raises UserError for what is not there."""
-        ...
-
-
-@dataclass(frozen=True)
-class Published:
-    """The weights of one known model: a safetensors file."""
-
-    repository: str  # on the Hugging Face hub
-    name: str
-    architecture: str
-    preprocessing: Preprocessing
-
-    def find(self, source: str | None, role: str) -> Found:
-        path = weights_file(source, role, self.repository, self.name)
-        return Found(path, self.architecture, {"weights": path}, self.preprocessing)
-
-
-@dataclass(frozen=True)
-class OpenClipFolder:
-    """Any open_clip model: a folder or hub repository with open_clip_config.json, safetensors and its tokenizer."""
-
-    config = "open_clip_config.json"
-    weights = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
-    tokenizer = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
-
-    def find(self, source: str | None, role: str) -> Found:
-        folder = encoder_folder(_named(source, role), role, [self.config, *self.weights, *self.tokenizer])
-        described = read_json(folder / self.config)
-        weights = weights_in(folder, role, self.weights)
-        way = preprocessing.of_open_clip(described, folder / self.config)
-        try:
-            width = int(described["model_cfg"]["embed_dim"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{folder / self.config}: describes no open_clip model (embed_dim is missing)") from error
-        hashed = {name: folder / name for name in (self.config, *self.tokenizer) if (folder / name).is_file()}
-        return Found(folder, f"CLIP of {width} dimensions", {"weights": weights, **hashed}, way)
-
-
-@dataclass(frozen=True)
-class TimmFolder:
-    """Any timm model: a folder or hub repository with config.json and model.safetensors."""
-
-    config, weights = "config.json", "model.safetensors"
-
-    def find(self, source: str | None, role: str) -> Found:
-        folder = encoder_folder(_named(source, role), role, [self.config, self.weights])
-        described = read_json(folder / self.config)
-        weights = weights_in(folder, role, [self.weights])
-        architecture = described.get("architecture")
-        if not isinstance(architecture, str):
-            raise UserError(f"{folder / self.config}: describes no timm model (architecture is missing)")
-        way = preprocessing.of_timm(described, folder / self.config)
-        files = {"weights": weights, self.config: folder / self.config}
-        return Found(folder, architecture, files, way)
-
-
-def _named(source: str | None, role: str) -> str:
-    if source is None:
-        raise UserError(f"the protocol has no {ROLES[role]} encoder of its own; name one with --{role}")
-    return source
-
-
-# --- the tables ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

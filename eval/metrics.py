@@ -137,7 +137,7 @@ METRICS: dict[str, Metric] = {
     ),
     "clip_t_token": Metric(
         "CLIP-T, identifier kept",
-        "agreement with the prompt, identifier kept",
+        "agreement with the whole prompt",
         "clip",
         ("prompt",),
         "image",

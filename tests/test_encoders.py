@@ -301,7 +301,7 @@ def test_sources_that_are_no_encoder(role: str, tmp_path: Path) -> None:
         encoder("custom", role, "x" * 5000)
     with pytest.raises(UserError, match=f"name one with --{role}"):
         encoder("custom", role)
-    with pytest.raises(UserError, match="no DINOv2 encoder of its own; name one with --dinov2"):
+    with pytest.raises(UserError, match="no dinov2 encoder of its own; name one with --dinov2"):
         encoder("toyworld", "dinov2")
 
 

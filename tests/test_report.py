@@ -142,7 +142,9 @@ def test_the_table_averages_over_prompts(runs: list[ImageSet]) -> None:
     assert "0.400" in html and "0.500" in html and "45,056" in html
 
 
-def test_the_ceiling_is_the_real_run_else_the_references_among_themselves(runs: list[ImageSet], tmp_path: Path) -> None:
+def test_real_images_score_as_the_real_set_else_the_references_among_themselves(
+    runs: list[ImageSet], tmp_path: Path
+) -> None:
     loaded = [load(run) for run in runs]
     assert scored(loaded) == [ScoreKey("dino", "train"), ScoreKey("clip_t", None)]
     assert real_score(loaded, ScoreKey("dino", "train")) == 0.9
@@ -205,14 +207,14 @@ def test_texts_are_texts(tmp_path: Path) -> None:
     assert "a &lt; b" in html and "a &gt; b" in html
 
 
-def test_pictures_alone_make_a_sheet(tmp_path: Path) -> None:
+def test_images_alone_make_a_sheet(tmp_path: Path) -> None:
     folders = [painted(tmp_path / name, ["1.png", "2.png", "10.png"]) for name in ("a", "b")]
     html = report.page("title", [ImageSet(folder.name, folder) for folder in folders])
     assert list(Page(html).rows) == ["1", "2", "10"]
     assert "<h2>Scores</h2>" not in html
 
 
-def test_only_so_many_pictures_are_shown(runs: list[ImageSet]) -> None:
+def test_only_so_many_images_are_shown(runs: list[ImageSet]) -> None:
     html = report.page("title", runs, images_per_prompt=1)
     assert Page(html).rows["a photo of a sks dog in the snow"] == [["000-0.png"], ["y.png"]]
     assert "The first 1 images" in html and "The first" not in report.page("title", runs, images_per_prompt=2)

@@ -78,11 +78,11 @@ def test_scores_are_those_of_the_definition(folders: tuple[Path, Path], encoders
 
     for name, role in (("clip_i", "clip"), ("dino", "dino")):
         generated, real = vectors(role, images, "0*.png"), vectors(role, references, "*.png")
-        per_picture = (generated @ real.T).mean(axis=1)
-        assert np.allclose([row[name] for row in result["images"]], per_picture, atol=1e-6)
+        per_image = (generated @ real.T).mean(axis=1)
+        assert np.allclose([row[name] for row in result["images"]], per_image, atol=1e-6)
         found = result["metrics"][name]
-        assert found["mean"] == pytest.approx((per_picture[:3].mean() + per_picture[3:].mean()) / 2, abs=1e-6)
-        assert found["sd"] == pytest.approx(per_picture.std(ddof=1), abs=1e-6)
+        assert found["mean"] == pytest.approx((per_image[:3].mean() + per_image[3:].mean()) / 2, abs=1e-6)
+        assert found["sd"] == pytest.approx(per_image.std(ddof=1), abs=1e-6)
         assert found["real_to_real"] == pytest.approx((real @ real.T)[~np.eye(3, dtype=bool)].mean(), abs=1e-6)
         assert (found["n"], found["prompts"]) == (5, 2)
 
@@ -176,7 +176,7 @@ def test_a_manifest_from_elsewhere(folders: tuple[Path, Path], encoders: dict[st
     assert result["images"][0]["prompt_without_token"] == PROMPTS[0].format("")
 
 
-def test_blank_pictures_and_copies_count_and_are_reported(folders: tuple[Path, Path], encoders: dict[str, str]) -> None:
+def test_blank_images_and_copies_count_and_are_reported(folders: tuple[Path, Path], encoders: dict[str, str]) -> None:
     images, references = folders
     Image.new("RGB", (40, 48)).save(images / "000-0.png")
     Image.new("RGB", (40, 48), (90, 90, 90)).save(images / "000-1.png")
@@ -187,7 +187,7 @@ def test_blank_pictures_and_copies_count_and_are_reported(folders: tuple[Path, P
     assert all(row["clip_i"] is not None for row in result["images"])
 
 
-def test_protocol_is_dreambooth_v1_unless_toyworld_made_the_pictures(
+def test_protocol_is_dreambooth_v1_unless_toyworld_made_the_images(
     folders: tuple[Path, Path], encoders: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     manifest = folders[0] / "manifest.jsonl"
@@ -233,7 +233,7 @@ def test_what_cannot_be_scored(folders: tuple[Path, Path], encoders: dict[str, s
     assert not (folders[0] / "scores.json").exists()
 
 
-def test_a_damaged_picture_stops_it_and_what_was_done_is_kept(
+def test_a_damaged_image_stops_it_and_what_was_done_is_kept(
     folders: tuple[Path, Path], encoders: dict[str, str]
 ) -> None:
     path = folders[0] / "001-1.png"
