@@ -22,7 +22,7 @@ from singlora_diffusion.training.recipe import Recipe
 
 
 def test_the_floor_of_scoring_gives_the_scores(tmp_path: Path) -> None:
-    bench = scoring.prepare(scoring.Settings(encoders="toyworld", pictures=6), tmp_path)
+    bench = scoring.prepare(scoring.Settings(encoders="toyworld", images=6), tmp_path)
     loaded = bench.encoders.load(bench.files)
     vectors = scoring.forward(loaded, scoring.decode(bench, loaded))
     assert [len(vectors[kind]) for kind in ("clip", "dino", "texts")] == [11, 11, 4]  # 6 + 5 pictures, 2 x 2 texts
@@ -30,7 +30,7 @@ def test_the_floor_of_scoring_gives_the_scores(tmp_path: Path) -> None:
         rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     text = dict(zip(bench.texts, vectors["texts"], strict=True))
 
-    for number, row in enumerate(score(bench.settings)["pictures"]):
+    for number, row in enumerate(score(bench.settings)["images"]):
         for name, role in (("clip_i", "clip"), ("dino", "dino")):
             expected = (vectors[role][number] @ vectors[role][6:].T).mean()
             assert row[name] == pytest.approx(expected, abs=1e-5)
@@ -39,7 +39,7 @@ def test_the_floor_of_scoring_gives_the_scores(tmp_path: Path) -> None:
 
 
 def test_scoring_starts_with_an_empty_or_a_full_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = scoring.prepare(scoring.Settings(encoders="toyworld", pictures=4), tmp_path)
+    bench = scoring.prepare(scoring.Settings(encoders="toyworld", images=4), tmp_path)
     with scoring.scored(bench, stored=True):
         pass
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from encoder_folders import clip_folder, timm_folder
 
-from eval.results import Column, Loaded, Picture, Run
+from eval.results import ImageSet, ScoredImage, ScoredSet, ScoreKey
 from singlora_diffusion.data.folders import image_files
 from singlora_diffusion.data.images import open_image
 from singlora_diffusion.demo import flow, plan, words
@@ -213,11 +213,11 @@ def test_every_method_has_a_rate_and_a_label() -> None:
     ("differences", "said"), [([0.1, -0.1, 0.06], "within noise"), ([0.1, 0.11, 0.12], "no claim rests on it")]
 )
 def test_the_caveat_weighs_the_difference(differences: list[float], said: str) -> None:
-    column = Column("dino", "heldout")
+    column = ScoreKey("dino", "heldout")
 
-    def run(name: str, scores: list[float]) -> Loaded:
-        shown = [Picture(Path(f"{i}.png"), {"prompt": f"p{i}"}, {column: score}) for i, score in enumerate(scores)]
-        return Loaded(Run(name, Path()), True, shown, [], {}, [])
+    def run(name: str, scores: list[float]) -> ScoredSet:
+        shown = [ScoredImage(Path(f"{i}.png"), {"prompt": f"p{i}"}, {column: score}) for i, score in enumerate(scores)]
+        return ScoredSet(ImageSet(name, Path()), True, shown, [], {}, [])
 
     text = words.caveat([run("A", [0.5 + each for each in differences]), run("B", [0.5] * 3)])
     assert said in text and f"A minus B: DINO {np.mean(differences):+.3f}" in text
