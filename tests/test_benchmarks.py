@@ -62,12 +62,12 @@ def test_steps_alone_is_the_median_between_the_ends_of_steps(tmp_path: Path) -> 
         whole_job.steps_alone(log)
 
 
-def test_the_whole_job_speaks_the_verbs_language() -> None:
+def test_the_whole_job_speaks_the_commands_language() -> None:
     words = whole_job.commands(whole_job.Settings(steps=7), Path("here"), "dog")
-    assert [verb[0] for verb in words.values()] == list(words) == ["train", "generate", "score"]
+    assert [one[0] for one in words.values()] == list(words) == ["train", "generate", "score"]
     recipe, generation, scoring_of = (
-        parse(kind, verb[1:], verb[0], "")
-        for kind, verb in zip((Recipe, GenerateSettings, ScoreSettings), words.values(), strict=True)
+        parse(kind, one[1:], one[0], "")
+        for kind, one in zip((Recipe, GenerateSettings, ScoreSettings), words.values(), strict=True)
     )
     assert recipe.max_train_steps == 7 and recipe.instance_prompt == "a photo of sks dog"
     assert generation.adapters.adapter == (recipe.output_dir,)
@@ -120,8 +120,6 @@ def test_the_day_at_the_gpu_at_a_tiny_size(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_the_day_at_the_gpu_passes_flags_that_there_are(tmp_path: Path) -> None:
-    import tyro
-
     from singlora_diffusion.toyworld import pretrain
 
     plan = gpu_stages.stages(tmp_path, "cuda", tiny=False)
@@ -129,7 +127,7 @@ def test_the_day_at_the_gpu_passes_flags_that_there_are(tmp_path: Path) -> None:
     kinds = {"train_step": train_step.Settings, "sampling": sampling.Settings, "pretrain": pretrain.Pretraining}
     for stage in plan:
         if kind := kinds.get(stage.module.rpartition(".")[2]):
-            settings = tyro.cli(kind, args=stage.words, use_underscores=True)
+            settings = parse(kind, stage.words, "", "")
             assert stage.output == getattr(settings, "output", None)
             if isinstance(settings, train_step.Settings):
                 assert train_step.chosen(settings)

@@ -1,4 +1,4 @@
-"""The demo on a tiny random model: equal budgets, the verbs' own results, nothing done twice, nothing overwritten."""
+"""The demo on a tiny random model: equal budgets, the commands' own results, nothing twice, nothing overwritten."""
 
 from __future__ import annotations
 
@@ -113,13 +113,13 @@ def test_the_page_shows_all_of_it(done: SimpleNamespace) -> None:
         assert command in html
 
 
-def test_held_out_pictures_are_none_of_the_training_ones(done: SimpleNamespace) -> None:
+def test_held_out_images_are_none_of_the_training_ones(done: SimpleNamespace) -> None:
     held_out = {path.stem: np.asarray(open_image(path)) for path in image_files(done.out / "heldout")}
     training = [np.asarray(open_image(path)) for path in image_files(done.out / "references")]
     assert len(held_out) == len(PLACES)
     assert not any(np.array_equal(one, other) for one in held_out.values() for other in training)
-    for picture, _, scene in references(subject("cat-1"), len(PLACES), start=HELD_OUT):
-        assert np.array_equal(held_out[scene.background.replace(" ", "-")], picture)
+    for image, _, scene in references(subject("cat-1"), len(PLACES), start=HELD_OUT):
+        assert np.array_equal(held_out[scene.background.replace(" ", "-")], image)
     (line,) = (done.out / "heldout" / "manifest.jsonl").read_text().splitlines()
     assert json.loads(line)["file"] == "snow.png"
     assert json.loads(line)["prompt_without_token"] == "a cat in the snow"

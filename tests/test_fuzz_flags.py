@@ -30,6 +30,9 @@ from tyro.conf import Positional
 from singlora_diffusion import cli
 from singlora_diffusion.cli import COMMANDS
 
+WITHOUT_RANGES = ("train", "import", "add")
+"""Commands whose settings do not declare ranges yet."""
+
 SECONDS = 20
 BYTES = 2 * 10**9
 
@@ -252,8 +255,8 @@ def within(seconds: int) -> Iterator[None]:
 counter = itertools.count()
 
 
-def hold(command: str, given: Mapping[str, Sequence[str]]) -> None:
-    """Run the command and look at how it ends."""
+def hold(command: str, given: Mapping[str, Sequence[str]]) -> object:
+    """Run the command and look at how it ends; returns its exit code, or "reached"."""
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)  # one per process, as a program has it
@@ -267,7 +270,7 @@ def hold(command: str, given: Mapping[str, Sequence[str]]) -> None:
         pass
     except SystemExit as error:  # tyro: help, or a word that is no value of the flag's type
         assert error.code in (0, 2), (line, err.getvalue())
-        return
+        return error.code
     finally:
         shutil.rmtree("out", ignore_errors=True)
     said = err.getvalue()
@@ -279,6 +282,7 @@ def hold(command: str, given: Mapping[str, Sequence[str]]) -> None:
         assert len(lines[0]) > len(f"singlora {command}: ") + 5, (line, said)
     odd = {c for c in said + out.getvalue() if not c.isprintable()} - set("\n\r\t")
     assert not odd, (line, odd, said)
+    return code
 
 
 ALL = [(command, name) for command in COMMANDS for name in flags(command)]
@@ -309,12 +313,30 @@ def test_any_values_of_several_flags(command: str, here: Here, stopped: None) ->
     any_values()
 
 
-DEEP = ("train", "generate")
+def number_types(kind: Any) -> set[type]:
+    """int, float, or both: what numbers a field takes, also in a tuple or beside None."""
+    return {kind} & {int, float} | {one for inside in get_args(kind) for one in number_types(inside)}
+
+
+NUMERIC = [
+    (command, name)
+    for command, name in ALL
+    if command not in WITHOUT_RANGES and number_types(flags(command)[name].kind)
+]
+
+
+@pytest.mark.parametrize(("command", "name"), NUMERIC, ids=[f"{command}-{name}" for command, name in NUMERIC])
+def test_every_number_has_a_range(command: str, name: str, here: Here, stopped: None) -> None:
+    for value in ("nan", "inf", "-inf", f"-{10**30}", str(10**30)):
+        assert hold(command, {**right(command, here, next(counter)), name: [value]}) == 2, value
+
+
+DEEP = tuple(command for command in ("train", "generate") if command not in WITHOUT_RANGES)
 LARGE = [
     (command, name, size)
     for command in DEEP
     for name, flag in flags(command).items()
-    if flag.kind is int or int in get_args(flag.kind)
+    if int in number_types(flag.kind)
     for size in ("16384", "10000000")
 ]
 
