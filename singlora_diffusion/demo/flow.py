@@ -51,8 +51,7 @@ def demo(chosen: DemoSettings) -> Path:
     for generation in generations.values():
         check(generation)
     device.choose(chosen.device)
-    model, targets = chosen.pretrained_model_name_or_path, plan.recipe(chosen, target, "singlora", 1).targets
-    shapes = budget.shapes(model, targets)
+    shapes = budget.shapes(chosen.pretrained_model_name_or_path, budget.BudgetSettings().targets)
     goal = budget.target_count(chosen.match, shapes)
     sizes = {method: budget.match(goal, method, shapes) for method in chosen.methods}
     recipes = {method: plan.recipe(chosen, target, method, row.rank) for method, row in sizes.items()}
