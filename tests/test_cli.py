@@ -290,6 +290,17 @@ def test_what_is_no_bug_is_one_line(
     assert shown.count("\n") == 1
 
 
+def test_what_the_system_refuses_safetensors_is_one_line(
+    command: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.numpy import save_file
+
+    command(lambda settings: save_file({}, tmp_path / "nowhere" / "x.safetensors"))
+    assert cli.run("x", ["file"]) == 2
+    said = capsys.readouterr().err
+    assert "No such file or directory" in said and said.count("\n") == 1
+
+
 def test_a_bug_keeps_its_traceback(command: Any) -> None:
     command(raising(KeyError("unexpected")))
     with pytest.raises(KeyError, match="unexpected"):

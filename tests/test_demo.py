@@ -20,7 +20,7 @@ from singlora_diffusion.demo import flow, plan, words
 from singlora_diffusion.demo.settings import RATES, DemoSettings
 from singlora_diffusion.demo.world_images import write_references
 from singlora_diffusion.errors import UserError
-from singlora_diffusion.settings import command_line, parse
+from singlora_diffusion.settings import as_json, command_line, parse
 from singlora_diffusion.toyworld import command as toyworld_command
 from singlora_diffusion.toyworld.captions import PLACES
 from singlora_diffusion.toyworld.subjects import HELD_OUT, references, subject
@@ -182,6 +182,23 @@ def test_what_cannot_work_ends_before_anything_is_written(
     with pytest.raises(UserError, match=said):
         flow.demo(replace(settings, output_dir=tmp_path / "out", **change))
     assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_training_goes_on(
+    settings: DemoSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import train_dreambooth
+
+    recipe = plan.recipe(replace(settings, output_dir=tmp_path), subject("cat-1"), "lora", 4)
+    asked: list[Any] = []
+    monkeypatch.setattr(train_dreambooth, "main", lambda recipe, hint: asked.append(as_json(recipe)))
+    assert flow.train(recipe, tmp_path / "lora")
+    (tmp_path / "lora" / "checkpoint-1").mkdir(parents=True)
+    assert flow.train(recipe, tmp_path / "lora")
+    assert [one["resume_from_checkpoint"] for one in asked] == [None, "latest"]
+    (tmp_path / "lora" / "adapter.safetensors").touch()
+    (tmp_path / "lora" / "recipe.json").write_text(json.dumps(asked[-1]))
+    assert not flow.train(recipe, tmp_path / "lora") and len(asked) == 2
 
 
 def test_images_are_completed_after_an_interruption(tmp_path: Path) -> None:

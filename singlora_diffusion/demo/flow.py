@@ -116,7 +116,7 @@ def demo(chosen: DemoSettings) -> Path:
 
 
 def train(recipe: Recipe, folder: Path) -> bool:
-    """The trainer's `main`, unless its result is there already; whether it ran.
+    """The trainer's `main`, from its last checkpoint on, unless its result is there already; whether it ran.
 
     Raises:
         UserError: there is an adapter of another recipe.
@@ -124,11 +124,13 @@ def train(recipe: Recipe, folder: Path) -> bool:
     import train_dreambooth
 
     if not (folder / ADAPTER).exists():
+        if any(folder.glob("checkpoint-*")):  # an interrupted training leaves one
+            recipe = settings.replaced(recipe, resume_from_checkpoint="latest")
         train_dreambooth.main(recipe, hint=False)
         return True
     before, now = files.read_json(folder / "recipe.json"), settings.as_json(recipe)
     for key, value in now.items():
-        if before.get(key) != value:
+        if before.get(key) != value and key != "resume_from_checkpoint":
             raise UserError(
                 f"{folder}: holds an adapter of another demo ({key} {before.get(key)}, now {value}); "
                 f"name another --output_dir"
