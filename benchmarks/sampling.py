@@ -18,6 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from singlora_diffusion.errors import UserError
+from singlora_diffusion.settings import Count, Side, parse
+
 from . import timing
 from .networks import TARGETS, Bench, Model, Precision, prepare
 
@@ -31,11 +34,11 @@ class Settings:
 
     model: Model = "sd15"
     """Whose shapes."""
-    resolution: int = 256
+    resolution: Side = 256
     """Pixels per side."""
     dtype: Precision = "bfloat16"
     """Of the frozen networks."""
-    rounds: int = 3
+    rounds: Count = 3
     """Times each variant is measured."""
     clock: Literal["wall", "cpu"] = "wall"
     """As of benchmarks.train_step."""
@@ -85,10 +88,12 @@ def switching(bench: Bench) -> Iterator[Callable[[], None]]:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    import tyro
-
     words = sys.argv[1:] if words is None else words
-    settings = tyro.cli(Settings, args=words, description=__doc__)
+    try:
+        settings = parse(Settings, words, "python -m benchmarks.sampling", __doc__ or "")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     bench = prepare(settings.model, settings.resolution, 2, settings.dtype)
     clock = timing.CLOCKS[settings.clock]
     variants: dict[str, timing.Job] = {

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from singlora_diffusion.errors import UserError
+from singlora_diffusion.settings import Count, Side, parse
 
 from . import timing
 from .networks import TARGETS, Bench, Model, Precision, prepare
@@ -44,15 +45,15 @@ class Settings:
 
     model: Model = "sd15"
     """Whose shapes."""
-    resolution: int = 256
+    resolution: Side = 256
     """Pixels per side."""
-    batch: int = 1
+    batch: Count = 1
     """Images per step."""
     dtype: Precision = "bfloat16"
     """Of the frozen networks."""
-    rounds: int = 3
+    rounds: Count = 3
     """Times each variant is measured; one more goes before, unmeasured."""
-    budget: int = 8
+    budget: Count = 8
     """The rank of LoRA whose number of trained parameters the others get as near as they can."""
     variants: tuple[str, ...] = ()
     """Some of the table in this file; empty: all of them."""
@@ -262,11 +263,9 @@ def one(settings: Settings, words: Sequence[str]) -> None:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    import tyro
-
     words = sys.argv[1:] if words is None else words
-    settings = tyro.cli(Settings, args=words, description=__doc__)
     try:
+        settings = parse(Settings, words, "python -m benchmarks.train_step", __doc__ or "")
         names = chosen(settings)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

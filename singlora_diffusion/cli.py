@@ -154,6 +154,8 @@ def in_one_line(error: Exception) -> str | None:
 
         names = [str(name) for name in (error.filename, error.filename2) if name is not None]
         return ": ".join([" -> ".join(names), reason(error)] if names else [reason(error)])
+    if type(error).__name__ == "SafetensorError" and "(os error " in str(error):  # what is no OSError only in Rust
+        return str(error)
     if isinstance(error, MemoryError) or _is_torch_out_of_memory(error):
         said = str(error).strip().partition("\n")[0]
         return f"out of memory{f' ({said})' if said else ''}; make batches, resolution or rank smaller"

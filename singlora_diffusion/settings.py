@@ -82,7 +82,7 @@ def build(kind: type[Settings], **values: Any) -> Settings:
 
 
 def _refuse_two_values(kind: Any, words: Sequence[str]) -> None:
-    """Raise a UserError where a flag, or a flag and its alias, are given with different values: one would be ignored."""
+    """Raise a UserError where a flag, or a flag and its alias, have different values: one would be ignored."""
     names = dict(_spellings(kind))
     given: dict[str, tuple[str, list[str]]] = {}  # flag -> as it was written first, with its values
     for start, word in enumerate(words):

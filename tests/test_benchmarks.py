@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tyro
 
 from benchmarks import gpu, gpu_stages, sampling, scoring, train_step, whole_job
 from benchmarks.gpu_stages import Stage
@@ -23,7 +22,7 @@ from singlora_diffusion.training.recipe import Recipe
 
 
 def test_the_floor_of_scoring_gives_the_scores(tmp_path: Path) -> None:
-    bench = scoring.prepare(scoring.Settings(encoders="toyworld", pictures=6), tmp_path)
+    bench = scoring.prepare(scoring.Settings(encoders="toyworld", images=6), tmp_path)
     loaded = bench.encoders.load(bench.files)
     vectors = scoring.forward(loaded, scoring.decode(bench, loaded))
     assert [len(vectors[kind]) for kind in ("clip", "dino", "texts")] == [11, 11, 4]  # 6 + 5 pictures, 2 x 2 texts
@@ -31,7 +30,7 @@ def test_the_floor_of_scoring_gives_the_scores(tmp_path: Path) -> None:
         rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     text = dict(zip(bench.texts, vectors["texts"], strict=True))
 
-    for number, row in enumerate(score(bench.settings)["pictures"]):
+    for number, row in enumerate(score(bench.settings)["images"]):
         for name, role in (("clip_i", "clip"), ("dino", "dino")):
             expected = (vectors[role][number] @ vectors[role][6:].T).mean()
             assert row[name] == pytest.approx(expected, abs=1e-5)
@@ -40,7 +39,7 @@ def test_the_floor_of_scoring_gives_the_scores(tmp_path: Path) -> None:
 
 
 def test_scoring_starts_with_an_empty_or_a_full_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = scoring.prepare(scoring.Settings(encoders="toyworld", pictures=4), tmp_path)
+    bench = scoring.prepare(scoring.Settings(encoders="toyworld", images=4), tmp_path)
     with scoring.scored(bench, stored=True):
         pass
 
@@ -63,12 +62,12 @@ def test_steps_alone_is_the_median_between_the_ends_of_steps(tmp_path: Path) -> 
         whole_job.steps_alone(log)
 
 
-def test_the_whole_job_speaks_the_verbs_language() -> None:
+def test_the_whole_job_speaks_the_commands_language() -> None:
     words = whole_job.commands(whole_job.Settings(steps=7), Path("here"), "dog")
-    assert [verb[0] for verb in words.values()] == list(words) == ["train", "generate", "score"]
+    assert [one[0] for one in words.values()] == list(words) == ["train", "generate", "score"]
     recipe, generation, scoring_of = (
-        parse(kind, verb[1:], verb[0], "")
-        for kind, verb in zip((Recipe, GenerateSettings, ScoreSettings), words.values(), strict=True)
+        parse(kind, one[1:], one[0], "")
+        for kind, one in zip((Recipe, GenerateSettings, ScoreSettings), words.values(), strict=True)
     )
     assert recipe.optimization.max_train_steps == 7 and recipe.data.instance_prompt == "a photo of sks dog"
     assert generation.adapters.adapter == (recipe.output.output_dir,)
@@ -128,7 +127,7 @@ def test_the_day_at_the_gpu_passes_flags_that_there_are(tmp_path: Path) -> None:
     kinds = {"train_step": train_step.Settings, "sampling": sampling.Settings, "pretrain": pretrain.Pretraining}
     for stage in plan:
         if kind := kinds.get(stage.module.rpartition(".")[2]):
-            settings = tyro.cli(kind, args=stage.words, use_underscores=True)
+            settings = parse(kind, stage.words, "", "")
             assert stage.output == getattr(settings, "output", None)
             if isinstance(settings, train_step.Settings):
                 assert train_step.chosen(settings)

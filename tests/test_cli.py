@@ -107,7 +107,7 @@ class Case(NamedTuple):
     untouched: Path | None = None
 
 
-def picture_folder(folder: Path, count: int = 3) -> Path:
+def image_folder(folder: Path, count: int = 3) -> Path:
     folder.mkdir()
     for number in range(count):
         Image.new("RGB", (40, 32), (80 * number, 40, 90)).save(folder / f"{number}.png")
@@ -133,13 +133,13 @@ def foreign_adapter(path: Path, make_networks: MakeNetworks, base_model: Path) -
 def cases(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, make_networks: MakeNetworks) -> dict[str, Case]:
     """Mistakes that people make, by name."""
     here = tmp_path_factory.mktemp("mistakes")
-    good = picture_folder(here / "good")
+    good = image_folder(here / "good")
     (here / "empty").mkdir()
     junk = here / "junk"
     (junk / "folder.png").mkdir(parents=True)
     (junk / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
-    (junk / "notes.txt").write_text("no picture")
-    torn = picture_folder(here / "torn")
+    (junk / "notes.txt").write_text("no image")
+    torn = image_folder(here / "torn")
     whole = (torn / "1.png").read_bytes()
     (torn / "1.png").write_bytes(whole[: len(whole) // 2])
     trained = here / "trained"
@@ -162,7 +162,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, make_netwo
         "missing folder": Case(train(here / "nowhere"), [str(here / "nowhere")], out),
         "empty folder": Case(train(here / "empty"), [str(here / "empty")], out),
         "only junk": Case(train(junk), [str(junk)], out),
-        "unreadable picture": Case(train(torn, "--strict"), ["1.png"], out),
+        "unreadable image": Case(train(torn, "--strict"), ["1.png"], out),
         "no identifier": Case(train(good, prompt="a photo of a dog"), ["identifier", "a photo of sks dog"], out),
         "no model": Case(train(good, model=str(good)), [str(good), "model_index.json"], out),
         "no such model": Case(train(good, model=str(here / "nowhere")), ["nowhere"], out),
@@ -188,7 +188,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, make_netwo
         "nothing to score": Case(["score", "--images", str(here / "empty")], [str(here / "empty")]),
         "no references": Case(["score", "--images", str(good), "--references", str(here / "nowhere")], ["nowhere"]),
         "no encoders offline": Case(
-            ["score", "--images", str(good), "--references", str(picture_folder(here / "real")), "--metrics", "dino"],
+            ["score", "--images", str(good), "--references", str(image_folder(here / "real")), "--metrics", "dino"],
             ["--dino"],
             good / "scores.json",
         ),
@@ -288,6 +288,17 @@ def test_what_is_no_bug_is_one_line(
     shown = capsys.readouterr().err
     assert shown == f"singlora x: {said}\n" if said else shown.startswith("singlora x: out of memory (")
     assert shown.count("\n") == 1
+
+
+def test_what_the_system_refuses_safetensors_is_one_line(
+    command: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.numpy import save_file
+
+    command(lambda settings: save_file({}, tmp_path / "nowhere" / "x.safetensors"))
+    assert cli.run("x", ["file"]) == 2
+    said = capsys.readouterr().err
+    assert "No such file or directory" in said and said.count("\n") == 1
 
 
 def test_a_bug_keeps_its_traceback(command: Any) -> None:

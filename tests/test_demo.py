@@ -1,4 +1,4 @@
-"""The demo on a tiny random model: equal budgets, the verbs' own results, nothing done twice, nothing overwritten."""
+"""The demo on a tiny random model: equal budgets, the commands' own results, nothing twice, nothing overwritten."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from encoder_folders import clip_folder, timm_folder
 
-from eval.results import Column, Loaded, Picture, Run
+from eval.results import ImageSet, ScoredImage, ScoredSet, ScoreKey
 from singlora_diffusion.data.folders import image_files
 from singlora_diffusion.data.images import open_image
 from singlora_diffusion.demo import flow, plan, words
 from singlora_diffusion.demo.settings import RATES, DemoSettings
 from singlora_diffusion.demo.world_images import write_references
 from singlora_diffusion.errors import UserError
-from singlora_diffusion.settings import command_line, parse
+from singlora_diffusion.settings import as_json, command_line, parse
 from singlora_diffusion.toyworld import command as toyworld_command
 from singlora_diffusion.toyworld.captions import PLACES
 from singlora_diffusion.toyworld.subjects import HELD_OUT, references, subject
@@ -113,13 +113,13 @@ def test_the_page_shows_all_of_it(done: SimpleNamespace) -> None:
         assert command in html
 
 
-def test_held_out_pictures_are_none_of_the_training_ones(done: SimpleNamespace) -> None:
+def test_held_out_images_are_none_of_the_training_ones(done: SimpleNamespace) -> None:
     held_out = {path.stem: np.asarray(open_image(path)) for path in image_files(done.out / "heldout")}
     training = [np.asarray(open_image(path)) for path in image_files(done.out / "references")]
     assert len(held_out) == len(PLACES)
     assert not any(np.array_equal(one, other) for one in held_out.values() for other in training)
-    for picture, _, scene in references(subject("cat-1"), len(PLACES), start=HELD_OUT):
-        assert np.array_equal(held_out[scene.background.replace(" ", "-")], picture)
+    for image, _, scene in references(subject("cat-1"), len(PLACES), start=HELD_OUT):
+        assert np.array_equal(held_out[scene.background.replace(" ", "-")], image)
     (line,) = (done.out / "heldout" / "manifest.jsonl").read_text().splitlines()
     assert json.loads(line)["file"] == "snow.png"
     assert json.loads(line)["prompt_without_token"] == "a cat in the snow"
@@ -184,6 +184,23 @@ def test_what_cannot_work_ends_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+def test_an_interrupted_training_goes_on(
+    settings: DemoSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import train_dreambooth
+
+    recipe = plan.recipe(replace(settings, output_dir=tmp_path), subject("cat-1"), "lora", 4)
+    asked: list[Any] = []
+    monkeypatch.setattr(train_dreambooth, "main", lambda recipe, hint: asked.append(as_json(recipe)))
+    assert flow.train(recipe, tmp_path / "lora")
+    (tmp_path / "lora" / "checkpoint-1").mkdir(parents=True)
+    assert flow.train(recipe, tmp_path / "lora")
+    assert [one["resume_from_checkpoint"] for one in asked] == [None, "latest"]
+    (tmp_path / "lora" / "adapter.safetensors").touch()
+    (tmp_path / "lora" / "recipe.json").write_text(json.dumps(asked[-1]))
+    assert not flow.train(recipe, tmp_path / "lora") and len(asked) == 2
+
+
 def test_images_are_completed_after_an_interruption(tmp_path: Path) -> None:
     write_references(subject("cat-1"), tmp_path)
     whole = contents(tmp_path)
@@ -213,11 +230,11 @@ def test_every_method_has_a_rate_and_a_label() -> None:
     ("differences", "said"), [([0.1, -0.1, 0.06], "within noise"), ([0.1, 0.11, 0.12], "no claim rests on it")]
 )
 def test_the_caveat_weighs_the_difference(differences: list[float], said: str) -> None:
-    column = Column("dino", "heldout")
+    column = ScoreKey("dino", "heldout")
 
-    def run(name: str, scores: list[float]) -> Loaded:
-        shown = [Picture(Path(f"{i}.png"), {"prompt": f"p{i}"}, {column: score}) for i, score in enumerate(scores)]
-        return Loaded(Run(name, Path()), True, shown, [], {}, [])
+    def run(name: str, scores: list[float]) -> ScoredSet:
+        shown = [ScoredImage(Path(f"{i}.png"), {"prompt": f"p{i}"}, {column: score}) for i, score in enumerate(scores)]
+        return ScoredSet(ImageSet(name, Path()), True, shown, [], {}, [])
 
     text = words.caveat([run("A", [0.5 + each for each in differences]), run("B", [0.5] * 3)])
     assert said in text and f"A minus B: DINO {np.mean(differences):+.3f}" in text

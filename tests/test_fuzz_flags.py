@@ -30,7 +30,10 @@ from tyro.conf import Positional
 from singlora_diffusion import cli
 from singlora_diffusion.cli import COMMANDS
 
-SECONDS = 20
+WITHOUT_RANGES = ("train", "import", "add")
+"""Commands whose settings do not declare ranges yet."""
+
+SECONDS = 60  # by the wall clock, on a machine that may have other work
 BYTES = 2 * 10**9
 
 TEXTS = ["", " ", "-", "--", "[/b]", "[red]x", "\x1b[2Jx\x07", "a\nb", "\u202ex", "é名", "\udcff", "%s{0}{", "None"]
@@ -186,7 +189,7 @@ def stopped(here: Here, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """`Reached` is raised where heavy work begins, and memory is limited."""
     from torch import nn
 
-    from singlora_diffusion import models
+    from singlora_diffusion import device, models
     from singlora_diffusion.toyworld import subjects
 
     def reached(*_: Any, **__: Any) -> None:
@@ -195,6 +198,7 @@ def stopped(here: Here, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(models, "load", reached)
     monkeypatch.setattr(nn.Module, "__call__", reached)
     monkeypatch.setattr(subjects, "render", reached)
+    monkeypatch.setattr(device, "free_memory", lambda name: BYTES)
     with at_most(BYTES):
         yield
 
@@ -203,6 +207,8 @@ def stopped(here: Here, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def stopped_later(here: Here, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The model is loaded, the adapter attached; `Reached` is raised when the denoiser is called."""
     from torch import Tensor, nn
+
+    from singlora_diffusion import device
 
     call = nn.Module.__call__
 
@@ -213,6 +219,7 @@ def stopped_later(here: Here, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
         return call(module, *args, **kwargs)
 
     monkeypatch.setattr(nn.Module, "__call__", called)
+    monkeypatch.setattr(device, "free_memory", lambda name: BYTES)
     with at_most(BYTES):
         yield
 
@@ -248,8 +255,8 @@ def within(seconds: int) -> Iterator[None]:
 counter = itertools.count()
 
 
-def hold(command: str, given: Mapping[str, Sequence[str]]) -> None:
-    """Run the command and look at how it ends."""
+def hold(command: str, given: Mapping[str, Sequence[str]]) -> object:
+    """Run the command and look at how it ends; returns its exit code, or "reached"."""
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)  # one per process, as a program has it
@@ -263,7 +270,7 @@ def hold(command: str, given: Mapping[str, Sequence[str]]) -> None:
         pass
     except SystemExit as error:  # tyro: help, or a word that is no value of the flag's type
         assert error.code in (0, 2), (line, err.getvalue())
-        return
+        return error.code
     finally:
         shutil.rmtree("out", ignore_errors=True)
     said = err.getvalue()
@@ -275,6 +282,7 @@ def hold(command: str, given: Mapping[str, Sequence[str]]) -> None:
         assert len(lines[0]) > len(f"singlora {command}: ") + 5, (line, said)
     odd = {c for c in said + out.getvalue() if not c.isprintable()} - set("\n\r\t")
     assert not odd, (line, odd, said)
+    return code
 
 
 ALL = [(command, name) for command in COMMANDS for name in flags(command)]
@@ -305,12 +313,30 @@ def test_any_values_of_several_flags(command: str, here: Here, stopped: None) ->
     any_values()
 
 
-DEEP = ("train", "generate")
+def number_types(kind: Any) -> set[type]:
+    """int, float, or both: what numbers a field takes, also in a tuple or beside None."""
+    return {kind} & {int, float} | {one for inside in get_args(kind) for one in number_types(inside)}
+
+
+NUMERIC = [
+    (command, name)
+    for command, name in ALL
+    if command not in WITHOUT_RANGES and number_types(flags(command)[name].kind)
+]
+
+
+@pytest.mark.parametrize(("command", "name"), NUMERIC, ids=[f"{command}-{name}" for command, name in NUMERIC])
+def test_every_number_has_a_range(command: str, name: str, here: Here, stopped: None) -> None:
+    for value in ("nan", "inf", "-inf", f"-{10**30}", str(10**30)):
+        assert hold(command, {**right(command, here, next(counter)), name: [value]}) == 2, value
+
+
+DEEP = tuple(command for command in ("train", "generate") if command not in WITHOUT_RANGES)
 LARGE = [
     (command, name, size)
     for command in DEEP
     for name, flag in flags(command).items()
-    if flag.kind is int or int in get_args(flag.kind)
+    if int in number_types(flag.kind)
     for size in ("16384", "10000000")
 ]
 

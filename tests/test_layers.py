@@ -27,17 +27,14 @@ LEVEL = {unit: number for number, units in enumerate(LEVELS) for unit in units.s
 ONLY = {
     "singlora_diffusion.adapters": {"adapters", "models.attention_view", "models.cpu_layers", "models.network"},
     "singlora_diffusion.models": {"models"},
-    **{
-        f"eval.{name}": {"eval", "data", "sampling.manifest"}
-        for name in ("encoders", "encoder_files", "skip_init", "metrics", "statistics", "score", "vector_store")
-    },
+    "eval": {"eval", "data", "sampling.manifest"},
 }
 """What a room may import above the ground floor: adapters know no family, models no adapter, scores neither."""
 
 ONLY_IN = {
     "peft": ("singlora_diffusion.adapters.peft_baselines", "benchmarks."),  # measured as its users use it
-    "open_clip": ("eval.encoders", "singlora_diffusion.toyworld.", "benchmarks."),
-    "timm": ("eval.encoders", "singlora_diffusion.toyworld.", "benchmarks."),
+    "open_clip": ("eval.encoder_models", "singlora_diffusion.toyworld.", "benchmarks."),
+    "timm": ("eval.encoder_models", "singlora_diffusion.toyworld.", "benchmarks."),
 }
 
 HEAVY = {"torch", "torchvision", "diffusers", "transformers", "accelerate", "peft", "open_clip", "timm", "scipy"}

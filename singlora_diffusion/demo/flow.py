@@ -36,9 +36,8 @@ def demo(chosen: DemoSettings) -> Path:
 
     from .. import device
     from ..adapters import budget
-    from ..models.network import ATTENTION
-    from ..sampling import generate
-    from ..sampling.settings import check, parse_seeds
+    from ..sampling.generate import generate
+    from ..sampling.settings import check
     from ..toyworld.subjects import subject
 
     began, console = time.monotonic(), Console(highlight=False, soft_wrap=True)
@@ -51,10 +50,8 @@ def demo(chosen: DemoSettings) -> Path:
     generations = plan.generations(chosen, target)
     for generation in generations.values():
         check(generation)
-    parse_seeds(chosen.seeds)
     device.choose(chosen.device)
-    targets = plan.recipe(chosen, target, "singlora", 1).adapter.targets or ATTENTION
-    shapes = budget.shapes(chosen.pretrained_model_name_or_path, targets)
+    shapes = budget.shapes(chosen.pretrained_model_name_or_path, budget.BudgetSettings().targets)
     goal = budget.target_count(chosen.match, shapes)
     sizes = {method: budget.match(goal, method, shapes) for method in chosen.methods}
     recipes = {method: plan.recipe(chosen, target, method, row.rank) for method, row in sizes.items()}
@@ -76,7 +73,7 @@ def demo(chosen: DemoSettings) -> Path:
     first_seed: dict[str, list[Path]] = {}
     for name, generation in generations.items():
         with contextlib.redirect_stdout(io.StringIO()):  # its progress is on stderr; what to type next is not due yet
-            lines = generate.generate(generation)
+            lines = generate(generation)
         folder = plan.samples(chosen, name)
         first_seed[words.label(name)] = [folder / one["file"] for one in lines if one["seed"] == lines[0]["seed"]]
         say(console, f"{words.label(name)}: {len(lines)} images in {folder}")
@@ -119,22 +116,21 @@ def demo(chosen: DemoSettings) -> Path:
 
 
 def train(recipe: Recipe, folder: Path) -> bool:
-    """The trainer's `main`, unless its result is there already; whether it ran. An interrupted training goes on.
+    """The trainer's `main`, from its last checkpoint on, unless its result is there already; whether it ran.
 
     Raises:
         UserError: there is an adapter of another recipe.
     """
     import train_dreambooth
 
-    from ..training import run_folder
-
     if not (folder / ADAPTER).exists():
-        going_on = "latest" if run_folder.checkpoints(folder) else None
-        train_dreambooth.main(settings.replaced(recipe, resume_from_checkpoint=going_on), hint=False)
+        if any(folder.glob("checkpoint-*")):  # an interrupted training leaves one
+            recipe = settings.replaced(recipe, resume_from_checkpoint="latest")
+        train_dreambooth.main(recipe, hint=False)
         return True
-    before, now = files.read_json(folder / run_folder.RECIPE), settings.as_json(recipe)
+    before, now = files.read_json(folder / "recipe.json"), settings.as_json(recipe)
     for key, value in now.items():
-        if before.get(key) != value:
+        if before.get(key) != value and key != "resume_from_checkpoint":
             raise UserError(
                 f"{folder}: holds an adapter of another demo ({key} {before.get(key)}, now {value}); "
                 f"name another --output_dir"

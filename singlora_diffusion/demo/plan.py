@@ -94,7 +94,7 @@ def scorings(demo: DemoSettings, names: Iterable[str]) -> list[ScoreSettings]:
             clip=demo.clip,
             dino=demo.dino,
             cache_dir=demo.output_dir / ".features",
-            device=demo.device or "auto",
+            device=demo.device,
             **flags,
         )
 

@@ -36,8 +36,8 @@ class DemoSettings:
     max_train_steps: Count = 300
     """Optimizer steps of each."""
     learning_rate: Positive | None = None
-    """Peak rate of all. None: 3e-3 for singlora, 2e-3 for lora, both from a small search on two tuning subjects; 2e-4
-    for lora+, 2e-3 for dora, oft and lokr, not tuned."""
+    """Peak rate of all. None: 3e-3 for singlora, 2e-3 for lora, from a small search on two tuning subjects;
+    2e-4 for lora+, 2e-3 for dora, oft and lokr, not tuned."""
     seed: Seed = 0
     """Of the training, the same for each."""
     prompts: str = "toyworld"

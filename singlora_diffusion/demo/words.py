@@ -14,7 +14,7 @@ from .settings import DemoSettings
 from .world_images import MANIFEST
 
 if TYPE_CHECKING:
-    from eval.results import Loaded, Run
+    from eval.results import ImageSet, ScoredSet
 
     from ..adapters.budget import Match
     from ..toyworld.subjects import Subject
@@ -59,46 +59,45 @@ def lead(demo: DemoSettings, subject: Subject, sizes: Mapping[Method, Match]) ->
     )
 
 
-def columns(demo: DemoSettings, sizes: Mapping[Method, Match]) -> list[Run]:
+def columns(demo: DemoSettings, sizes: Mapping[Method, Match]) -> list[ImageSet]:
     """The columns of the page: real images, the base model, each adapter."""
-    from eval.results import Run
+    from eval.results import ImageSet
 
     heldout = plan.heldout(demo)
-    found = [Run(REAL, heldout, real=True)] if (heldout / MANIFEST).exists() else []
-    found.append(Run(label(plan.BASE), plan.samples(demo, plan.BASE)))
+    found = [ImageSet(REAL, heldout, real=True)] if (heldout / MANIFEST).exists() else []
+    found.append(ImageSet(label(plan.BASE), plan.samples(demo, plan.BASE)))
     for method, row in sizes.items():
         training = demo.output_dir / method
         log = (training / "log.jsonl").read_text(encoding="utf-8").splitlines()
         facts = {"parameters": f"{row.parameters:,}", "training, s": f"{json.loads(log[-1])['seconds']:.0f}"}
-        found.append(Run(label(method), plan.samples(demo, method), training=training, facts=facts))
+        found.append(ImageSet(label(method), plan.samples(demo, method), training=training, facts=facts))
     return found
 
 
-def table(loaded: Sequence[Loaded]) -> Any:
+def table(loaded: Sequence[ScoredSet]) -> Any:
     """Rows: base model, adapters, real images; columns: scores, size, time."""
     from rich.table import Table
 
-    from eval.report import METRIC_LABELS, MODE_LABELS
-    from eval.results import ceiling, scored
+    from eval.results import REFERENCES, real_score, scored
 
     shown = [column for column in scored(loaded) if column.mode in ("heldout", None)]
-    against = MODE_LABELS["heldout"]
+    against = REFERENCES["heldout"]
     title = f"likeness (DINO, CLIP-I) to {against}, agreement with the prompt (CLIP-T)"
     made = Table(title=title, title_justify="left")
     made.add_column("")
     for column in shown:
-        made.add_column(METRIC_LABELS[column.metric], justify="right")
-    facts = list(dict.fromkeys(name for one in loaded for name in one.run.facts))
+        made.add_column(column.label, justify="right")
+    facts = list(dict.fromkeys(name for one in loaded for name in one.source.facts))
     for name in facts:
         made.add_column(name, justify="right")
-    for one in sorted(loaded, key=lambda each: each.run.real):
-        values = [ceiling(loaded, column) if one.run.real else one.mean(column) for column in shown]
+    for one in sorted(loaded, key=lambda each: each.source.real):
+        values = [real_score(loaded, column) if one.source.real else one.mean(column) for column in shown]
         numbers = ["" if value is None else f"{value:.3f}" for value in values]
-        made.add_row(one.run.name, *numbers, *(one.run.facts.get(name, "") for name in facts))
+        made.add_row(one.name, *numbers, *(one.source.facts.get(name, "") for name in facts))
     return made
 
 
-def caveat(loaded: Sequence[Loaded]) -> str:
+def caveat(loaded: Sequence[ScoredSet]) -> str:
     """What the scores of one demo are worth, with the first two adapters' difference set against its spread."""
     import numpy as np
 
@@ -115,7 +114,7 @@ def caveat(loaded: Sequence[Loaded]) -> str:
     if len(differences) < 2:
         return text
     mean, sd = float(differences.mean()), float(differences.std(ddof=1))
-    text += f" {first.run.name} minus {second.run.name}: DINO {mean:+.3f}, standard deviation over prompts {sd:.3f}. "
+    text += f" {first.name} minus {second.name}: DINO {mean:+.3f}, standard deviation over prompts {sd:.3f}. "
     if abs(mean) <= 2 * sd / len(differences) ** 0.5:
         return text + "Differences of this size are within noise."
     return (
