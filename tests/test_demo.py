@@ -14,6 +14,7 @@ import pytest
 from encoder_folders import clip_folder, timm_folder
 
 from eval.results import ImageSet, ScoredImage, ScoredSet, ScoreKey
+from singlora_diffusion.adapters.config import MethodName as Method
 from singlora_diffusion.data.folders import image_files
 from singlora_diffusion.data.images import open_image
 from singlora_diffusion.demo import flow, plan, words
@@ -24,7 +25,7 @@ from singlora_diffusion.settings import as_json, command_line, parse
 from singlora_diffusion.toyworld import command as toyworld_command
 from singlora_diffusion.toyworld.captions import PLACES
 from singlora_diffusion.toyworld.subjects import HELD_OUT, references, subject
-from singlora_diffusion.training.recipe import Method, Recipe
+from singlora_diffusion.training.recipe import Recipe
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .. import files, formats
-from ..adapters.registry import Adapter
+from ..adapters import Adapter
 from ..errors import UserError
 from ..terminal import escaped
 from . import run_folder
@@ -153,7 +153,8 @@ def restore(state: State, adapter: Adapter, optimizer: torch.optim.Optimizer) ->
     Raises:
         UserError: it was made with another adapter.
     """
-    for key, before in vars(state.config).items():
+    config = replace(state.config, ramp_steps=state.config.ramp_steps or 0)  # as `adapters.attach` understands it
+    for key, before in vars(config).items():
         if before != (now := getattr(adapter.config, key)):
             raise UserError(
                 f"{escaped(state.path, 1000)} was made with --{key} {escaped(before)}, now it is {escaped(now)}: "

@@ -29,7 +29,7 @@ from .recipe import OutputSettings, Recipe, adapter_config, check, recorded
 if TYPE_CHECKING:  # torch and what needs it are imported once the recipe's own mistakes are named
     from accelerate import Accelerator
 
-    from ..adapters.registry import Adapter
+    from ..adapters import Adapter
     from ..models import Family
     from .step import Stepper
 

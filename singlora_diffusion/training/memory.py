@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .. import device
-from ..adapters import inject
+from ..adapters import METHODS, targets
 from ..sampling import memory
 from .recipe import Recipe
 
@@ -49,14 +49,16 @@ def require(family: Family, config: AdapterConfig, recipe: Recipe, resolution: i
 
 
 def of_adapter(family: Family, config: AdapterConfig) -> int:
-    """Bytes of an adapter in training. At most max(out, in) or out + in numbers per layer and rank, as methods go."""
+    """Bytes of an adapter in training.
+
+    Raises:
+        UserError: targets that the model does not have.
+    """
+    method, resolved = METHODS[config.method], targets.resolved(config, family.networks)
     count = 0
-    for network in family.networks.values():
-        named = config.targets if network.role == "denoiser" else config.text_targets
-        targets = network.targets if named is None else named
-        rank = config.for_role(network.role)[0]
-        layers = inject.projections(network.module, targets).values()
-        count += rank * sum(max(layer.weight.shape) for layer in layers)
+    for name, layers in targets.chosen(family.networks, resolved).items():
+        rank = resolved.for_role(family.networks[name].role)[0]
+        count += sum(method.count(resolved, rank, *layer.weight.shape) for layer in layers.values())
     return count * BYTES_PER_PARAMETER
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
@@ -15,8 +14,6 @@ from ..adapters.config import AdapterConfig
 from ..errors import UserError
 from ..settings import Count, CountOrZero, Decay, NotNegative, Positive, Seed, Side
 from ..terminal import escaped
-
-Method = Literal["singlora", "lora", "lora+", "dora", "oft", "lokr"]
 
 
 class MayDiffer:
@@ -171,10 +168,6 @@ def check(recipe: Recipe) -> None:
         }
         if given := [f"--{name}" for name, value in about_text.items() if value]:
             raise UserError(f"{', '.join(given)}: only with --train_text_encoder")
-    for name in ("targets", "text_targets"):
-        twice = [target for target, count in Counter(getattr(adapter, name) or ()).items() if count > 1]
-        if twice:
-            raise UserError(f"--{name}: names {escaped(twice[0])} twice")
     if optimization.lr_warmup_steps and optimization.lr_scheduler == "constant":
         raise UserError("--lr_warmup_steps: not with --lr_scheduler constant; constant_with_warmup has one")
     if optimization.lr_warmup_steps > optimization.max_train_steps:

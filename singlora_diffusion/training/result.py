@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import formats
-from ..adapters.registry import Adapter
+from ..adapters import Adapter
 from ..data.prompts import InstancePrompt
 from ..errors import UserError
 from ..models import Family

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
-from ..adapters.registry import Adapter
+from ..adapters import Adapter
 from ..data import draws, latents
 from ..data.latents import EncodedImages
 from ..models.family import Conditioning, Family, Geometry
@@ -130,6 +130,7 @@ class Stepper:
             raise NotFinite(step, loss_now, norm_now)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.adapter.settle()
         return Figures(loss_now, self.raw_optimizer.param_groups[0]["lr"], self.adapter.u, norm_now)
 
     def _is_sound(self, loss: float, norm: float) -> bool:
