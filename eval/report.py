@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import base64
 import io
+import sys
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -338,3 +339,9 @@ def _plain(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(map(_plain, value)) or "none"
     return "default" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    from singlora_diffusion.cli import run as run_command
+
+    sys.exit(run_command("report", sys.argv[1:]))

@@ -250,3 +250,9 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
+
+
+if __name__ == "__main__":
+    from singlora_diffusion.cli import run as run_command
+
+    sys.exit(run_command("score", sys.argv[1:]))

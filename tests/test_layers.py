@@ -70,7 +70,12 @@ def imports(module: str, *, at_start: bool = False) -> frozenset[str]:
 
 
 def walk(node: ast.AST, at_start: bool) -> Iterator[ast.AST]:
-    """`ast.walk`, without the insides of functions and of `if TYPE_CHECKING` where `at_start`."""
+    """`ast.walk`, without the insides of functions and of `if TYPE_CHECKING` where `at_start`.
+
+    What a file does when it is run as a program is no import of its own: it stands on top then.
+    """
+    if isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'":
+        return
     yield node
     for child in ast.iter_child_nodes(node):
         is_function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
