@@ -267,7 +267,7 @@ def attach(networks: Networks, config: AdapterConfig, seed: int = 0) -> Adapter:
             f"init {config.init!r}, signature {config.signature!r}: "
             f"there are {', '.join(INITS)} and {', '.join(SIGNATURES)}"
         )
-    known = specs(networks)
+    known = {name: network for name, network in specs(networks).items() if network.adapted}
     if config.targets is None:
         denoisers = [network.targets for network in known.values() if network.role == "denoiser"]
         config = replace(config, targets=denoisers[0] if denoisers else ())

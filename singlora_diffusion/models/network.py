@@ -11,7 +11,12 @@ from torch import Tensor, nn
 
 Role = Literal["denoiser", "text"]
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+JOINT_ATTENTION = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+"""Of transformers that attend to image and text together: each has projections of its own."""
 TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
+T5_ATTENTION = ("q", "k", "v", "o")
+MLP = ("ff.net.0.proj", "ff.net.2")
+JOINT_MLP = (*MLP, "ff_context.net.0.proj", "ff_context.net.2")
 
 
 def _same(path: str) -> str:
@@ -33,6 +38,8 @@ class NetworkSpec:
         presets: further lists of targets by name, such as `attention+mlp`.
         prefixes: what stands in the name's place, by file form, as in {"kohya": "lora_te1"}; else the name itself.
         file_path: a layer's path in the module -> its path in files.
+        adapted: whether adapters go into it. False: the network is only read, as no text targets would fit it and the
+            other text encoders at once.
         sample_inputs: small random keyword arguments to call the module with, on its device and in its dtype; a
             function of nothing else.
     """
@@ -44,6 +51,7 @@ class NetworkSpec:
     presets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     prefixes: Mapping[str, str] = field(default_factory=dict)
     file_path: Callable[[str], str] = _same
+    adapted: bool = True
     sample_inputs: Callable[[], dict[str, Any]] = _nothing
 
     def layer(self, path: str) -> str:
@@ -72,11 +80,33 @@ def bare(name: str, module: nn.Module) -> NetworkSpec:
     return NetworkSpec(name, module, "denoiser", ATTENTION)
 
 
-def unet(name: str, module: nn.Module, **more: Any) -> NetworkSpec:
+def unet(name: str, module: nn.Module) -> NetworkSpec:
     """A diffusers UNet2DConditionModel."""
-    prefixes = {"kohya": "lora_unet", **more.pop("prefixes", {})}
     return NetworkSpec(
-        name, module, "denoiser", ATTENTION, prefixes=prefixes, sample_inputs=lambda: unet_inputs(module), **more
+        name,
+        module,
+        "denoiser",
+        ATTENTION,
+        presets={"attention": ATTENTION, "attention+mlp": (*ATTENTION, *MLP)},
+        prefixes={"kohya": "lora_unet"},
+        sample_inputs=lambda: unet_inputs(module),
+    )
+
+
+def flux_transformer(name: str, module: nn.Module) -> NetworkSpec:
+    """A diffusers FluxTransformer2DModel.
+
+    `attention+mlp` are the targets of diffusers' train_dreambooth_lora_flux.py. `lora_transformer` is OneTrainer's
+    prefix for these paths; kohya's own names are those of another implementation, with fused projections.
+    """
+    return NetworkSpec(
+        name,
+        module,
+        "denoiser",
+        JOINT_ATTENTION,
+        presets={"attention": JOINT_ATTENTION, "attention+mlp": (*JOINT_ATTENTION, *JOINT_MLP)},
+        prefixes={"kohya": "lora_transformer"},
+        sample_inputs=lambda: flux_inputs(module),
     )
 
 
@@ -92,6 +122,19 @@ def clip_text_encoder(name: str, module: nn.Module, prefix: str = "lora_te") -> 
         TEXT_ATTENTION,
         prefixes={"kohya": prefix},
         file_path=lambda path: path if path.startswith("text_model.") else f"text_model.{path}",
+        sample_inputs=lambda: text_inputs(module),
+    )
+
+
+def t5_encoder(name: str, module: nn.Module, prefix: str) -> NetworkSpec:
+    """A T5EncoderModel of transformers, which no training script of diffusers adapts."""
+    return NetworkSpec(
+        name,
+        module,
+        "text",
+        T5_ATTENTION,
+        prefixes={"kohya": prefix},
+        adapted=False,
         sample_inputs=lambda: text_inputs(module),
     )
 
@@ -112,10 +155,27 @@ def unet_inputs(module: nn.Module) -> dict[str, Any]:
     return inputs
 
 
+def flux_inputs(module: nn.Module) -> dict[str, Any]:
+    """A batch of two images of 2 x 3 patches with five tokens of text, as a FluxTransformer2DModel takes them."""
+    config: Any = module.config
+    draw, device = _normal(module), next(module.parameters()).device
+    inputs: dict[str, Any] = {
+        "hidden_states": draw(2, 6, config.in_channels),
+        "encoder_hidden_states": draw(2, 5, config.joint_attention_dim),
+        "pooled_projections": draw(2, config.pooled_projection_dim),
+        "timestep": torch.tensor([0.3, 0.8], device=device),
+        "img_ids": torch.cartesian_prod(torch.zeros(1), torch.arange(2.0), torch.arange(3.0)).to(device),
+        "txt_ids": torch.zeros(5, 3, device=device),
+    }
+    if config.guidance_embeds:
+        inputs["guidance"] = torch.ones(2, device=device)
+    return inputs
+
+
 def text_inputs(module: nn.Module) -> dict[str, Any]:
     """Two short random texts as token ids."""
     config: Any = module.config
-    length = min(8, config.max_position_embeddings)
+    length = min(8, getattr(config, "max_position_embeddings", 8))  # T5 takes any length
     ids = torch.randint(config.vocab_size, (2, length), generator=torch.Generator().manual_seed(1))
     return {"input_ids": ids.to(next(module.parameters()).device)}
 
