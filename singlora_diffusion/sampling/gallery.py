@@ -20,8 +20,8 @@ from ..data.folders import CONTACT_SHEET
 from ..errors import UserError
 from ..terminal import escaped, note
 from . import contact_sheet
-from .manifest import MANIFEST, read_manifest
-from .records import OF_THE_IMAGE, OF_THE_RUN, Record
+from .manifest import MANIFEST, Record, read_manifest
+from .records import OF_THE_IMAGE, OF_THE_RUN
 
 PNG_KEY = "singlora"  # the text chunk that holds an image's record
 

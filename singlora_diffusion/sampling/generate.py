@@ -11,7 +11,7 @@ from .. import device, files
 from ..errors import UserError
 from ..terminal import escaped, note
 from . import gallery, memory, records, sources
-from .records import Record
+from .manifest import Record
 from .settings import GenerateSettings, check
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def generate(settings: GenerateSettings, *, quiet: bool = False) -> list[Record]
     adapters = [sources.read_adapter(path) for path in settings.adapters.adapter]
     family = _load(settings, adapters)
     plan = records.plan(settings, family, adapters)
-    _require_memory(family, plan[0], settings.sampling.batch_size)
+    _require_memory(family, plan[0], min(settings.sampling.batch_size, len(plan)))
     records.note_cut_prompts(family, plan)
     if adapters:
         sources.attach(adapters, family, settings.adapters)  # an adapter for another model leaves no folder behind

@@ -13,8 +13,8 @@ from ..terminal import escaped
 
 MANIFEST = "manifest.jsonl"
 
-Line = dict[str, Any]
-"""What the manifest says of an image: "file" and how it was made."""
+Record = dict[str, Any]
+"""A line of the manifest: "file", the name of an image, and how it was made."""
 
 TYPES: dict[str, tuple[type, ...]] = {
     "prompt": (str,),
@@ -41,7 +41,7 @@ TYPES: dict[str, tuple[type, ...]] = {
 """The fields that are known, each of these types or null. Other fields may hold anything."""
 
 
-def read_manifest(path: Path, *, interrupted: bool = False) -> dict[str, Line]:
+def read_manifest(path: Path, *, interrupted: bool = False) -> dict[str, Record]:
     """File name -> its line. Of two lines for one image the later one holds.
 
     Args:
@@ -62,7 +62,7 @@ def read_manifest(path: Path, *, interrupted: bool = False) -> dict[str, Line]:
         raise UserError(f"{path}: cannot be read: {why}") from error
     rows = text.split("\n")  # str.splitlines would also split at a U+2028 inside a prompt
     cut_off = len(rows) if interrupted and rows[-1] else None  # the number of the line that has no end
-    lines: dict[str, Line] = {}
+    lines: dict[str, Record] = {}
     for number, row in enumerate(rows, start=1):
         if not row.strip():
             continue
@@ -82,7 +82,7 @@ def read_manifest(path: Path, *, interrupted: bool = False) -> dict[str, Line]:
     return lines
 
 
-def check_line(line: object) -> Line:
+def check_line(line: object) -> Record:
     """A line of a manifest, returned as it is.
 
     Raises:

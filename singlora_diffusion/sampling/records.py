@@ -5,21 +5,19 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..data import prompts
 from ..data.prompts import Prompt
 from ..errors import UserError
 from ..terminal import escaped, note
+from .manifest import Record
 from .settings import MOST_IMAGES, GenerateSettings, PromptSettings, parse_seeds, scales
 
 if TYPE_CHECKING:
     from ..formats import Header
     from ..models import Family
     from .sources import AdapterSource
-
-Record = dict[str, Any]
-"""An image's line in the manifest: "file" and how it was made."""
 
 OF_THE_RUN = (
     "adapter_sha256",
