@@ -214,6 +214,8 @@ def test_a_step_of_training_reaches_the_adapter(family: Any) -> None:
         (answer.float() - target).square().mean().backward()
         layers = {name.partition(".")[0] for name in adapter.layers()}
         assert layers == {name for name, network in family.networks.items() if network.adapted}
+        denoiser = next(iter(family.networks.values()))
+        assert adapter.config.targets == denoiser.targets == denoiser.presets["attention"]
         # The last layer of an encoder whose last state is not used has no say.
         silent = {p for p in adapter.parameters() if p.grad is None or not p.grad.any()}
         assert len(silent) <= (8 if family.name == "stable_diffusion_xl" else 0)
