@@ -19,7 +19,7 @@ from singlora_diffusion.errors import UserError
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DiffusionPipeline
-    from transformers import CLIPTextConfig, CLIPTokenizer, T5TokenizerFast
+    from transformers import CLIPTextConfig, CLIPTokenizer, T5Config, T5TokenizerFast
 
 WORDS = """a an photo picture of sks zwx dog cat toy bear teapot the in on with red blue green snow beach grass house"""
 CONTEXT = 24  # tokens
@@ -31,7 +31,7 @@ class Settings:
     """Write a tiny model of a family, with random weights, as a diffusers folder."""
 
     family: Positional[str]
-    """stable_diffusion, stable_diffusion_xl or flux."""
+    """stable_diffusion, stable_diffusion_xl, stable_diffusion_3 or flux."""
     output_dir: Positional[Path]
     """A folder that does not exist yet."""
     seed: int = 0
@@ -97,28 +97,50 @@ def stable_diffusion_xl() -> DiffusionPipeline:
     )
 
 
+def stable_diffusion_3() -> DiffusionPipeline:
+    """As 3.5 medium, with a block of two attentions: hidden states (24 + 24, 64), pooled (16 + 24,)."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from transformers import CLIPTextModelWithProjection, T5EncoderModel
+
+    words, pieces = clip_tokenizer(), t5_tokenizer()
+    return StableDiffusion3Pipeline(
+        vae=autoencoder(scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=CLIPTextModelWithProjection(clip_config(words, 16)),
+        text_encoder_2=CLIPTextModelWithProjection(clip_config(words, 24)),
+        text_encoder_3=T5EncoderModel(t5_config(pieces, 64)),
+        tokenizer=words,
+        tokenizer_2=clip_tokenizer(pad_token="!"),
+        tokenizer_3=pieces,
+        transformer=SD3Transformer2DModel(
+            sample_size=RESOLUTION // 4,
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            dual_attention_layers=(0,),
+            attention_head_dim=8,
+            num_attention_heads=4,
+            joint_attention_dim=64,
+            caption_projection_dim=32,
+            pooled_projection_dim=16 + 24,
+            pos_embed_max_size=12,
+            qk_norm="rms_norm",
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+
+
 def flux() -> DiffusionPipeline:
     """As FLUX.1 dev: images (3, 32, 32), latents (4, 8, 8), 16 patches, hidden states (24, 40), pooled (24,)."""
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-    from transformers import CLIPTextModel, T5Config, T5EncoderModel
+    from transformers import CLIPTextModel, T5EncoderModel
 
     words, pieces = clip_tokenizer(), t5_tokenizer()
-    text = T5Config(
-        vocab_size=len(pieces),
-        d_model=40,
-        d_kv=8,
-        d_ff=64,
-        num_layers=2,
-        num_heads=4,
-        relative_attention_num_buckets=8,
-        relative_attention_max_distance=32,
-        feed_forward_proj="gated-gelu",
-    )
     return FluxPipeline(
         vae=autoencoder(scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
         text_encoder=CLIPTextModel(clip_config(words, 24)),
         tokenizer=words,
-        text_encoder_2=T5EncoderModel(text),
+        text_encoder_2=T5EncoderModel(t5_config(pieces, 40)),
         tokenizer_2=pieces,
         transformer=FluxTransformer2DModel(
             in_channels=4 * 4,
@@ -138,6 +160,7 @@ def flux() -> DiffusionPipeline:
 FAMILIES: dict[str, Callable[[], DiffusionPipeline]] = {
     "stable_diffusion": stable_diffusion,
     "stable_diffusion_xl": stable_diffusion_xl,
+    "stable_diffusion_3": stable_diffusion_3,
     "flux": flux,
 }
 
@@ -228,6 +251,23 @@ def t5_tokenizer() -> T5TokenizerFast:
     words = [(f"▁{word}", -2.0) for word in WORDS.split()]
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     return T5TokenizerFast(vocab=[*special, *letters, *words], extra_ids=0, model_max_length=CONTEXT)
+
+
+def t5_config(tokenizer: T5TokenizerFast, width: int) -> T5Config:
+    """Two layers of a text encoder that reads the tokens of `tokenizer`."""
+    from transformers import T5Config
+
+    return T5Config(
+        vocab_size=len(tokenizer),
+        d_model=width,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        relative_attention_num_buckets=8,
+        relative_attention_max_distance=32,
+        feed_forward_proj="gated-gelu",
+    )
 
 
 def make(settings: Settings) -> Path:

@@ -52,6 +52,14 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny Stable Diffusion 3.5, for reading only."""
+    path = tmp_path_factory.mktemp("models") / "tiny-sd3"
+    make_tiny.build("stable_diffusion_3").save_pretrained(path, safe_serialization=True)
+    return path
+
+
+@pytest.fixture(scope="session")
 def tiny_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny FLUX.1 (dev), for reading only."""
     path = tmp_path_factory.mktemp("models") / "tiny-flux"

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FluxPipeline
+from diffusers.training_utils import compute_density_for_timestep_sampling
 from torch import Tensor
 
 from benchmarks import make_tiny
@@ -22,7 +23,13 @@ from singlora_diffusion.models import autoencoder, flux
 from singlora_diffusion.models.family import Geometry
 
 PROMPTS = ["a photo of sks dog", "a cat in the snow"]
-FOLDERS = {"stable_diffusion": "tiny_model", "stable_diffusion_xl": "tiny_sdxl", "flux": "tiny_flux"}
+FOLDERS = {
+    "stable_diffusion": "tiny_model",
+    "stable_diffusion_xl": "tiny_sdxl",
+    "stable_diffusion_3": "tiny_sd3",
+    "flux": "tiny_flux",
+}
+FLOWS = ("stable_diffusion_3", "flux")
 
 
 @pytest.fixture(scope="module", params=FOLDERS)
@@ -123,10 +130,14 @@ def test_the_exact_answer_gives_the_image_back(family: Any) -> None:
 def test_prompts_are_read_as_the_stock_pipeline_does(family: Any, stock: Any) -> None:
     ours = family.encode_prompts(PROMPTS)
     assert len(ours) == 2 and ours["text"].dtype == family.dtype
-    if family.name == "flux":
-        options, pooled = {"max_sequence_length": family.prompt_length}, 1
-    else:
-        options, pooled = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}, 2
+    pooled = 1 if family.name == "flux" else 2
+    options: dict[str, Any] = {"num_images_per_prompt": 1}
+    if family.name in FLOWS:
+        options["max_sequence_length"] = family.prompt_length
+    if family.name == "stable_diffusion_3":
+        options.update(prompt_2=None, prompt_3=None)
+    if family.name != "flux":
+        options["do_classifier_free_guidance"] = False
     same = family.pipeline().encode_prompt(PROMPTS, device="cpu", **options)
     theirs = stock.encode_prompt(PROMPTS, device="cpu", **options)
     for name, place in (("text", 0), ("pooled", pooled)):
@@ -143,7 +154,9 @@ def test_sample_is_the_stock_pipeline(family: Any, stock: Any, negative: str) ->
             with pytest.raises(UserError, match="takes none"):
                 family.sample(PROMPTS[:1], [5], negative_prompt=negative)
             return
-        options = {"max_sequence_length": family.prompt_length}
+        options = {}
+    if family.name in FLOWS:
+        options["max_sequence_length"] = family.prompt_length
     theirs = stock(
         PROMPTS[0],
         num_inference_steps=4,
@@ -184,17 +197,22 @@ def test_an_exact_denoiser_samples_the_image(family: Any, monkeypatch: pytest.Mo
         a = family.noise_schedule.alphas_cumprod[t]
         return ((x - a.sqrt() * x0) / (1 - a).sqrt(),)
 
-    def flow(*, hidden_states: Tensor, timestep: Tensor, **kwargs: Any) -> tuple[Tensor]:
+    def flux_flow(*, hidden_states: Tensor, timestep: Tensor, **kwargs: Any) -> tuple[Tensor]:
         return ((hidden_states - flux.pack(x0)) / timestep.reshape(-1, 1, 1),)
 
+    def sd3_flow(*, hidden_states: Tensor, timestep: Tensor, **kwargs: Any) -> tuple[Tensor]:
+        return ((hidden_states - x0) / (timestep.reshape(-1, 1, 1, 1) / 1000),)
+
     denoiser = next(iter(family.networks.values())).module
-    monkeypatch.setattr(denoiser, "forward", flow if family.name == "flux" else diffusion)
-    if family.name == "flux":
-        end, options = x0, {}
+    exact = {"flux": flux_flow, "stable_diffusion_3": sd3_flow}.get(family.name, diffusion)
+    monkeypatch.setattr(denoiser, "forward", exact)
+    options: dict[str, Any] = {"guidance": 1.0}
+    if family.name in FLOWS:
+        end = x0
     else:  # DDIM keeps what it takes for the noise at first, timestep 751 of four steps, and ends at timestep 0
         noise = diffusion(normal(1, 4, 8, 8, seed=0), torch.tensor(751))[0]
         end = family.corrupt(x0, noise, torch.tensor([0])).noisy
-        options = {"sampler": "ddim", "guidance": 1.0}
+        options["sampler"] = "ddim"
     found = family.sample(PROMPTS[:1], [0], steps=4, height=32, width=32, **options)
     assert np.abs(pixels(found) - pixels(autoencoder.decode(family.vae, end))).max() <= 1
 
@@ -216,9 +234,9 @@ def test_a_step_of_training_reaches_the_adapter(family: Any) -> None:
         assert layers == {name for name, network in family.networks.items() if network.adapted}
         denoiser = next(iter(family.networks.values()))
         assert adapter.config.targets == denoiser.targets == denoiser.presets["attention"]
-        # The last layer of an encoder whose last state is not used has no say.
+        # What has no say: the last layer of SDXL's first encoder, and what the last block of SD3 asks on behalf of text.
         silent = {p for p in adapter.parameters() if p.grad is None or not p.grad.any()}
-        assert len(silent) <= (8 if family.name == "stable_diffusion_xl" else 0)
+        assert len(silent) == {"stable_diffusion_xl": 4, "stable_diffusion_3": 1}.get(family.name, 0)
     finally:
         adapter.detach()
 
@@ -331,6 +349,54 @@ def test_times_of_flow_matching(one_flux: Any) -> None:
         one_flux.loss_weights(ends, 5.0)
 
 
+def test_times_of_stable_diffusion_3(tiny_sd3: Path) -> None:
+    """A shift of 3 in the table; drawn logit-normal as compute_density_for_timestep_sampling does."""
+    family: Any = models.load(str(tiny_sd3))
+    u = torch.linspace(0, 1, 1001, dtype=torch.float64)[1:]
+    torch.testing.assert_close(family.noise_levels.double(), 3 * u / (1 + 2 * u), rtol=1e-5, atol=0)
+    count = 20_000
+    quantiles = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    draws = torch.Generator().manual_seed(0)
+    drawn = compute_density_for_timestep_sampling("logit_normal", count, 0.0, 1.0, generator=draws)
+    theirs = family.noise_levels.flip(0)[(drawn * 1000).long()]
+    ours = family.times(quantiles)
+    # The distribution of n draws is off by more than 2 / sqrt(n) in one of 1,500 cases.
+    grid = torch.linspace(0, 1, 101)
+    gap = (ours[:, None] <= grid).double().mean(0) - (theirs[:, None] <= grid).double().mean(0)
+    assert gap.abs().max() < 2 / count**0.5
+
+
+def test_stable_diffusion_3_without_t5(tiny_sd3: Path, tmp_path: Path) -> None:
+    stock = DiffusionPipeline.from_pretrained(tiny_sd3, text_encoder_3=None, tokenizer_3=None)
+    stock.set_progress_bar_config(disable=True)
+    stock.save_pretrained(tmp_path / "small")
+    family: Any = models.load(str(tmp_path / "small"))
+    assert list(family.networks) == ["transformer", "text_encoder", "text_encoder_2"]
+    assert list(models.meta_networks(tmp_path / "small")) == list(family.networks)
+    assert family.encode_prompts(PROMPTS)["text"].shape == (2, 24 + 256, 64)
+    assert family.prompt_overflow(" ".join(["dog"] * 30)) == 8
+    theirs = stock(PROMPTS[0], num_inference_steps=2, height=32, width=32, generator=torch.Generator().manual_seed(0))
+    assert np.abs(pixels(family.sample(PROMPTS[:1], [0], steps=2)) - pixels(theirs.images)).max() <= 1
+
+
+def test_the_second_attention_of_stable_diffusion_3(tiny_sd3: Path) -> None:
+    family: Any = models.load(str(tiny_sd3))
+    presets = family.networks["transformer"].presets
+    for preset, second in (("attention", 0), ("attention+attn2", 4)):
+        adapter = adapters.attach(family.networks, AdapterConfig(rank=2, targets=presets[preset]))
+        layers = list(adapter.layers())
+        adapter.detach()
+        assert len(layers) == 8 + 7 + second  # the last block has no text to go on with
+        assert sum(".attn2." in layer for layer in layers) == second
+
+
+def test_sides_beyond_the_positions_of_stable_diffusion_3(tiny_sd3: Path) -> None:
+    family = models.load(str(tiny_sd3))
+    with pytest.raises(UserError, match=r"104x32 pixels: .* knows sides of up to 96 pixels"):
+        family.sample(PROMPTS[:1], [0], steps=1, width=104)
+    assert family.sample(PROMPTS[:1], [0], steps=1, width=96)[0].size == (96, 32)
+
+
 def test_schnell(tiny_flux: Path, tmp_path: Path) -> None:
     """Not told a guidance scale, four steps, and prompts of 256 tokens."""
     pipe = make_tiny.build("flux")
@@ -354,7 +420,7 @@ def test_schnell(tiny_flux: Path, tmp_path: Path) -> None:
 
 def test_long_prompts(family: Any) -> None:
     assert family.prompt_overflow("a photo of sks dog") == 0
-    longest = 24 - (1 if family.name == "flux" else 2)  # T5 has an end, CLIP a beginning as well
+    longest = 24 - (1 if family.name in FLOWS else 2)  # T5 has an end, CLIP a beginning as well
     words = ["dog"] * (longest + 3)
     assert family.prompt_overflow(" ".join(words)) == 3
 

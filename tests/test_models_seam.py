@@ -25,6 +25,7 @@ from singlora_diffusion.training.recipe import Recipe
 
 LAYERS = {
     "tiny_sdxl": {"unet": 64, "text_encoder": 8, "text_encoder_2": 8},  # 8 transformer blocks of two attentions
+    "tiny_sd3": {"transformer": 15, "text_encoder": 8, "text_encoder_2": 8},  # blocks of 8 and 7
     "tiny_flux": {"transformer": 11, "text_encoder": 8},  # a double block of 8, a single one of 3
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,18 +13,18 @@ from . import hub, parts
 from .family import Family
 
 if TYPE_CHECKING:
-    from .network import NetworkSpec
+    from .network import NetworkSpec, Part
 
 FAMILIES = {
     "StableDiffusionPipeline": "stable_diffusion",
     "StableDiffusionXLPipeline": "stable_diffusion_xl",
     "StableDiffusionXLImg2ImgPipeline": "stable_diffusion_xl",  # what the refiner names itself
+    "StableDiffusion3Pipeline": "stable_diffusion_3",
     "FluxPipeline": "flux",
 }
 """The file of this package for each pipeline class that a folder's model_index.json may name.
 
-It has `load(path, source, dtype, device) -> Family`, `NETWORKS` with the class of each network that a `NetworkSpec` is
-about, and `specs(modules) -> dict[str, NetworkSpec]`.
+It has `load(path, source, dtype, device) -> Family` and `NETWORKS`, the networks by name, the denoiser first.
 """
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -43,7 +44,7 @@ def load(name_or_path: str, dtype: str = "float32", device: str = "cpu") -> Fami
     if dtype not in DTYPES:
         raise UserError(f"unknown precision {dtype!r}: give one of {', '.join(DTYPES)}")
     path = hub.folder(name_or_path)
-    family: Family = _home(path).load(path, name_or_path, dtype, device)
+    family: Family = _home(path, parts.index(path)).load(path, name_or_path, dtype, device)
     return family
 
 
@@ -54,15 +55,18 @@ def meta_networks(name_or_path: str | Path) -> dict[str, NetworkSpec]:
         UserError: as `load`.
     """
     path = hub.configs(str(name_or_path))
-    home = _home(path)
-    modules = {name: parts.without_weights(kind, path / name) for name, kind in home.NETWORKS.items()}
-    specs: dict[str, NetworkSpec] = home.specs(modules)
-    return specs
+    index = parts.index(path)
+    table: dict[str, Part] = _home(path, index).NETWORKS
+    return {
+        name: part.spec(name, parts.without_weights(part.kind, path / name))
+        for name, part in table.items()
+        if parts.listed(index, name)
+    }
 
 
-def _home(path: Path) -> Any:
+def _home(path: Path, index: Mapping[str, Any]) -> Any:
     """The file of the family that a folder is of."""
-    pipeline = str(parts.index(path)["_class_name"])
+    pipeline = str(index["_class_name"])
     if pipeline not in FAMILIES:
         raise UserError(f"{path} is a {escaped(pipeline)}; supported: {', '.join(FAMILIES)}")
     return import_module(f".{FAMILIES[pipeline]}", __package__)

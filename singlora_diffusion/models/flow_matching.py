@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
@@ -43,6 +44,11 @@ def levels(scheduler: FlowMatchEulerDiscreteScheduler) -> Tensor:
 def times(levels: Tensor, quantiles: Tensor) -> Tensor:
     """Uniform over the table (the scripts' `--weighting_scheme none`), a small quantile being little noise."""
     return levels[(quantiles * len(levels)).long().to(levels.device)]
+
+
+def logit_normal(quantiles: Tensor) -> Tensor:
+    """Uniform quantiles to those of the logistic of a standard normal variable: more in the middle, few at the ends."""
+    return torch.special.ndtri(quantiles.double()).sigmoid().clamp(max=1 - 1e-9)
 
 
 def corrupt(latents: Tensor, noise: Tensor, times: Tensor) -> Corrupted:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,14 @@ from ..errors import UserError
 from ..randomness import seeded
 from . import autoencoder, flow_matching, network, parts
 from .family import Conditioning, Corrupted, Geometry, Latents, check_sides
-from .network import NetworkSpec
+from .network import Part
 
-NETWORKS = {"transformer": FluxTransformer2DModel, "text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel}
+NETWORKS = {  # kohya's tools call T5 the third text encoder in every family
+    "transformer": Part(FluxTransformer2DModel, network.flux_transformer),
+    "text_encoder": Part(CLIPTextModel, partial(network.clip_text_encoder, prefix="lora_te1")),
+    "text_encoder_2": Part(T5EncoderModel, partial(network.t5_encoder, prefix="lora_te3")),
+}
 PATCH = 2  # latents along a side of what the transformer sees as one token
-
-
-def specs(modules: Mapping[str, nn.Module]) -> dict[str, NetworkSpec]:
-    """Of the networks in `NETWORKS`; kohya's tools call T5 the third text encoder in every family."""
-    return {
-        "transformer": network.flux_transformer("transformer", modules["transformer"]),
-        "text_encoder": network.clip_text_encoder("text_encoder", modules["text_encoder"], "lora_te1"),
-        "text_encoder_2": network.t5_encoder("text_encoder_2", modules["text_encoder_2"], "lora_te3"),
-    }
 
 
 class Flux:
@@ -60,9 +56,7 @@ class Flux:
         self.samplers: Mapping[str, Any] = flow_matching.SAMPLERS
         self.noise_levels = flow_matching.levels(scheduler)
         self.source, self.fingerprint = source, fingerprint
-        self.networks = specs(
-            {"transformer": transformer, "text_encoder": text_encoder, "text_encoder_2": text_encoder_2}
-        )
+        self.networks = network.specs_of(NETWORKS, self)
         self.multiple = PATCH * autoencoder.downsampling(vae)
         self.resolution = int(vae.config.sample_size)  # the transformer's own config names none
         self.device, self.dtype = transformer.device, transformer.dtype
@@ -187,7 +181,7 @@ def load(path: Path, source: str, dtype: str, device: str) -> Flux:
     """Load the parts from a diffusers folder, frozen; the autoencoder in float32, the rest in `dtype`."""
     with parts.loading(path, "FLUX.1"):
         return Flux(
-            **parts.networks(NETWORKS, path, device, dtype),
+            **parts.networks(NETWORKS, parts.index(path), path, device, dtype),
             vae=parts.network(AutoencoderKL, path / "vae", device, torch.float32),
             tokenizer=parts.tokenizer(CLIPTokenizer, path / "tokenizer"),
             tokenizer_2=parts.tokenizer(T5TokenizerFast, path / "tokenizer_2"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,19 @@ class NetworkSpec:
         return self.prefixes.get(form, self.name)
 
 
+class Part(NamedTuple):
+    """A network of a family: its class, and the spec of a module of it by the network's name."""
+
+    kind: Any
+    spec: Callable[[str, nn.Module], NetworkSpec]
+
+
+def specs_of(table: Mapping[str, Part], owner: object) -> dict[str, NetworkSpec]:
+    """Of the modules that `owner` has under the names of the table; None stands for one that it lacks."""
+    modules = {name: getattr(owner, name) for name in table}
+    return {name: table[name].spec(name, module) for name, module in modules.items() if module is not None}
+
+
 Networks = Mapping[str, "NetworkSpec | nn.Module"]
 
 
@@ -107,6 +120,28 @@ def flux_transformer(name: str, module: nn.Module) -> NetworkSpec:
         presets={"attention": JOINT_ATTENTION, "attention+mlp": (*JOINT_ATTENTION, *JOINT_MLP)},
         prefixes={"kohya": "lora_transformer"},
         sample_inputs=lambda: flux_inputs(module),
+    )
+
+
+def sd3_transformer(name: str, module: nn.Module) -> NetworkSpec:
+    """A diffusers SD3Transformer2DModel.
+
+    `attention` are the targets of diffusers' train_dreambooth_lora_sd3.py. They leave out `attn2`, the second
+    attention of some blocks of Stable Diffusion 3.5 medium; `attention+attn2` takes it in.
+    """
+    attention = tuple(f"attn.{projection}" for projection in JOINT_ATTENTION)
+    return NetworkSpec(
+        name,
+        module,
+        "denoiser",
+        attention,
+        presets={
+            "attention": attention,
+            "attention+attn2": JOINT_ATTENTION,
+            "attention+mlp": (*attention, *JOINT_MLP),
+        },
+        prefixes={"kohya": "lora_transformer"},
+        sample_inputs=lambda: sd3_inputs(module),
     )
 
 
@@ -170,6 +205,18 @@ def flux_inputs(module: nn.Module) -> dict[str, Any]:
     if config.guidance_embeds:
         inputs["guidance"] = torch.ones(2, device=device)
     return inputs
+
+
+def sd3_inputs(module: nn.Module) -> dict[str, Any]:
+    """A batch of two images of 2 x 3 patches with five tokens of text, as an SD3Transformer2DModel takes them."""
+    config: Any = module.config
+    draw = _normal(module)
+    return {
+        "hidden_states": draw(2, config.in_channels, 2 * config.patch_size, 3 * config.patch_size),
+        "encoder_hidden_states": draw(2, 5, config.joint_attention_dim),
+        "pooled_projections": draw(2, config.pooled_projection_dim),
+        "timestep": torch.tensor([300.0, 800.0], device=next(module.parameters()).device),
+    }
 
 
 def text_inputs(module: nn.Module) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from ..errors import UserError
 from ..files import read_json
 from ..terminal import escaped
 from . import cpu_layers, hub
+from .network import Part
 from .quiet import quiet
 
 BLOCK = 1 << 16
@@ -115,9 +116,20 @@ def network(kind: Any, folder: Path, device: str, dtype: torch.dtype) -> Any:
     return cpu_layers.prepare(module.requires_grad_(False).eval().to(device))
 
 
-def networks(kinds: Mapping[str, Any], path: Path, device: str, dtype: str) -> dict[str, Any]:
-    """Those of a folder, by name, all in one dtype."""
-    return {name: network(kind, path / name, device, getattr(torch, dtype)) for name, kind in kinds.items()}
+def listed(index: Mapping[str, Any], name: str) -> bool:
+    """Whether a model has this part; one that its index says nothing of must be there."""
+    return bool(index.get(name) != [None, None])
+
+
+def networks(
+    table: Mapping[str, Part], index: Mapping[str, Any], path: Path, device: str, dtype: str
+) -> dict[str, Any]:
+    """Those of a folder that its index lists, by name, all in one dtype."""
+    return {
+        name: network(part.kind, path / name, device, getattr(torch, dtype))
+        for name, part in table.items()
+        if listed(index, name)
+    }
 
 
 def without_weights(kind: Any, folder: Path) -> nn.Module:

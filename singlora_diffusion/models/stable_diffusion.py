@@ -17,24 +17,19 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..randomness import seeded
 from . import autoencoder, network, noise_schedule, parts
 from .family import Conditioning, Corrupted, Geometry, Latents, check_sides
-from .network import NetworkSpec
+from .network import Part
 
-NETWORKS = {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel}
+NETWORKS = {
+    "unet": Part(UNet2DConditionModel, network.unet),
+    "text_encoder": Part(CLIPTextModel, network.clip_text_encoder),
+}
 SAMPLERS = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler, "euler": EulerDiscreteScheduler}
-
-
-def specs(modules: Mapping[str, nn.Module]) -> dict[str, NetworkSpec]:
-    """Of the networks in `NETWORKS`."""
-    return {
-        "unet": network.unet("unet", modules["unet"]),
-        "text_encoder": network.clip_text_encoder("text_encoder", modules["text_encoder"]),
-    }
 
 
 class StableDiffusion:
@@ -59,7 +54,7 @@ class StableDiffusion:
         self.samplers: Mapping[str, Any] = SAMPLERS
         self.noise_schedule = noise_schedule.of(scheduler)
         self.source, self.fingerprint = source, fingerprint
-        self.networks = specs({"unet": unet, "text_encoder": text_encoder})
+        self.networks = network.specs_of(NETWORKS, self)
         downsampling = autoencoder.downsampling(vae)
         self.multiple = math.lcm(downsampling, 8)  # the stock pipeline asks for 8, whatever the autoencoder
         self.resolution = int(unet.config.sample_size) * downsampling
@@ -144,7 +139,7 @@ def load(path: Path, source: str, dtype: str, device: str) -> StableDiffusion:
     """Load the parts from a diffusers folder, frozen; the autoencoder in float32, the rest in `dtype`."""
     with parts.loading(path, "Stable Diffusion"):
         return StableDiffusion(
-            **parts.networks(NETWORKS, path, device, dtype),
+            **parts.networks(NETWORKS, parts.index(path), path, device, dtype),
             vae=parts.network(AutoencoderKL, path / "vae", device, torch.float32),
             tokenizer=parts.tokenizer(CLIPTokenizer, path / "tokenizer"),
             scheduler=parts.scheduler(path / "scheduler"),

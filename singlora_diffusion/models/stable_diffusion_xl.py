@@ -4,36 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ..errors import UserError
 from ..randomness import seeded
 from . import autoencoder, network, noise_schedule, parts
 from .family import Conditioning, Corrupted, Geometry, Latents, check_sides
-from .network import NetworkSpec
+from .network import Part
 from .stable_diffusion import SAMPLERS
 
-NETWORKS = {
-    "unet": UNet2DConditionModel,
-    "text_encoder": CLIPTextModel,
-    "text_encoder_2": CLIPTextModelWithProjection,
+NETWORKS = {  # kohya's tools number the text encoders from 1
+    "unet": Part(UNet2DConditionModel, network.unet),
+    "text_encoder": Part(CLIPTextModel, partial(network.clip_text_encoder, prefix="lora_te1")),
+    "text_encoder_2": Part(CLIPTextModelWithProjection, partial(network.clip_text_encoder, prefix="lora_te2")),
 }
-
-
-def specs(modules: Mapping[str, nn.Module]) -> dict[str, NetworkSpec]:
-    """Of the networks in `NETWORKS`; kohya's tools number the text encoders from 1."""
-    return {
-        "unet": network.unet("unet", modules["unet"]),
-        "text_encoder": network.clip_text_encoder("text_encoder", modules["text_encoder"], "lora_te1"),
-        "text_encoder_2": network.clip_text_encoder("text_encoder_2", modules["text_encoder_2"], "lora_te2"),
-    }
 
 
 class StableDiffusionXL:
@@ -62,7 +54,7 @@ class StableDiffusionXL:
         self.noise_schedule = noise_schedule.of(scheduler)
         self.force_zeros_for_empty_prompt = force_zeros_for_empty_prompt
         self.source, self.fingerprint = source, fingerprint
-        self.networks = specs({"unet": unet, "text_encoder": text_encoder, "text_encoder_2": text_encoder_2})
+        self.networks = network.specs_of(NETWORKS, self)
         downsampling = autoencoder.downsampling(vae)
         self.multiple = math.lcm(downsampling, 8)  # as the stock pipeline asks
         self.resolution = int(unet.config.sample_size) * downsampling
@@ -175,7 +167,7 @@ def load(path: Path, source: str, dtype: str, device: str) -> StableDiffusionXL:
     if not (path / "text_encoder").is_dir() and (path / "text_encoder_2").is_dir():
         raise UserError(f"{path} is a Stable Diffusion XL refiner: adapters are trained and used on the base model")
     with parts.loading(path, "Stable Diffusion XL"):
-        networks = parts.networks(NETWORKS, path, device, dtype)
+        networks = parts.networks(NETWORKS, index, path, device, dtype)
         unet, projection = networks["unet"].config, networks["text_encoder_2"].config.projection_dim
         told = unet.projection_class_embeddings_input_dim or 0
         if told != 6 * (unet.addition_time_embed_dim or 0) + projection:
