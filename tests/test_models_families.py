@@ -234,7 +234,7 @@ def test_a_step_of_training_reaches_the_adapter(family: Any) -> None:
         assert layers == {name for name, network in family.networks.items() if network.adapted}
         denoiser = next(iter(family.networks.values()))
         assert adapter.config.targets == denoiser.targets == denoiser.presets["attention"]
-        # What has no say: the last layer of SDXL's first encoder, and what the last block of SD3 asks on behalf of text.
+        # Without a say: the last layer of SDXL's first encoder, and what the last block of SD3 asks for the text.
         silent = {p for p in adapter.parameters() if p.grad is None or not p.grad.any()}
         assert len(silent) == {"stable_diffusion_xl": 4, "stable_diffusion_3": 1}.get(family.name, 0)
     finally:
