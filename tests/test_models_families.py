@@ -72,6 +72,16 @@ def test_every_family_has_a_tiny_model() -> None:
     assert set(make_tiny.FAMILIES) == set(models.FAMILIES.values()) == set(FOLDERS)
 
 
+@pytest.mark.parametrize("name", make_tiny.FAMILIES)
+def test_make_tiny_writes_what_the_tests_use(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    made = make_tiny.make(make_tiny.Settings(name, tmp_path / "made"))
+    assert models.load(str(made)).fingerprint == models.load(str(request.getfixturevalue(FOLDERS[name]))).fingerprint
+    with pytest.raises(UserError, match="exists: choose another folder"):
+        make_tiny.make(make_tiny.Settings(name, made))
+    with pytest.raises(UserError, match="unknown family 'sd': there are stable_diffusion, "):
+        make_tiny.make(make_tiny.Settings("sd", tmp_path / "other"))
+
+
 def test_load(family: Any, folder: Path) -> None:
     low = models.load(str(folder), "bfloat16")
     assert low.name in FOLDERS and low.source == str(folder) and low.dtype == torch.bfloat16
