@@ -276,7 +276,7 @@ def test_the_network_is_not_asked_when_the_hub_is_off_limits(monkeypatch: pytest
     assert "open_clip_model.safetensors from https://huggingface.co/timm/vit_base_patch32_clip_224.openai" in clip
     assert "--clip" in clip and "cannot be reached" in clip
     assert "model.safetensors from https://huggingface.co/timm/vit_small_patch16_224.dino" in dino and "--dino" in dino
-    assert other.startswith("someone/model: is not on this machine")
+    assert other.startswith("cannot get someone/model from the hub: it is not on this machine")
 
 
 @pytest.mark.parametrize("role", ["clip", "dino"])
