@@ -324,7 +324,9 @@ def test_refiner_is_refused(tiny_sdxl: Path, tmp_path: Path) -> None:
     for part in ("text_encoder", "tokenizer"):
         shutil.rmtree(path / part)
     index = path / "model_index.json"
-    index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": "StableDiffusionXLImg2ImgPipeline"}))
+    absent = {"text_encoder": [None, None], "tokenizer": [None, None]}
+    changes = {"_class_name": "StableDiffusionXLImg2ImgPipeline", **absent}
+    index.write_text(json.dumps(json.loads(index.read_text()) | changes))
     with pytest.raises(UserError, match="refiner: adapters are trained and used on the base model") as caught:
         models.load(str(path))
     assert "\n" not in str(caught.value)
@@ -449,7 +451,7 @@ def test_a_missing_part_is_refused_in_one_line(part: str, tiny_sdxl: Path, tiny_
     for folder, what in ((tiny_sdxl, "Stable Diffusion XL"), (tiny_flux, "FLUX.1")):
         path = Path(shutil.copytree(folder, tmp_path / what))
         shutil.rmtree(path / part)
-        with pytest.raises(UserError, match=f"no folder {part}|refiner") as caught:
+        with pytest.raises(UserError, match=f"no folder {part}") as caught:
             models.load(str(path))
         assert "\n" not in str(caught.value) and str(caught.value).count(str(path)) == 1
 
