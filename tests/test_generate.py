@@ -119,6 +119,7 @@ def test_the_header_says_all_that_is_needed(settings: GenerateSettings, capsys: 
     assert last == f"next: singlora score --images {settings.output_dir} --references 'my dog'"
 
 
+@pytest.mark.numerical
 def test_an_image_depends_on_its_own_seed_and_not_on_its_batch(settings: GenerateSettings, tmp_path: Path) -> None:
     """Each image has its own generator, so that a batch changes nothing but the order of sums.
 
@@ -141,6 +142,7 @@ def test_an_image_depends_on_its_own_seed_and_not_on_its_batch(settings: Generat
         assert (again.output_dir / line["file"]).read_bytes() == (one.output_dir / line["file"]).read_bytes()
 
 
+@pytest.mark.numerical
 def test_strength_zero_is_the_base_model_and_merged_is_attached(settings: GenerateSettings, tmp_path: Path) -> None:
     variants = {
         "as_trained": settings,
@@ -167,6 +169,7 @@ def manifest_base(settings: GenerateSettings) -> str:
     return formats.read_header(settings.adapter[0]).base_model
 
 
+@pytest.mark.numerical
 def test_a_lora_of_another_program_gives_the_same_pictures(settings: GenerateSettings, tmp_path: Path) -> None:
     from singlora_diffusion import formats, models
 
@@ -186,6 +189,7 @@ def test_a_lora_of_another_program_gives_the_same_pictures(settings: GenerateSet
     assert np.abs(pixels(merged.output_dir) - pixels(own.output_dir)).max() <= 1
 
 
+@pytest.mark.numerical
 def test_several_adapters_add_up_each_at_its_scale(settings: GenerateSettings, tmp_path: Path) -> None:
     """dW + dW/2 - dW/2, ours and another program's, is dW; 0.75 dW + 0.75 dW is 1.5 dW."""
     from singlora_diffusion import formats, models
