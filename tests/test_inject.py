@@ -18,6 +18,8 @@ from singlora_diffusion.adapters.singlora import SingLoRA
 from singlora_diffusion.errors import UserError
 from singlora_diffusion.models.network import bare
 
+pytestmark = pytest.mark.numerical
+
 TOKENS = torch.tensor([[1, 5, 7, 2], [1, 9, 3, 2]])
 LATENTS = torch.linspace(-2, 2, 2 * 4 * 8 * 8).reshape(2, 4, 8, 8)
 

@@ -253,7 +253,9 @@ def _part(kind: Any, folder: Path, device: str, **precision: torch.dtype) -> Any
     missing = sorted(report["missing_keys"])
     if missing:  # the libraries would leave them random
         raise ValueError(f"{folder.name} lacks {len(missing)} tensors, {missing[0]} for one")
-    return cpu_layers.prepare(module.requires_grad_(False).eval().to(device))
+    module.requires_grad_(False).eval().to(device)
+    cpu_layers.prepare(module)
+    return module
 
 
 def _scheduler(folder: Path) -> Any:
