@@ -120,6 +120,7 @@ def test_networks_from_configs_alone(family: Any, folder: Path, tmp_path: Path) 
         assert (network.role, network.targets, network.prefixes) == (loaded.role, loaded.targets, loaded.prefixes)
 
 
+@pytest.mark.numerical
 def test_the_exact_answer_gives_the_image_back(family: Any) -> None:
     quantiles = torch.linspace(0, 1, 8, dtype=torch.float64)[:-1]
     times = family.times(quantiles)
@@ -137,6 +138,7 @@ def test_the_exact_answer_gives_the_image_back(family: Any) -> None:
     assert (family.corrupt(x0, noise, last).noisy - noise).norm() < 0.1 * noise.norm()
 
 
+@pytest.mark.numerical
 def test_prompts_are_read_as_the_stock_pipeline_does(family: Any, stock: Any) -> None:
     ours = family.encode_prompts(PROMPTS)
     assert len(ours) == 2 and ours["text"].dtype == family.dtype
@@ -156,6 +158,7 @@ def test_prompts_are_read_as_the_stock_pipeline_does(family: Any, stock: Any) ->
             torch.testing.assert_close(ours[name], theirs[place])  # its linear layers may add up in another order
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("negative", ["", "snow"])
 def test_sample_is_the_stock_pipeline(family: Any, stock: Any, negative: str) -> None:
     options: dict[str, Any] = {"negative_prompt": negative or None}
@@ -199,6 +202,7 @@ def test_sides_and_samplers_that_cannot_be_used(family: Any) -> None:
         assert pixels(family.sample(PROMPTS[:1], [0], steps=3, sampler=name)).std() > 1
 
 
+@pytest.mark.numerical
 def test_an_exact_denoiser_samples_the_image(family: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Signs, time scale and packing as the stock sampler has them: what the network is asked is how noisy x is."""
     x0 = normal(1, 4, 8, 8, seed=1)
@@ -260,6 +264,7 @@ def test_t5_is_adapted_by_who_names_its_layers(one_flux: Any) -> None:
         assert {name: names.count(name) for name in (clip, t5) if name in names} == expected
 
 
+@pytest.mark.numerical
 def test_autoencoders_with_a_scale_by_channel(xl: Any) -> None:
     """Playground's; the stock pipeline decodes latents * std / scale + mean."""
     images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1

@@ -165,7 +165,7 @@ def load(path: Path, source: str, dtype: str, device: str) -> StableDiffusionXL:
         UserError: the refiner, which reads one text encoder and is told five numbers of another meaning.
     """
     index = parts.index(path)
-    if not (path / "text_encoder").is_dir() and (path / "text_encoder_2").is_dir():
+    if not parts.listed(index, "text_encoder"):
         raise UserError(
             f"{escaped(path, 1000)} is a Stable Diffusion XL refiner: adapters are trained and used on the base model"
         )
