@@ -16,6 +16,8 @@ from singlora_diffusion.adapters.config import AdapterConfig
 from singlora_diffusion.adapters.singlora import SingLoRA
 from singlora_diffusion.errors import UserError
 
+pytestmark = pytest.mark.numerical
+
 TEXT = ("q_proj", "k_proj", "v_proj", "out_proj")
 CONFIG = AdapterConfig(rank=4, text_rank=3, text_targets=TEXT)
 VARIANTS = {

@@ -27,7 +27,7 @@ LEVEL = {unit: number for number, units in enumerate(LEVELS) for unit in units.s
 ONLY = {
     "singlora_diffusion.adapters": {"adapters", "models.attention_view", "models.cpu_layers", "models.network"},
     "singlora_diffusion.models": {"models"},
-    "eval": {"eval", "data", "sampling.manifest"},
+    "eval": {"eval", "data", "sampling.manifest", "models.hub"},
 }
 """What a room may import above the ground floor: adapters know no family, models no adapter, scores neither."""
 

@@ -22,6 +22,8 @@ from singlora_diffusion.adapters.config import AdapterConfig
 from singlora_diffusion.errors import UserError
 from singlora_diffusion.formats import container
 
+pytestmark = pytest.mark.numerical
+
 ROWS = {
     "singlora": AdapterConfig(),
     "offset": AdapterConfig(init="offset"),

@@ -17,6 +17,8 @@ from singlora_diffusion.adapters.config import AdapterConfig
 from singlora_diffusion.adapters.registry import Adapter, attach
 from singlora_diffusion.errors import UserError
 
+pytestmark = pytest.mark.numerical
+
 METHODS = tuple(peft_baselines.ROWS)
 CONFIG = AdapterConfig(method="lora", rank=4, text_rank=2, text_targets=("q_proj", "k_proj", "v_proj", "out_proj"))
 TOKENS = torch.tensor([[1, 5, 7, 2], [1, 9, 3, 2]])

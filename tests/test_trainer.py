@@ -25,6 +25,7 @@ def rows(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.numerical
 def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(recipe: Recipe, tmp_path: Path) -> None:
     recipe = replaced(recipe, max_train_steps=6, checkpointing_steps=3, train_text_encoder=True, lr_scheduler="cosine")
     unbroken = load_file(train_dreambooth.main(recipe))
@@ -38,6 +39,7 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(recipe: Recipe, tmp_pa
     assert [row["loss"] for row in rows(cut.output.output_dir)] == losses[3:]
 
 
+@pytest.mark.numerical
 def test_accumulated_batches_equal_one_big_batch(recipe: Recipe, tmp_path: Path) -> None:
     big = load_file(train_dreambooth.main(replaced(recipe, train_batch_size=4)))
     small = replaced(recipe, train_batch_size=2, gradient_accumulation_steps=2, output_dir=tmp_path / "small")
@@ -45,6 +47,7 @@ def test_accumulated_batches_equal_one_big_batch(recipe: Recipe, tmp_path: Path)
         torch.testing.assert_close(tensor, big[key], atol=2e-5, rtol=1e-3)
 
 
+@pytest.mark.numerical
 def test_gradient_checkpointing_trains_the_same_weights(recipe: Recipe, tmp_path: Path) -> None:
     plain = load_file(train_dreambooth.main(recipe))
     less = replaced(recipe, gradient_checkpointing=True, output_dir=tmp_path / "less")
@@ -76,6 +79,7 @@ def test_every_method_trains_both_networks_and_its_file_reads_back(recipe: Recip
     assert all(row["grad_norm"] > 0 for row in rows(recipe.output.output_dir)[1:])
 
 
+@pytest.mark.numerical
 def test_training_lowers_the_loss(recipe: Recipe) -> None:
     train_dreambooth.main(replaced(recipe, max_train_steps=60, rank=8, learning_rate=2e-2, train_batch_size=4))
     losses = [row["loss"] for row in rows(recipe.output.output_dir)]
