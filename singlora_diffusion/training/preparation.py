@@ -60,7 +60,8 @@ def load(recipe: Recipe) -> tuple[Accelerator, Family, int]:
     )
     if where is None and accelerator.num_processes > 1:
         chosen = str(accelerator.device)
-    family = models.load(recipe.model.pretrained_model_name_or_path, DTYPES[precision], chosen)
+    dtype = device.compute_dtype(chosen, DTYPES[precision])
+    family = models.load(recipe.model.pretrained_model_name_or_path, dtype, chosen)
     resolution = recipe.data.resolution or family.resolution
     if resolution % family.multiple:
         raise UserError(f"--resolution {resolution} is no multiple of {family.multiple}, as {family.source} needs")
