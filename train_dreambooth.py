@@ -164,6 +164,7 @@ def main(recipe: Recipe, *, hint: bool = True) -> Path:
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(adapter.parameters(), recipe.max_grad_norm)
                 optimizer.step()
+                adapter.settle()
                 optimizer.zero_grad()
             total += loss.detach() / recipe.gradient_accumulation_steps
         done = step + 1
