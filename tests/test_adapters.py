@@ -417,7 +417,7 @@ def test_settings_are_read_back_from_a_header() -> None:
         assert from_json(json.loads(json.dumps(asdict(config)))) == config
     for wrong, reason in (
         ([], "lacks its configuration"),
-        ({"evil\n": 1}, r"unknown entry evil\\n"),
+        ({"evil\n": 1}, "unknown entry evil"),
         ({"method": "magic"}, "unknown method magic"),
         ({"method": ["lora"]}, "unknown method"),
         ({"rank": 0}, "value 0 for rank"),
@@ -563,7 +563,5 @@ def test_the_choices_of_the_flag_are_the_table() -> None:
     assert get_args(config_module.MethodName) == tuple(adapters.METHODS)
     labels = {name: method.label for name, method in adapters.METHODS.items()}
     assert labels["singlora"] == "SingLoRA" and len(set(labels.values())) == len(labels)
-    assert adapters.METHODS["singlora"].has_magnitude(VARIANTS["dora"]) and adapters.METHODS["dora"].has_magnitude(
-        CONFIG
-    )
-    assert not adapters.METHODS["singlora"].has_magnitude(CONFIG)
+    with_magnitude = [name for name, method in adapters.METHODS.items() if method.has_magnitude(VARIANTS["dora"])]
+    assert with_magnitude == ["singlora", "dora"] and not adapters.METHODS["singlora"].has_magnitude(CONFIG)
