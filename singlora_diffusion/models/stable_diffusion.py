@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..errors import UserError
+from ..randomness import seeded
 from . import cpu_layers, network
 from .family import Conditioning, Corrupted, Geometry, Latents
 
@@ -178,7 +179,7 @@ class StableDiffusion:
             height=height,
             width=width,
             negative_prompt=[negative_prompt] * len(prompts),
-            generator=[torch.Generator().manual_seed(seed) for _, seed in zip(prompts, seeds, strict=True)],
+            generator=[seeded(seed) for _, seed in zip(prompts, seeds, strict=True)],
             output_type="latent",
         ).images
         scale, shift = self.vae.config.scaling_factor, getattr(self.vae.config, "shift_factor", None) or 0.0
