@@ -14,15 +14,17 @@ learns such a diagonal).
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from . import singlora_fused
+from .config import Init, Signature
 from .delta import Factors, LowRankDelta
 
-INITS = ("kaiming", "offset")
-SIGNATURES = ("positive", "balanced")
+INITS: tuple[str, ...] = get_args(Init)
+SIGNATURES: tuple[str, ...] = get_args(Signature)
 
 
 def kaiming(rows: int, rank: int, generator: torch.Generator | None = None) -> Tensor:
