@@ -189,6 +189,14 @@ def test_a_longer_run_goes_on_from_the_end_of_a_shorter_one(run: Recipe) -> None
         resume(run, max_train_steps=5)
 
 
+def test_an_adapter_of_another_program_is_not_replaced(run: Recipe) -> None:
+    save_file({"weight": load_file(out(run) / "adapter.safetensors").popitem()[1]}, out(run) / "adapter.safetensors")
+    before = contents(out(run))
+    with pytest.raises(UserError, match=r"adapter\.safetensors.*move it away"):
+        resume(run, max_train_steps=5)
+    assert contents(out(run)) == before
+
+
 def test_checkpoints_of_later_steps_make_way(run: Recipe) -> None:
     before = load_file(out(run) / "adapter.safetensors")
     resume(run, str(out(run) / "checkpoint-2"), checkpointing_steps=0)

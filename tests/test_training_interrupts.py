@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from singlora_diffusion.training.events import Started
-from singlora_diffusion.training.interrupts import SIGNALS, watching
+from singlora_diffusion.training.interrupts import SIGNALS, Interrupts
 
 ROOT = Path(__file__).parent.parent
 
@@ -80,19 +80,20 @@ def test_the_first_signal_asks_and_the_second_goes_to_whoever_had_it() -> None:
     got: list[int] = []
     before = {number: signal.signal(number, lambda number, _: got.append(number)) for number in SIGNALS}
     try:
-        with watching() as signals:
-            signal.raise_signal(signal.SIGTERM)
-            assert got.pop() == signal.SIGTERM and not signals.asked()  # no step has begun yet
-            signals(Started(0, 1))
-            signal.raise_signal(signal.SIGTERM)
-            assert signals.asked() and not got
-            signal.raise_signal(signal.SIGINT)
-            assert got.pop() == signal.SIGINT and signals.received == signal.SIGTERM
-        with watching(echo=60) as signals:
-            signals(Started(0, 1))
-            for _ in range(3):
-                signal.raise_signal(signal.SIGINT)  # as a launcher passes it on
-            assert signals.asked() and not got
+        signals = Interrupts()
+        signal.raise_signal(signal.SIGTERM)
+        assert got.pop() == signal.SIGTERM and not signals.asked()  # no step has begun yet
+        signals(Started(0, 1))
+        signal.raise_signal(signal.SIGTERM)
+        assert signals.asked() and not got
+        signal.raise_signal(signal.SIGINT)
+        assert got.pop() == signal.SIGINT and signals.received == signal.SIGTERM
+        signals = Interrupts(echo=60)
+        signals(Started(0, 1))
+        for _ in range(3):
+            signal.raise_signal(signal.SIGINT)  # as a launcher passes it on
+        assert signals.asked() and not got
+        signals.close()
         signal.raise_signal(signal.SIGHUP)
         assert got == [signal.SIGHUP]  # handed back at the end
     finally:
