@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +48,8 @@ def main(chosen: Settings) -> int:
     Raises:
         UserError: one did not, and what differs.
     """
-    import torch
-
-    from singlora_diffusion import models
-    from singlora_diffusion.training import loop, preparation
-
-    assert loop and preparation  # imported once, here, for all children
-    torch.set_num_threads(1)  # a process with threads cannot be forked
-    models.load(chosen.pretrained_model_name_or_path)
+    import_what_children_need()
+    end = "\r" if sys.stdout.isatty() else "\n"
     moments = random.Random(chosen.seed)
     with tempfile.TemporaryDirectory() as folder:
         here = Path(folder)
@@ -69,11 +64,20 @@ def main(chosen: Settings) -> int:
             place = here / f"round-{rounds}"
             while in_child(place, lambda: train(chosen, here / "images"), moments.uniform(0, span)) == -signal.SIGKILL:
                 kills += 1
-                print(f"\r{kills} kills, {rounds - 1} rounds like the unbroken run", end="", flush=True)
+                print(f"{kills} kills, {rounds - 1} rounds like the unbroken run", end=end, flush=True)
             if words := difference(here / "unbroken" / "run", place / "run"):
                 raise UserError(f"round {rounds}, after {kills} kills in all: {words}")
-    print(f"\r{kills} kills, {rounds} of {rounds} rounds ended with the unbroken run's adapter, optimizer and log")
+    print(f"{kills} kills, {rounds} of {rounds} rounds ended with the unbroken run's adapter, optimizer and log")
     return rounds
+
+
+def import_what_children_need() -> None:
+    """Once, in the parent; nothing is computed there, since a process whose libraries have threads cannot be forked."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
+    for module in ("diffusers.pipelines.stable_diffusion", "transformers.models.clip", "safetensors.torch"):
+        import_module(module)
+    for module in ("models.stable_diffusion", "training.loop", "training.preparation", "training.memory", "adapters"):
+        import_module(f"singlora_diffusion.{module}")
 
 
 def train(chosen: Settings, images: Path) -> None:

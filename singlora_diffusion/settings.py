@@ -6,6 +6,7 @@ dataclass is a group of flags in `--help`. Flags are flat: `recipe.adapter.rank`
 
 from __future__ import annotations
 
+import itertools
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, fields, is_dataclass
@@ -38,7 +39,7 @@ def parse(kind: type[Settings], words: Sequence[str], prog: str, description: st
     """Settings from a command line, every value in its range. Help and misspelt flags exit as tyro does.
 
     Raises:
-        UserError: a value out of its range, or two values for one setting.
+        UserError: a value out of its range, or different values for a flag and its alias.
     """
     import tyro
 
@@ -82,23 +83,21 @@ def build(kind: type[Settings], **values: Any) -> Settings:
 
 
 def _refuse_two_values(kind: Any, words: Sequence[str]) -> None:
-    """Raise a UserError where a flag, or a flag and its alias, have different values: one would be ignored."""
+    """Raise a UserError where a flag and its alias have different values: one would be ignored.
+
+    Of one flag given twice the last counts, as everywhere.
+    """
     names = dict(_spellings(kind))
-    given: dict[str, tuple[str, list[str]]] = {}  # flag -> as it was written first, with its values
+    given: dict[str, dict[str, list[str]]] = {}  # flag -> spelling -> values
     for start, word in enumerate(words):
         written, _, value = word.partition("=")
-        flag = names.get(written.replace("-", "_"))
-        if flag is None:
-            continue
-        values = [value] if value else []
-        for other in words[start + 1 :]:
-            if other.startswith("--"):
-                break
-            values.append(other)
-        before, other_values = given.setdefault(flag, (written, values))
-        if other_values != values:
-            same = f"{before} and {written} are one setting" if before != written else f"{written} is given twice"
-            raise UserError(f"{same}: give one value")
+        if flag := names.get(written.replace("-", "_")):
+            following = itertools.takewhile(lambda other: not other.startswith("--"), words[start + 1 :])
+            given.setdefault(flag, {})[written.replace("-", "_")] = [value] if value else list(following)
+    for spellings in given.values():
+        if any(values != next(iter(spellings.values())) for values in spellings.values()):
+            shown = " and ".join(f"--{spelling.strip('_')}" for spelling in spellings)
+            raise UserError(f"{shown} are one setting: give one value")
 
 
 def _spellings(kind: Any) -> Iterator[tuple[str, str]]:

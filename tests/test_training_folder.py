@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import train_dreambooth
-from singlora_diffusion import files
+from singlora_diffusion import files, formats
 from singlora_diffusion.errors import UserError
 from singlora_diffusion.settings import as_json, replaced
 from singlora_diffusion.training import checkpoint, loop, run_folder
@@ -187,6 +187,15 @@ def test_a_longer_run_goes_on_from_the_end_of_a_shorter_one(run: Recipe) -> None
     assert steps(run) == [1, 2, 3, 4, 5, 6]
     with pytest.raises(UserError, match=r"checkpoint-6 has done 6 steps already: --max_train_steps 5"):
         resume(run, max_train_steps=5)
+
+
+def test_a_run_killed_before_its_last_write_is_finished_without_a_step(run: Recipe) -> None:
+    """The ramp stands where the last step left it."""
+    adapter, last = out(run) / "adapter.safetensors", out(run) / "checkpoint-4" / "adapter.safetensors"
+    adapter.unlink()
+    resume(run)
+    assert formats.read_header(adapter).u == formats.read_header(last).u == 1.0
+    assert all(tensor.equal(load_file(last)[name]) for name, tensor in load_file(adapter).items())
 
 
 def test_an_adapter_of_another_program_is_not_replaced(run: Recipe) -> None:

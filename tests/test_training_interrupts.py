@@ -21,14 +21,11 @@ ROOT = Path(__file__).parent.parent
 DRIVER = """
 import os, signal, sys, time
 from pathlib import Path
-import torch
 from benchmarks import kill_training
-from singlora_diffusion import cli, models
-from singlora_diffusion.training import loop, preparation
+from singlora_diffusion import cli
 
 here, model, images = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-torch.set_num_threads(1)
-models.load(model)
+kill_training.import_what_children_need()
 words = ["--instance_data_dir", images, "--instance_prompt", "a photo of sks dog", "--output_dir", "run[/b] of mine"]
 words += ["--pretrained_model_name_or_path", model, "--max_train_steps", "100000", "--rank", "2", "--device", "cpu"]
 words += ["--train_batch_size", "1", "--validation_steps", "0", "--report_to", "none"]

@@ -187,6 +187,7 @@ def restore(state: State, adapter: Adapter, optimizer: torch.optim.Optimizer) ->
             for key, value in found[name].items()
         }
     adapter.load_state_dict(state.tensors)
+    adapter.set_step(state.step)  # there may be no step left that would
 
 
 def _moments(adapter: Adapter, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
