@@ -12,6 +12,8 @@ import torch
 from singlora_diffusion import adapters, formats, models
 from singlora_diffusion.adapters.config import AdapterConfig
 
+pytestmark = pytest.mark.numerical
+
 PIPELINE = Path(models.__file__).parent.parent / "toyworld" / "weights" / "pipeline"
 PROMPT, SEED, STEPS = "a photo of a sks dog", 3, 4
 CONFIG = AdapterConfig(

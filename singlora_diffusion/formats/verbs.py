@@ -35,7 +35,7 @@ def export(settings: ExportSettings) -> None:
     print(f"wrote {settings.output} ({settings.format}, {settings.dtype}, {size / 1e6:.2f} MB, {proof.layers} layers)")
     print(
         f"loaded back through diffusers: layers differ by at most {proof.layer_difference:.1e}, "
-        f"outputs by {proof.output_difference:.1e} (relative)"
+        f"outputs by {proof.output_difference:.1e} (relative; rounding alone makes {proof.rounding:.1e})"
     )
     if header.u < 1.0:
         print(f"note: its ramp stood at u = {header.u:g}, which is folded in")
