@@ -44,7 +44,7 @@ class Bench:
         return self.text.dtype
 
     def rank(self, method: str, budget: int) -> int:
-        """The rank at which a line of budget.PER_LAYER trains as many parameters as LoRA does at rank `budget`."""
+        """The rank at which a line of budget.rows trains as many parameters as LoRA does at rank `budget`."""
         from singlora_diffusion.adapters import budget as budgets
 
         return budgets.match(budgets.count("lora", budget, self.shapes), method, self.shapes).rank

@@ -123,9 +123,12 @@ def floor(bench: Bench, unet: Any, budget: int) -> Attached:
     """Trains one vector behind the first adapted layer."""
     import torch
 
-    from singlora_diffusion.adapters.inject import projections
+    from singlora_diffusion.adapters.config import AdapterConfig
+    from singlora_diffusion.adapters.targets import chosen
+    from singlora_diffusion.models.network import bare
 
-    first = next(iter(projections(unet, TARGETS).values()))
+    layers = chosen({"unet": bare("unet", unet)}, AdapterConfig(targets=TARGETS))["unet"]
+    first = next(iter(layers.values()))
     vector = torch.nn.Parameter(torch.zeros(first.out_features, device=bench.device))
     hook = first.register_forward_hook(lambda module, args, output: output + vector.to(output.dtype))
     yield [vector], [vector]
@@ -134,7 +137,7 @@ def floor(bench: Bench, unet: Any, budget: int) -> Attached:
 
 @contextmanager
 def ours(bench: Bench, unet: Any, budget: int, method: str, row: str = "", **options: Any) -> Attached:
-    """An adapter as users of this package attach it; `row` is its line in budget.PER_LAYER if not the method's."""
+    """An adapter as users of this package attach it; `row` is its line in budget.rows if not the method's."""
     from singlora_diffusion import adapters
     from singlora_diffusion.adapters.config import AdapterConfig
 

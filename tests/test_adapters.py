@@ -317,7 +317,7 @@ def networks_without(networks: dict[str, nn.Module], adapter: adapters.Adapter) 
 
 
 def test_rates(networks) -> None:
-    config = replace(VARIANTS["dora"], loraplus_ratio=5.0, rate_by_width=True)
+    config = replace(VARIANTS["dora"], magnitude_lr_ratio=5.0, rate_by_width=True)
     adapter = adapters.attach(networks, config)
     rates = {id(p): group["lr"] for group in adapter.param_groups(1e-3, 1e-4) for p in group["params"]}
     assert sum(len(group["params"]) for group in adapter.param_groups(1e-3)) == len(rates) == len(adapter.parameters())
@@ -371,8 +371,8 @@ def test_refusals_leave_the_networks_alone(networks) -> None:
         (replace(CONFIG, targets=("to_nothing",)), "to_nothing"),
         (replace(CONFIG, text_targets=("to_q",)), "to_q"),  # although the UNet has it
         (replace(CONFIG, targets=(), text_targets=()), "nothing to adapt"),
-        (replace(CONFIG, rank=0), "at least 1, not 0"),
-        (replace(CONFIG, text_rank=0), "at least 1, not 0"),
+        (replace(CONFIG, rank=0), "--rank 0: must be at least 1"),
+        (replace(CONFIG, text_rank=0), "--text_rank 0: must be at least 1"),
         (replace(CONFIG, init="zeros"), "zeros"),
         (replace(CONFIG, signature="negative"), "negative"),
     ):

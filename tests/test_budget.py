@@ -15,16 +15,15 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from singlora_diffusion import adapters
 from singlora_diffusion.adapters.budget import (
-    PER_LAYER,
     BudgetSettings,
     budget,
     comparison,
     count,
     match,
     meta_networks,
+    rows,
     shapes,
 )
-from singlora_diffusion.adapters.config import AdapterConfig
 from singlora_diffusion.errors import UserError
 
 ALL = ("to_q", "to_k", "to_v", "to_out.0")
@@ -69,9 +68,9 @@ def layers(sd15: Path) -> list[tuple[int, int]]:
 
 
 def test_the_config_is_stable_diffusion_15_and_no_weight_exists(sd15: Path) -> None:
-    networks = meta_networks(sd15, ["unet", "text_encoder"])
-    assert sum(p.numel() for p in networks["unet"].parameters()) == 859_520_964
-    assert all(p.is_meta for network in networks.values() for p in network.parameters())
+    networks = meta_networks(sd15)
+    assert sum(p.numel() for p in networks["unet"].module.parameters()) == 859_520_964
+    assert all(p.is_meta for network in networks.values() for p in network.module.parameters())
 
 
 @pytest.mark.parametrize(
@@ -120,7 +119,7 @@ def test_equal_budgets_on_stable_diffusion_15(sd15: Path, layers: list[tuple[int
 
 
 def test_match_is_the_nearest_rank_and_the_smallest_of_equals(layers: list[tuple[int, int]]) -> None:
-    for method in PER_LAYER:
+    for method in rows():
         found = match(1_594_368, method, layers)
         assert found.parameters == count(method, found.rank, layers)
         assert found.deviation == pytest.approx(found.parameters / 1_594_368 - 1)
@@ -160,25 +159,24 @@ def tiny(request: pytest.FixtureRequest) -> dict[str, torch.nn.Module]:
     return networks_of(*request.param)
 
 
-OPTIONS = {
-    "singlora": AdapterConfig(),
-    "offset": AdapterConfig(init="offset"),
-    "balanced": AdapterConfig(signature="balanced"),
-    "singlora+dora": AdapterConfig(dora=True),
-}
-
-
 @pytest.mark.filterwarnings("ignore:Invalid `oft_block_size`")  # PEFT's, where the rank divides no width
 @pytest.mark.parametrize("rank", [2, 5, 8, 40])
-@pytest.mark.parametrize("method", PER_LAYER)
+@pytest.mark.parametrize("method", rows())
 def test_closed_forms_are_what_an_attached_adapter_trains(method: str, rank: int, tiny) -> None:
-    config = OPTIONS.get(method, AdapterConfig(method=method))
-    adapter = adapters.attach(tiny, replace(config, rank=rank, text_targets=TEXT))
+    config = replace(rows()[method], rank=rank, text_targets=TEXT)
+    adapter = adapters.attach(tiny, config)
     try:
         trained = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
     finally:
         adapter.detach()
     assert count(method, rank, shapes(tiny, ALL, TEXT)) == trained == adapter.num_parameters()
+    form = adapters.METHODS[config.method].tensors  # what is stored, key by key
+    kept = {key: tuple(tensor.shape) for key, tensor in adapter.state_dict().items()}
+    assert kept == {
+        f"{name}.{key}": shape
+        for name, base in adapter.layers().items()
+        for key, shape in form(config, rank, base.out_features, base.in_features).items()
+    }
 
 
 def test_printed_table(sd15: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -187,7 +185,7 @@ def test_printed_table(sd15: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "1,584,000" in lines["singlora"] and "15" in lines["singlora"] and "over" not in lines["singlora"]
     assert "1,594,368" in lines["lora"] and "+0.00%" in lines["lora"]
     assert "over 2%" in lines["dora"] and "over 2%" in lines["oft"]
-    assert set(PER_LAYER) <= set(lines)
+    assert set(rows()) <= set(lines)
 
 
 def test_a_number_is_a_budget_too(sd15: Path) -> None:
@@ -210,6 +208,9 @@ def test_refusals(sd15: Path, tmp_path: Path) -> None:
         (replace(good, match="lara:8"), "unknown method 'lara'"),
         (replace(good, targets=("to_nothing",)), "to_nothing"),
         (replace(good, targets=()), "no targets"),
+        (replace(good, targets=("to_q", "to_q")), "named twice"),
+        (replace(good, match="lora:5000"), "rank 1 to 4096"),
+        (replace(good, match="9" * 5000), "1 to 1,000,000,000,000"),
         (replace(good, pretrained_model_name_or_path=str(tmp_path)), "unet/config.json"),
         (replace(good, pretrained_model_name_or_path=str(tmp_path / "broken")), "JSON"),
         (replace(good, pretrained_model_name_or_path=str(tmp_path / "flux")), "FluxTransformer2DModel"),

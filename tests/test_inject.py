@@ -14,9 +14,11 @@ from diffusers.models.attention_processor import Attention, AttnProcessor, AttnP
 from torch import Tensor, nn
 
 from singlora_diffusion.adapters import inject
+from singlora_diffusion.adapters.config import AdapterConfig
 from singlora_diffusion.adapters.singlora import SingLoRA
+from singlora_diffusion.adapters.targets import chosen
 from singlora_diffusion.errors import UserError
-from singlora_diffusion.models.network import bare
+from singlora_diffusion.models.network import NetworkSpec, bare
 
 TOKENS = torch.tensor([[1, 5, 7, 2], [1, 9, 3, 2]])
 LATENTS = torch.linspace(-2, 2, 2 * 4 * 8 * 8).reshape(2, 4, 8, 8)
@@ -28,10 +30,17 @@ def answer(unet: nn.Module, text: nn.Module, **kwargs: Any) -> Tensor:
     return unet(LATENTS.to(dtype), torch.tensor([3, 500]), states.to(dtype), **kwargs).sample
 
 
+def projections(network: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Linear]:
+    """The layers of a denoiser that these targets mean."""
+    return chosen({"network": NetworkSpec("network", network, "denoiser", ())}, AdapterConfig(targets=targets))[
+        "network"
+    ]
+
+
 def deltas_for(network: nn.Module, targets: tuple[str, ...], size: float = 0.3) -> dict[str, nn.Module]:
     generator = torch.Generator().manual_seed(1)
     deltas = {}
-    for path, base in inject.projections(network, targets).items():
+    for path, base in projections(network, targets).items():
         deltas[path] = SingLoRA(base, 4, 4.0, generator=generator)
         with torch.no_grad():
             deltas[path].A.normal_(0, size, generator=generator)
@@ -56,20 +65,18 @@ def assert_same(network: nn.Module, before: list[tuple[Any, ...]]) -> None:
 
 def test_projections_by_name(networks) -> None:
     unet, text = networks["unet"], networks["text_encoder"]
-    every = inject.projections(unet, ("to_q", "to_k", "to_v", "to_out.0"))
+    every = projections(unet, ("to_q", "to_k", "to_v", "to_out.0"))
     shapes = {(tuple(layer.weight.shape)) for layer in every.values()}
     assert shapes == {(32, 32), (64, 64), (32, 48), (64, 48)}  # square, wide and tall
     attentions = {name for name, module in unet.named_modules() if isinstance(module, Attention)}
     assert set(every) == {f"{name}.{target}" for name in attentions for target in ("to_q", "to_k", "to_v", "to_out.0")}
     order = [name for name, _ in unet.named_modules()]
     assert list(every) == sorted(every, key=order.index)
-    assert list(inject.projections(unet, ("to_out.0", "to_q"))) == [
-        p for p in every if not p.endswith(("to_k", "to_v"))
-    ]
-    assert set(inject.projections(unet, ("attn2.to_k",))) == {p for p in every if p.endswith("attn2.to_k")}
+    assert list(projections(unet, ("to_out.0", "to_q"))) == [p for p in every if not p.endswith(("to_k", "to_v"))]
+    assert set(projections(unet, ("attn2.to_k",))) == {p for p in every if p.endswith("attn2.to_k")}
     assert all(unet.get_submodule(path) is layer for path, layer in every.items())
     spec = bare("text_encoder", text)
-    names = [spec.layer(path) for path in inject.projections(text, ("q_proj",))]
+    names = [spec.layer(path) for path in projections(text, ("q_proj",))]
     assert names == [f"text_encoder.text_model.encoder.layers.{i}.self_attn.q_proj" for i in range(2)]
     assert spec.layer("text_model.x.q_proj") == "text_encoder.text_model.x.q_proj"
     assert bare("unet", unet).layer("mid_block.x.to_q") == "unet.mid_block.x.to_q"
@@ -77,9 +84,9 @@ def test_projections_by_name(networks) -> None:
 
 def test_an_unknown_target_is_named_with_what_there_is(networks) -> None:
     with pytest.raises(UserError, match=r"no layer 'query' in UNet2DConditionModel; it has .*to_out\.0, to_q, to_v"):
-        inject.projections(networks["unet"], ("to_q", "query"))
+        projections(networks["unet"], ("to_q", "query"))
     with pytest.raises(UserError, match="no layer 'o_q'"):  # whole names only
-        inject.projections(networks["unet"], ("o_q",))
+        projections(networks["unet"], ("o_q",))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -156,9 +163,9 @@ def test_attaching_twice_is_refused(networks) -> None:
     ):
         detach = inject.attach(network, deltas_for(network, (target,)))
         with pytest.raises(UserError, match="already"):
-            inject.projections(network, ("to_k",))
+            projections(network, ("to_k",))
         detach()
-        inject.projections(network, (target,))
+        projections(network, (target,))
 
 
 def test_other_processors_keep_doing_the_attention(networks) -> None:
@@ -200,8 +207,8 @@ def test_fused_projections_are_refused(networks) -> None:
 def test_the_processor_takes_what_diffusers_passes(networks, caplog, monkeypatch) -> None:
     """Attention.forward reads the signature of the processor's call, and drops with a warning what is not in it."""
     wanted = list(inspect.signature(AttnProcessor2_0().__call__).parameters)
-    found = list(inspect.signature(inject.AdaptedAttnProcessor(AttnProcessor2_0(), {}).__call__).parameters)
-    assert found[: len(found) - 1] == wanted[: len(found) - 1]  # all but the last, *args and **kwargs
+    found = list(inspect.signature(inject.adapted_processor(AttnProcessor2_0(), {}).__call__).parameters)
+    assert found == wanted
     unet, text = networks["unet"], networks["text_encoder"]
     inject.attach(unet, deltas_for(unet, ("to_q",)))
     with diffusers_log(caplog, monkeypatch):

@@ -14,8 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from singlora_diffusion.adapters import peft_baselines
 from singlora_diffusion.adapters.config import AdapterConfig
-from singlora_diffusion.adapters.peft_baselines import PeftAdapter
-from singlora_diffusion.adapters.registry import attach
+from singlora_diffusion.adapters.registry import Adapter, attach
 from singlora_diffusion.errors import UserError
 
 METHODS = tuple(peft_baselines.ROWS)
@@ -64,7 +63,7 @@ def text_of(networks: dict[str, nn.Module]) -> torch.Tensor:
     return networks["text_encoder"](TOKENS).last_hidden_state
 
 
-def randomize(adapter: PeftAdapter, size: float = 0.05) -> None:
+def randomize(adapter: Adapter, size: float = 0.05) -> None:
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in adapter.parameters():
