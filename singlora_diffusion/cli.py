@@ -26,7 +26,7 @@ VERBS = {
         "learn a subject from a folder of pictures",
     ),
     "generate": Verb(
-        "singlora_diffusion.sampling.generate:GenerateSettings",
+        "singlora_diffusion.sampling.settings:GenerateSettings",
         "singlora_diffusion.sampling.generate:generate",
         "make pictures with an adapter, prompts x seeds",
     ),
@@ -108,7 +108,12 @@ def run(name: str, arguments: list[str]) -> int:
     verb = VERBS[name]
     try:
         settings = tyro.cli(
-            _find(verb.settings), args=arguments, prog=f"singlora {name}", description=verb.line, use_underscores=True
+            _find(verb.settings),
+            args=arguments,
+            prog=f"singlora {name}",
+            description=verb.line,
+            use_underscores=True,
+            config=(tyro.conf.OmitArgPrefixes,),
         )
         quiet_libraries()
         _find(verb.work)(settings)

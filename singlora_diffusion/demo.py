@@ -11,11 +11,12 @@ import json
 import shlex
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
+from .settings import command_line, replaced
 from .training.recipe import Method, Recipe
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from eval.results import Loaded, Run
 
     from .adapters.budget import Match
-    from .sampling.generate import GenerateSettings
+    from .sampling.settings import GenerateSettings
     from .toyworld.subjects import Subject
 
 LABELS = {"singlora": "SingLoRA", "lora": "LoRA", "lora+": "LoRA+", "dora": "DoRA", "oft": "OFT", "lokr": "LoKr"}
@@ -114,8 +115,8 @@ def demo(settings: DemoSettings) -> Path:
     for name, generation in generations.items():
         with contextlib.redirect_stdout(io.StringIO()):  # its progress is on stderr; what to type next is not due yet
             lines = generate(generation)
-        made[name] = [generation.output_dir / line["file"] for line in lines if line["seed"] == lines[0]["seed"]]
-        console.print(f"{name}: {len(lines)} pictures in {generation.output_dir}")
+        made[name] = [generation.output.output_dir / line["file"] for line in lines if line["seed"] == lines[0]["seed"]]
+        console.print(f"{name}: {len(lines)} pictures in {generation.output.output_dir}")
 
     _heading(console, 4, "likeness to the subject, agreement with the prompts")
     from eval.score import score
@@ -129,10 +130,10 @@ def demo(settings: DemoSettings) -> Path:
 
     commands = [
         f"singlora toyworld subject --name {chosen.name} --output_dir {shlex.quote(str(references))}",
-        *(command("train", recipe) for recipe in recipes.values()),
-        *(command("generate", generation) for generation in generations.values()),
-        *(command("score", scoring) for scoring in scorings),
-        f"{command('demo', settings)}  # all of the above",
+        *(command_line("train", recipe) for recipe in recipes.values()),
+        *(command_line("generate", generation) for generation in generations.values()),
+        *(command_line("score", scoring) for scoring in scorings),
+        f"{command_line('demo', settings)}  # all of the above",
     ]
     loaded = [load(run) for run in runs]
     notes = [caveat(loaded)]
@@ -271,25 +272,13 @@ def caveat(loaded: Sequence[Loaded]) -> str:
 
 def look(references: Path, made: Mapping[str, Sequence[Path]], path: Path, width: int = 8) -> None:
     """One sheet: the training pictures, then the first prompts by the base model and by each adapter."""
-    from .data.images import open_picture, pictures
+    from .data.folders import image_files
+    from .data.images import open_image
     from .sampling import contact_sheet
 
-    folders = {"the training pictures": pictures(references), **made}
-    rows = [[open_picture(picture) for picture in row[:width]] for row in folders.values()]
+    folders = {"the training pictures": image_files(references), **made}
+    rows = [[open_image(picture) for picture in row[:width]] for row in folders.values()]
     contact_sheet.grid(rows, list(folders)).save(path)
-
-
-def command(verb: str, settings: Any) -> str:
-    """The command line that says the same as a settings dataclass."""
-    words = ["singlora", verb]
-    for one in fields(settings):
-        value = getattr(settings, one.name)
-        if one.default is not MISSING and value == one.default:
-            continue
-        words.append(f"--{one.name}" if value is not False else f"--no_{one.name}")
-        if not isinstance(value, bool):
-            words += [str(part) for part in value] if isinstance(value, tuple) else [str(value)]
-    return shlex.join(words)
 
 
 def _recipe(settings: DemoSettings, subject: Subject, method: Method, rank: int) -> Recipe:
@@ -312,21 +301,20 @@ def _recipe(settings: DemoSettings, subject: Subject, method: Method, rank: int)
 
 def _generations(settings: DemoSettings, subject: Subject) -> dict[str, GenerateSettings]:
     """By the name of the column: the base model, then each adapter."""
-    from .sampling.generate import GenerateSettings
+    from .sampling.settings import GenerateSettings, OutputSettings
 
-    common: dict[str, Any] = {"prompts": settings.prompts, "seeds": settings.seeds, "device": settings.device}
-    base = GenerateSettings(
-        output_dir=settings.output_dir / "base" / "samples",
+    def generation(name: str, **flags: Any) -> GenerateSettings:
+        made = GenerateSettings(OutputSettings(settings.output_dir / name / "samples"))
+        return replaced(made, prompts=settings.prompts, seeds=settings.seeds, device=settings.device, **flags)
+
+    base = generation(
+        "base",
         pretrained_model_name_or_path=settings.pretrained_model_name_or_path,
         identifier=IDENTIFIER,
         class_noun=subject.class_noun,
-        **common,
     )
     adapted = {
-        LABELS[method]: GenerateSettings(
-            output_dir=settings.output_dir / method / "samples", adapter=(settings.output_dir / method,), **common
-        )
-        for method in settings.methods
+        LABELS[method]: generation(method, adapter=(settings.output_dir / method,)) for method in settings.methods
     }
     return {BASE: base, **adapted}
 
@@ -345,7 +333,7 @@ def _scorings(settings: DemoSettings, generations: Sequence[GenerateSettings]) -
         "device": settings.device or "auto",
     }
     scorings = []
-    for images in (generation.output_dir for generation in generations):
+    for images in (generation.output.output_dir for generation in generations):
         scorings += [
             ScoreSettings(images, out / "references", output=images / "scores.json", **common),
             ScoreSettings(
@@ -367,12 +355,14 @@ def _runs(out: Path, generations: dict[str, GenerateSettings], ranks: dict[Metho
     from eval.results import Run
 
     runs = [Run(REAL, out / "heldout", real=True)] if (out / "heldout" / "manifest.jsonl").exists() else []
-    runs.append(Run(BASE, generations[BASE].output_dir))
+    runs.append(Run(BASE, generations[BASE].output.output_dir))
     for method, row in ranks.items():
         log = (out / method / "log.jsonl").read_text(encoding="utf-8").splitlines()
         seconds = json.loads(log[-1])["seconds"]
         facts = {"parameters": f"{row.parameters:,}", "training, s": f"{seconds:.0f}"}
-        runs.append(Run(LABELS[method], generations[LABELS[method]].output_dir, training=out / method, facts=facts))
+        runs.append(
+            Run(LABELS[method], generations[LABELS[method]].output.output_dir, training=out / method, facts=facts)
+        )
     return runs
 
 
@@ -419,11 +409,11 @@ def _verify(folder: Path, pictures: dict[str, np.ndarray]) -> None:
     """Raise a UserError unless the folder holds these pictures."""
     import numpy as np
 
-    from .data.images import open_picture
+    from .data.images import open_image
     from .data.images import pictures as found
 
     names = {path.name for path in found(folder)}
     if names != set(pictures) or any(
-        not np.array_equal(np.asarray(open_picture(folder / name)), picture) for name, picture in pictures.items()
+        not np.array_equal(np.asarray(open_image(folder / name)), picture) for name, picture in pictures.items()
     ):
         raise UserError(f"{folder}: holds other pictures than this demo's; name another folder with --output_dir")

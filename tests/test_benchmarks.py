@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tyro
 
 from benchmarks import scoring, whole_job
 from eval import encoders
 from eval.score import ScoreSettings, score
 from singlora_diffusion.errors import UserError
-from singlora_diffusion.sampling.generate import GenerateSettings
+from singlora_diffusion.sampling.settings import GenerateSettings
+from singlora_diffusion.settings import parse
 from singlora_diffusion.training.recipe import Recipe
 
 
@@ -62,11 +62,12 @@ def test_the_whole_job_speaks_the_verbs_language() -> None:
     words = whole_job.commands(whole_job.Settings(steps=7), Path("here"), "dog")
     assert [verb[0] for verb in words.values()] == list(words) == ["train", "generate", "score"]
     recipe, generation, scoring_of = (
-        tyro.cli(kind, args=verb[1:], use_underscores=True)
+        parse(kind, verb[1:], verb[0], "")
         for kind, verb in zip((Recipe, GenerateSettings, ScoreSettings), words.values(), strict=True)
     )
     assert recipe.max_train_steps == 7 and recipe.instance_prompt == "a photo of sks dog"
-    assert generation.adapter == (recipe.output_dir,) and generation.output_dir == scoring_of.images
+    assert generation.adapters.adapter == (recipe.output_dir,)
+    assert generation.output.output_dir == scoring_of.images
     assert scoring_of.references == recipe.instance_data_dir
 
 

@@ -16,10 +16,12 @@ from encoder_folders import clip_folder, timm_folder
 
 from eval.results import Column, Loaded, Picture, Run
 from singlora_diffusion import demo
-from singlora_diffusion.data.images import open_picture, pictures
+from singlora_diffusion.data.folders import image_files
+from singlora_diffusion.data.images import open_image
 from singlora_diffusion.demo import DemoSettings
 from singlora_diffusion.errors import UserError
-from singlora_diffusion.sampling.generate import GenerateSettings
+from singlora_diffusion.sampling.settings import GenerateSettings
+from singlora_diffusion.settings import command_line, parse
 from singlora_diffusion.toyworld import command as toyworld_command
 from singlora_diffusion.toyworld.captions import PLACES
 from singlora_diffusion.toyworld.subjects import HELD_OUT, references, subject
@@ -113,8 +115,8 @@ def test_the_page_shows_all_of_it(done: SimpleNamespace) -> None:
 
 
 def test_held_out_pictures_are_none_of_the_training_ones(done: SimpleNamespace) -> None:
-    held_out = {path.stem: np.asarray(open_picture(path)) for path in pictures(done.out / "heldout")}
-    training = [np.asarray(open_picture(path)) for path in pictures(done.out / "references")]
+    held_out = {path.stem: np.asarray(open_image(path)) for path in image_files(done.out / "heldout")}
+    training = [np.asarray(open_image(path)) for path in image_files(done.out / "references")]
     assert len(held_out) == len(PLACES)
     assert not any(np.array_equal(one, other) for one in held_out.values() for other in training)
     for picture, _, scene in references(subject("cat-1"), len(PLACES), start=HELD_OUT):
@@ -172,10 +174,10 @@ def test_commands_say_the_same_as_the_settings(settings: DemoSettings) -> None:
         ("train", recipe),
         *(("generate", one) for one in demo._generations(settings, chosen).values()),
     ]:
-        words = shlex.split(demo.command(name, wanted))
+        words = shlex.split(command_line(name, wanted))
         assert words[:2] == ["singlora", name]
         kind: type[Recipe | GenerateSettings] = type(wanted)
-        assert tyro.cli(kind, args=words[2:], use_underscores=True) == wanted
+        assert parse(kind, words[2:], name, "") == wanted
 
 
 @pytest.mark.parametrize(
@@ -195,9 +197,9 @@ def test_the_caveat_weighs_the_difference(differences: list[float], words: str) 
 
 def test_toyworld_subject_writes_a_folder_to_train_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "my dog"
-    toyworld_command.write(toyworld_command.SubjectSettings("subject", "dog-2", folder, pictures=2, masks=True))
-    assert [path.name for path in pictures(folder)] == ["00.png", "01.png"]
-    assert len(pictures(folder / "masks")) == 2
+    toyworld_command.write(toyworld_command.SubjectSettings("subject", "dog-2", folder, images=2, masks=True))
+    assert [path.name for path in image_files(folder)] == ["00.png", "01.png"]
+    assert len(image_files(folder / "masks")) == 2
     last = capsys.readouterr().out.splitlines()[-1]
     words = shlex.split(last.removeprefix("next: singlora train "))
     recipe = tyro.cli(Recipe, args=words, use_underscores=True)

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LEVELS = (
-    "errors files device progress terminal settings",
+    "errors files device randomness progress terminal settings",
     "adapters models data",
     "formats",
     "training sampling",

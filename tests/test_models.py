@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from singlora_diffusion import adapters, models
 from singlora_diffusion.adapters.config import AdapterConfig
 from singlora_diffusion.errors import UserError
-from singlora_diffusion.models import hub, stable_diffusion
+from singlora_diffusion.models import hub, parts
 
 PROMPTS = ["a photo of sks dog", "a cat in the snow", "a teapot on the grass", "the red house"]
 PARTS = ("unet", "text_encoder", "vae")
@@ -207,7 +207,7 @@ def test_a_folder_as_real_ones_are(copied: Path, family: models.Family) -> None:
     (copied / "singlora.json").write_text(json.dumps({"guidance_scale": 3.0, "prompts": "toyworld"}))
     loaded = models.load(str(copied))
     assert isinstance(loaded.scheduler, PNDMScheduler)
-    assert loaded.fingerprint == stable_diffusion.fingerprint([copied / "unet" / "diffusion_pytorch_model.safetensors"])
+    assert loaded.fingerprint == parts.fingerprint([copied / "unet" / "diffusion_pytorch_model.safetensors"])
     assert {p.dtype for p in loaded.unet.parameters()} == {torch.float32}
     assert (loaded.guidance, loaded.prompts, family.guidance, family.prompts) == (3.0, "toyworld", 7.5, None)
     assert torch.equal(loaded.encode_prompts(PROMPTS)["text"], family.encode_prompts(PROMPTS)["text"])
@@ -257,9 +257,9 @@ DAMAGE = {
     "no JSON": (lambda p: (p / "model_index.json").write_text("{"), "model_index.json is damaged"),
     "JSON of another kind": (lambda p: (p / "model_index.json").write_text("[]"), "model_index.json is damaged"),
     "no class": (lambda p: (p / "model_index.json").write_text("{}"), "model_index.json is damaged"),
-    "SDXL": (
-        lambda p: edit(p / "model_index.json", _class_name="StableDiffusionXLPipeline"),
-        "is a StableDiffusionXLPipeline; supported: StableDiffusionPipeline",
+    "a family that is not supported": (
+        lambda p: edit(p / "model_index.json", _class_name="KandinskyPipeline"),
+        "is a KandinskyPipeline; supported: StableDiffusionPipeline",
     ),
     "a class that is no name": (lambda p: edit(p / "model_index.json", _class_name=["a", "b"]), "supported: Stable"),
     "no unet": (lambda p: shutil.rmtree(p / "unet"), "no folder unet"),

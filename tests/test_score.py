@@ -196,8 +196,8 @@ def test_protocol_is_dreambooth_v1_unless_toyworld_made_the_pictures(
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        ("", "lists no pictures"),
-        ("{}\n", "line 1: is no JSON object with a file name"),
+        ("", "lists no images"),
+        ("{}\n", "line 1: is not a JSON object with the name of an image"),
         ('{"file": "000-0.png"}\n[1]\n', "line 2"),
         ("not json", "line 1"),
         ('{"file": "gone.png"}', "lists 1 pictures that are not in"),

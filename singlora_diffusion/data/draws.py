@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..randomness import seeded
+
 INSTANCE, PRIOR = 0, 1  # two streams: pictures of the subject, pictures of its class
 
 
@@ -49,8 +51,7 @@ def draw(seed: int, positions: Sequence[int], shape: tuple[int, ...], stream: in
     """
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     for position in positions:
-        key = int(np.random.SeedSequence((seed, stream, position)).generate_state(1, np.uint64)[0])
-        generator = torch.Generator().manual_seed(key)
+        generator = seeded(int(np.random.SeedSequence((seed, stream, position)).generate_state(1)[0]))
         parts.append(
             (
                 torch.randn(shape, generator=generator),

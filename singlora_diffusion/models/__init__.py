@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .families import FAMILIES, load
+    from .families import FAMILIES, load, meta_networks
     from .family import Conditioning, Family
     from .hub import folder
     from .network import NetworkSpec
@@ -18,9 +18,10 @@ _HOMES = {
     "NetworkSpec": "network",
     "folder": "hub",
     "load": "families",
+    "meta_networks": "families",
 }
 
-__all__ = ["FAMILIES", "Conditioning", "Family", "NetworkSpec", "folder", "load"]
+__all__ = ["FAMILIES", "Conditioning", "Family", "NetworkSpec", "folder", "load", "meta_networks"]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from . import stable_diffusion
+from ..terminal import escaped
+from . import hub, parts
 from .family import Family
-from .hub import folder
 
-FAMILIES: dict[str, Callable[[Path, str, str, str], Family]] = {
-    "StableDiffusionPipeline": stable_diffusion.load,
+if TYPE_CHECKING:
+    from .network import NetworkSpec, Part
+
+FAMILIES = {
+    "StableDiffusionPipeline": "stable_diffusion",
+    "StableDiffusionXLPipeline": "stable_diffusion_xl",
+    "StableDiffusionXLImg2ImgPipeline": "stable_diffusion_xl",  # what the refiner names itself
+    "StableDiffusion3Pipeline": "stable_diffusion_3",
+    "FluxPipeline": "flux",
 }
-"""Loader by the pipeline class that a folder's model_index.json names."""
+"""The file of this package for each pipeline class that a folder's model_index.json may name.
+
+It has `load(path, source, dtype, device) -> Family` and `NETWORKS`, the networks by name, the denoiser first.
+"""
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -32,11 +43,30 @@ def load(name_or_path: str, dtype: str = "float32", device: str = "cpu") -> Fami
     """
     if dtype not in DTYPES:
         raise UserError(f"unknown precision {dtype!r}: give one of {', '.join(DTYPES)}")
-    path = folder(name_or_path)
-    try:
-        pipeline = json.loads((path / "model_index.json").read_text())["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}/model_index.json is damaged: it must be JSON that names a pipeline class") from error
-    if str(pipeline) not in FAMILIES:
-        raise UserError(f"{path} is a {pipeline}; supported: {', '.join(FAMILIES)}")
-    return FAMILIES[pipeline](path, name_or_path, dtype, device)
+    path = hub.folder(name_or_path)
+    family: Family = _home(path, parts.index(path)).load(path, name_or_path, dtype, device)
+    return family
+
+
+def meta_networks(name_or_path: str | Path) -> dict[str, NetworkSpec]:
+    """The networks of a base model without weights, on torch's meta device, from its config files alone.
+
+    Raises:
+        UserError: as `load`.
+    """
+    path = hub.configs(str(name_or_path))
+    index = parts.index(path)
+    table: dict[str, Part] = _home(path, index).NETWORKS
+    return {
+        name: part.spec(name, parts.without_weights(part.kind, path / name))
+        for name, part in table.items()
+        if parts.listed(index, name)
+    }
+
+
+def _home(path: Path, index: Mapping[str, Any]) -> Any:
+    """The file of the family that a folder is of."""
+    pipeline = str(index["_class_name"])
+    if pipeline not in FAMILIES:
+        raise UserError(f"{path} is a {escaped(pipeline)}; supported: {', '.join(FAMILIES)}")
+    return import_module(f".{FAMILIES[pipeline]}", __package__)

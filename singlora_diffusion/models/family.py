@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..errors import UserError
 from .network import NetworkSpec
 
 
@@ -158,3 +159,15 @@ class Family(Protocol):
         None stands for what the model likes: `steps`, `guidance`, `resolution`.
         """
         ...
+
+
+def check_sides(family: Family, height: int | None, width: int | None) -> tuple[int, int]:
+    """Height and width in pixels to sample at; None: the model's native side.
+
+    Raises:
+        UserError: a side that is not a multiple of `family.multiple`.
+    """
+    height, width = height or family.resolution, width or family.resolution
+    if height % family.multiple or width % family.multiple or min(height, width) < family.multiple:
+        raise UserError(f"{width}x{height} pixels: both sides must be multiples of {family.multiple}")
+    return height, width

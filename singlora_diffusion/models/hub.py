@@ -1,46 +1,182 @@
-"""Where a base model's files are: in the package, in a folder, or on the hub."""
+"""Where a model's files are: in the package, in a folder, in the hub's local cache, or on the hub, asked in this order.
+
+A name is `toyworld`, a path, or a hub id of the form owner/name. Files are safetensors, JSON and text.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from ..errors import UserError
+from ..terminal import escaped
 
 WEIGHTS = Path(__file__).parent.parent / "toyworld" / "weights"
 """Of the packaged models: `pipeline`, and the encoders `clip`, `dino`."""
 TOYWORLD = WEIGHTS / "pipeline"
 
+INDEX = "model_index.json"
+UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
+"""Parts of published pipelines that are not downloaded."""
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name can only mean a model on the hub: owner/name, and nothing of that name here."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    owner, slash, _ = name.partition("/")
+    if not slash or os.path.lexists(name) or os.path.isdir(owner):
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
 
 def folder(name_or_path: str) -> Path:
-    """The diffusers folder behind `toyworld`, a local path or a hub id (downloaded into diffusers' own cache).
+    """The diffusers folder behind a name, with all its weights; a hub id is downloaded once, into the hub's own cache.
 
     Raises:
-        UserError: no such folder, not a diffusers folder, or a hub id that cannot be had.
+        UserError: no such folder, not a diffusers folder, or a hub id that cannot be downloaded.
     """
-    path = TOYWORLD if name_or_path == "toyworld" else Path(name_or_path).expanduser()
-    if name_or_path == "toyworld" and not path.is_dir():
-        raise UserError(f"the packaged model toyworld is not at {path}: install the package again")
-    if path.is_dir():
-        if not (path / "model_index.json").is_file():
-            raise UserError(f"{path} is no diffusers model: it has no model_index.json; give the folder that holds one")
+    path = _here(name_or_path)
+    if path is None:
+        return _pipeline(name_or_path)
+    return _checked(path)
+
+
+def configs(name_or_path: str) -> Path:
+    """`folder`, but of a hub id the config files alone are downloaded."""
+    path = _here(name_or_path)
+    if path is None:
+        return files(name_or_path, [INDEX, "*/config.json"], _is_described)
+    return _checked(path)
+
+
+def files(repository: str, names: Sequence[str], complete: Callable[[Path], bool] | None = None) -> Path:
+    """The folder with some files of a hub repository, from the local cache or the hub.
+
+    Args:
+        repository: a hub id.
+        names: of the files, or patterns such as `*/config.json`. Those that the repository lacks are not an error.
+        complete: whether a folder holds what is needed. None: all of `names`.
+
+    Raises:
+        UserError: they are not in the cache, and the hub cannot be reached or lacks them.
+    """
+    from huggingface_hub import snapshot_download
+
+    wanted = list(names)
+    complete = complete or (lambda found: all((found / name).is_file() for name in wanted))
+    with suppress(Exception):  # whatever is wrong with the cache, the hub can mend
+        cached = Path(snapshot_download(repository, allow_patterns=wanted, local_files_only=True))
+        if complete(cached):
+            return cached
+    _reach(repository)
+    try:
+        found = Path(snapshot_download(repository, allow_patterns=wanted))
+    except Exception as error:  # the hub's and the network's own are of many kinds
+        raise _not_downloaded(repository, error) from error
+    if not complete(found):
+        raise UserError(f"{repository}: the hub repository lacks {', '.join(wanted)}; see {url(repository)}")
+    return found
+
+
+def url(repository: str) -> str:
+    """The page of a hub repository."""
+    return f"https://huggingface.co/{repository}"
+
+
+def _here(name_or_path: str) -> Path | None:
+    """The folder on this machine that a name means; None: it is a hub id.
+
+    Raises:
+        UserError: a path to nothing.
+    """
+    if name_or_path == "toyworld":
+        if not TOYWORLD.is_dir():
+            raise UserError(f"the packaged model toyworld is not at {TOYWORLD}: install the package again")
+        return TOYWORLD
+    path = Path(name_or_path).expanduser()
+    if os.path.isdir(path):  # unlike Path.is_dir, False for a name that is too long
         return path
-    if path.is_file():
-        raise UserError(f"{path} is a file; give a diffusers folder (convert a single checkpoint with diffusers first)")
-    local = name_or_path.startswith((".", "/", "~")) or (path.parent != Path() and path.parent.is_dir())
-    if name_or_path.count("/") != 1 or local:
-        raise UserError(f"no model at {name_or_path}: give `toyworld`, a diffusers folder or a hub id like owner/name")
-    return _download(name_or_path)
+    shown = escaped(name_or_path, 1000)
+    if os.path.isfile(path):
+        raise UserError(
+            f"{shown} is a file; give a diffusers folder (convert a single checkpoint with diffusers first)"
+        )
+    if not is_hub_id(name_or_path):
+        raise UserError(f"no model at {shown}: give `toyworld`, a diffusers folder or a hub id like owner/name")
+    return None
 
 
-def _download(hub_id: str) -> Path:
+def _checked(path: Path) -> Path:
+    if not (path / INDEX).is_file():
+        raise UserError(f"{path} is no diffusers model: it has no {INDEX}; give the folder that holds one")
+    return path
+
+
+def _pipeline(hub_id: str) -> Path:
     from diffusers import DiffusionPipeline
 
+    options = {"use_safetensors": True, **dict.fromkeys(UNUSED)}  # parts that are given need no download
+    with suppress(Exception):
+        cached = Path(DiffusionPipeline.download(hub_id, local_files_only=True, **options))
+        if _is_complete(cached):
+            return cached
+    _reach(hub_id)
     try:
-        # Parts that are given need no download: these two are not used.
-        parts = {"safety_checker": None, "feature_extractor": None}
-        return Path(DiffusionPipeline.download(hub_id, use_safetensors=True, **parts))
-    except Exception as error:  # the hub's, the network's and diffusers' own are of many kinds
-        reason = " ".join(str(error).split())[:160]
+        return Path(DiffusionPipeline.download(hub_id, **options))
+    except Exception as error:
+        raise _not_downloaded(hub_id, error) from error
+
+
+def _reach(repository: str) -> None:
+    """The hub's own client tries an unreachable hub for half a minute; this asks once."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except Exception as error:
         raise UserError(
-            f"cannot get {hub_id} from the hub ({reason}): check the id and the network, or give a local folder"
+            f"cannot get {repository} from the hub: it is not on this machine and {constants.ENDPOINT} cannot be "
+            f"reached; check the network, or give a local folder"
         ) from error
+
+
+def _not_downloaded(repository: str, error: Exception) -> UserError:
+    reason = escaped(" ".join(str(error).split()) or type(error).__name__, 160)
+    return UserError(
+        f"cannot get {repository} from the hub ({reason}): check the id and the network, or give a local folder"
+    )
+
+
+def _parts(path: Path) -> list[Path]:
+    """The folders of a pipeline's parts by its index."""
+    index = json.loads((path / INDEX).read_text(encoding="utf-8"))
+    listed = {name: entry for name, entry in index.items() if isinstance(entry, list) and entry[-1] is not None}
+    return [path / name for name in listed if name not in UNUSED]
+
+
+def _is_described(path: Path) -> bool:
+    """Whether there is a config file at all; parts without weights have none."""
+    return (path / INDEX).is_file() and any((part / "config.json").is_file() for part in _parts(path))
+
+
+def _is_complete(path: Path) -> bool:
+    """Whether every part is there, with all its shards where it has weights: a download may have been interrupted."""
+    for part in _parts(path):
+        if not part.is_dir():
+            return False
+        if (part / "config.json").is_file() and not any(part.glob("*.safetensors")):
+            return False
+        for listing in part.glob("*.safetensors.index.json"):
+            shards = json.loads(listing.read_text(encoding="utf-8"))["weight_map"].values()
+            if not all((part / shard).is_file() for shard in shards):
+                return False
+    return True
