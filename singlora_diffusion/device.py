@@ -18,7 +18,7 @@ def choose(name: str | None) -> str:
     if name is None:
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        torch.zeros(1, device=name).item()  # torch's "meta" device makes tensors and cannot say what is in them
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises each of them
         raise UserError(
             f"--device {name} is not available here ({str(error).strip().splitlines()[0][:120]}); "

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 from annotated_types import Ge, Gt, Interval, Le
 
@@ -62,6 +62,28 @@ def check(settings: Any) -> None:
     except ValidationError as error:
         found = dict.fromkeys(_complaint(one) for one in error.errors())
         raise UserError("; ".join(found)) from None
+
+
+def build(kind: type[Settings], **values: Any) -> Settings:
+    """Settings from values named as the flags are, whichever group they stand in; the rest by default.
+
+    Raises:
+        TypeError: there is no such field, or one without a default is missing.
+    """
+    hints: dict[str, Any] = get_type_hints(kind)
+    own: dict[str, Any] = {}
+    for one in fields(kind):  # type: ignore[arg-type]
+        if is_dataclass(hints[one.name]):
+            inside = {key: values.pop(key) for key in _flags(hints[one.name]) if key in values}
+            if inside or _default(one) is MISSING:
+                own[one.name] = build(hints[one.name], **inside)
+    return kind(**own, **values)
+
+
+def _flags(kind: Any) -> Iterator[str]:
+    hints = get_type_hints(kind)
+    for one in fields(kind):
+        yield from _flags(hints[one.name]) if is_dataclass(hints[one.name]) else (one.name,)
 
 
 def replaced(settings: Settings, **values: Any) -> Settings:

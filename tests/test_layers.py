@@ -27,17 +27,14 @@ LEVEL = {unit: number for number, units in enumerate(LEVELS) for unit in units.s
 ONLY = {
     "singlora_diffusion.adapters": {"adapters", "models.attention_view", "models.cpu_layers", "models.network"},
     "singlora_diffusion.models": {"models"},
-    **{
-        f"eval.{name}": {"eval", "data", "sampling.manifest"}
-        for name in ("encoders", "encoder_files", "skip_init", "metrics", "statistics", "score", "vector_store")
-    },
+    "eval": {"eval", "data", "sampling.manifest"},
 }
 """What a room may import above the ground floor: adapters know no family, models no adapter, scores neither."""
 
 ONLY_IN = {
     "peft": ("singlora_diffusion.adapters.peft_baselines", "benchmarks."),  # measured as its users use it
-    "open_clip": ("eval.encoders", "singlora_diffusion.toyworld.", "benchmarks."),
-    "timm": ("eval.encoders", "singlora_diffusion.toyworld.", "benchmarks."),
+    "open_clip": ("eval.encoder_models", "singlora_diffusion.toyworld.", "benchmarks."),
+    "timm": ("eval.encoder_models", "singlora_diffusion.toyworld.", "benchmarks."),
 }
 
 HEAVY = {"torch", "torchvision", "diffusers", "transformers", "accelerate", "peft", "open_clip", "timm", "scipy"}
@@ -73,7 +70,12 @@ def imports(module: str, *, at_start: bool = False) -> frozenset[str]:
 
 
 def walk(node: ast.AST, at_start: bool) -> Iterator[ast.AST]:
-    """`ast.walk`, without the insides of functions and of `if TYPE_CHECKING` where `at_start`."""
+    """`ast.walk`, without the insides of functions and of `if TYPE_CHECKING` where `at_start`.
+
+    What a file does when it is run as a program is no import of its own: it stands on top then.
+    """
+    if isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'":
+        return
     yield node
     for child in ast.iter_child_nodes(node):
         is_function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
@@ -143,10 +145,10 @@ def test_flags_are_parsed_where_programs_begin() -> None:
 
 
 def test_help_loads_nothing_heavy() -> None:
-    """What stands behind `singlora VERB --help`: the command itself and every verb's settings."""
-    from singlora_diffusion.cli import VERBS
+    """What stands behind `singlora COMMAND --help`: the command itself and every command's settings."""
+    from singlora_diffusion.cli import COMMANDS
 
-    todo = ["singlora_diffusion.cli", *(verb.settings.partition(":")[0] for verb in VERBS.values())]
+    todo = ["singlora_diffusion.cli", *(command.settings.partition(":")[0] for command in COMMANDS.values())]
     seen: set[str] = set()
     while todo:
         module = todo.pop()

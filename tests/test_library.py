@@ -32,7 +32,7 @@ def test_every_public_name_is_there() -> None:
 def test_the_example_in_the_docstring_runs(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sd.__doc__ is not None
     example = re.findall(r"^    (.+)$", sd.__doc__, re.MULTILINE)
-    assert len(example) == 6
+    assert len(example) == 9
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"sd": sd, "torch": torch}
     exec("\n".join(example).replace('"toyworld"', repr(str(tiny_model))), names)

@@ -11,6 +11,13 @@ from singlora_diffusion import device, files
 from singlora_diffusion.errors import UserError
 
 
+@pytest.mark.parametrize("name", ["meta", "nonsense", "cpu:9:9", ""])
+def test_devices_that_cannot_compute(name: str) -> None:
+    assert device.choose("cpu") == "cpu"
+    with pytest.raises(UserError, match=f"^--device {name} is not available here"):
+        device.choose(name)
+
+
 def test_what_cannot_fit_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 1 << 20 < device.free_memory("cpu") < 1 << 50
     monkeypatch.setattr(device, "free_memory", lambda _: 20_000_000_000)

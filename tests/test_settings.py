@@ -53,6 +53,15 @@ def test_json_is_flat() -> None:
     assert settings.as_json(job) == {"data": "x", "rank": 16, "alpha": None, "scales": [1.0], "overwrite": True}
 
 
+def test_build_finds_the_group() -> None:
+    job = settings.build(Job, data=Path("x"), rank=2, overwrite=False)
+    assert job == Job(Path("x"), Adapter(rank=2), overwrite=False)
+    assert settings.build(Job, data=Path("x")) == Job(Path("x"))
+    for wrong in ({"data": Path("x"), "ranke": 2}, {}):
+        with pytest.raises(TypeError):
+            settings.build(Job, **wrong)
+
+
 def test_replaced_finds_the_group() -> None:
     job = settings.replaced(Job(Path("x")), rank=2, overwrite=False)
     assert job == Job(Path("x"), Adapter(rank=2), overwrite=False)

@@ -101,5 +101,7 @@ def check_line(line: object) -> Record:
         if value is not None and type(value) not in kinds:  # by identity: a bool is no number here
             wanted = " or ".join(kind.__name__ for kind in kinds)
             raise ValueError(f"{field} has type {type(value).__name__}, not {wanted}")
-    json.dumps(line, ensure_ascii=False, allow_nan=False).encode()  # NaN, and half a surrogate pair, are ValueErrors
+        if isinstance(value, str):
+            value.encode()  # half a surrogate pair is a ValueError
+    json.dumps(line, allow_nan=False)  # and so is NaN
     return line
