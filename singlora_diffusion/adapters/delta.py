@@ -119,6 +119,8 @@ class LowRankDelta(nn.Module):
 
     def forward(self, base: nn.Linear, x: Tensor) -> Tensor:
         """What the adapted layer answers to x (..., in): base(x) + x dW^T, (..., out) in x.dtype."""
+        if self.scale == 0.0:  # the sums of a layer with its update may come in another order
+            return base(x)
         up, down = (factor.to(x.dtype) for factor in self.pair())
         return torch.add(base(x), (x @ down.T * self.gain.to(x.dtype)) @ up.T, alpha=self.scale)
 

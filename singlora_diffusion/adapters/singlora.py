@@ -81,6 +81,8 @@ class SingLoRA(LowRankDelta):
 
     def forward(self, base: nn.Linear, x: Tensor) -> Tensor:
         """What the adapted layer answers to x (..., in): base(x) + x dW^T, (..., out) in x.dtype."""
+        if self.scale == 0.0:  # the fused sums may come in another order
+            return base(x)
         if self.A0 is None and singlora_fused.applies(base, x):  # an offset's halves must cancel exactly at the start
             return singlora_fused.adapted_linear(base, x, self.A, self._middle() * self.scale)
         return torch.add(base(x), self._update(x), alpha=self.scale)

@@ -66,6 +66,8 @@ class DoraSingLoRA(SingLoRA):
 
     def forward(self, base: nn.Linear, x: Tensor) -> Tensor:
         """x W'^T + bias, (..., out) in x.dtype."""
+        if self.scale == 0.0:
+            return base(x)
         ratio = self.magnitude / self.norm(base.weight)
         # As a change of y, so that what has not moved yet answers exactly as the base does, whatever the dtype.
         if self.A0 is None and self.scale == 1.0 and singlora_fused.applies(base, x):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..models.network import Networks
-from . import columns, container, names
+from . import container, names
 from .container import Index, shown
-from .native import Header
 
 if TYPE_CHECKING:
     from ..adapters.registry import Adapter
@@ -38,52 +37,12 @@ def of_adapter(adapter: Adapter) -> Iterator[tuple[str, Pair]]:
     Raises:
         UserError: the method has no such form (OFT, LoKr).
     """
-    return MAGNITUDES.get((adapter.config.method, adapter.config.dora), _factors)(adapter)
-
-
-def _factors(adapter: Adapter) -> Iterator[tuple[str, Pair]]:
     try:
-        for name, up, down in adapter.factors():
-            yield name, Pair(*_steady((up.float(), down.float()), adapter.config.init))
+        for name, (up, down, magnitude) in adapter.pairs():
+            yield name, Pair(up.float(), down.float(), None if magnitude is None else magnitude.float())
     except UserError as error:
         method = adapter.config.method
         raise UserError(f"no LoRA file can hold {method}: --merge_into DIR writes a full model instead") from error
-
-
-def _singlora_dora(adapter: Adapter) -> Iterator[tuple[str, Pair]]:
-    layers = {name: (base.out_features, base.in_features) for name, base in adapter.layers().items()}
-    header = Header(config=adapter.config, u=adapter.u, layers=layers)
-    state = {key: tensor.cpu() for key, tensor in adapter.state_dict().items()}
-    for name in layers:
-        up, down = _steady(columns.of_layer(header, state, name).pair(), adapter.config.init)
-        yield name, Pair(up.float(), down.float(), state[f"{name}.magnitude"].float())
-
-
-def _peft_dora(adapter: Adapter) -> Iterator[tuple[str, Pair]]:
-    state = adapter.state_dict()
-    for name in adapter.layers():
-        rank, alpha, _ = adapter.config.for_role(adapter.networks[name.partition(".")[0]].role)
-        up, down, m = (state[f"{name}.{key}"].float() for key in ("lora_B", "lora_A", "lora_magnitude_vector"))
-        yield name, Pair(up * (alpha / rank), down, m)
-
-
-MAGNITUDES: dict[tuple[str, bool], Callable[[Adapter], Iterator[tuple[str, Pair]]]] = {
-    ("singlora", True): _singlora_dora,
-    ("dora", False): _peft_dora,
-}
-"""By method and its `dora` option: what has a magnitude beside its pair."""
-
-
-def _steady(pair: tuple[Tensor, Tensor], init: str) -> tuple[Tensor, Tensor]:
-    """The same product without the difference of two nearly equal ones that `offset` is: safe to round.
-
-    [P, Q] [R; T] = [P + Q, (P - Q) / 2] [(R + T) / 2; R - T], where P + Q and R - T are small, as the update is.
-    """
-    up, down = pair
-    if init != "offset":
-        return up, down
-    (p, q), (r, t) = up.chunk(2, dim=1), down.chunk(2, dim=0)
-    return torch.cat([p + q, (p - q) / 2], dim=1), torch.cat([(r + t) / 2, r - t], dim=0)
 
 
 def of_file(index: Index, networks: Networks) -> dict[str, Pair]:
