@@ -1,9 +1,10 @@
-"""Each kind of convolution and linear layer of a UNet by itself: stock, prepared, and with an adapter on top.
+"""Each kind of convolution and linear layer of a UNet by itself: stock, in each of the CPU forms, and with an adapter.
 
-    python -m benchmarks.layers --model sd15 --resolution 256 --dtype float32
+    OMP_NUM_THREADS=1 python -m benchmarks.layers --model sd15 --resolution 256 --dtype float32 --clock cpu
 
-Forward and backward to the input, weights frozen, milliseconds per layer; `adapted` has the gradient of A too, rank 15.
-What cpu_layers.py takes for few and large comes from here. One kind of layer is timed again and again, so its
+Forward and backward to the input, weights frozen, milliseconds per layer. `products`: convolutions as products of
+patches. `wide`: bfloat16 computed in float32. `all`: both. `adapted`: the stock layer with an adapter of rank 15, the
+gradient of A included. The numbers in cpu_layers.py come from here. One kind of layer is timed again and again, so its
 weight may lie in a cache where that of a whole network would not: the step's own benchmark has the last word.
 """
 
@@ -26,6 +27,15 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+FORMS: dict[str, dict[str, Any]] = {  # the fields of cpu_layers.Forms, from one number or row on
+    "stock": {},
+    "products": {"patches": 1, "pointwise": True},
+    "wide": {"wide": 1},
+    "all": {"patches": 1, "pointwise": True, "wide": 1},
+    "adapted": {},
+}
+
+
 @dataclass(frozen=True)
 class Settings:
     """Time the layers of a UNet one by one."""
@@ -35,7 +45,7 @@ class Settings:
     resolution: int = 256
     """Pixels per side."""
     batch: int = 1
-    """Pictures per step."""
+    """Images per step."""
     dtype: Precision = "float32"
     """Of the frozen layers."""
     rounds: int = 3
@@ -107,14 +117,13 @@ def both_ways(kind: Kind, form: str, dtype: torch.dtype) -> Iterator[Callable[[]
     from singlora_diffusion.adapters.singlora import SingLoRA
     from singlora_diffusion.models import cpu_layers
 
-    layer: Any = kind.layer(dtype)
-    if form != "stock":
-        cpu_layers.prepare(nn.Sequential(layer))
-    call: Any = layer
+    owner: Any = nn.Sequential(kind.layer(dtype))
+    cpu_layers.prepare(owner, cpu_layers.Forms(**FORMS[form]))
+    call: Any = owner[0]
     wanted = [torch.randn(kind.shape).to(dtype).requires_grad_()]
     if form == "adapted":
-        delta = SingLoRA(layer, 15, 15.0)
-        call, wanted = partial(delta, layer), [*wanted, delta.A]
+        delta = SingLoRA(owner[0], 15, 15.0)
+        call, wanted = partial(delta, owner[0]), [*wanted, delta.A]
     weights = torch.ones_like(call(wanted[0]))
 
     def run() -> None:
@@ -123,36 +132,46 @@ def both_ways(kind: Kind, form: str, dtype: torch.dtype) -> Iterator[Callable[[]
     yield run
 
 
+def differing(kind: Kind, dtype: torch.dtype) -> list[str]:
+    """The forms that change anything about a layer of this kind and dtype."""
+    narrow = str(dtype) == "torch.bfloat16"
+    if kind.kernel:
+        return ["stock", "products", "wide", "all"] if narrow else ["stock", "products"]
+    return ["stock", "wide", "adapted"] if narrow else ["stock", "adapted"]
+
+
 def main() -> int:
     import torch
     import tyro
+
+    from singlora_diffusion.models import cpu_layers
 
     settings = tyro.cli(Settings, description=__doc__)
     dtype, clock = getattr(torch, settings.dtype), timing.CLOCKS[settings.clock]
     figures: dict[str, dict[str, Any]] = {}
     for kind, count in kinds(settings).items():
-        forms = ("stock", "prepared") if kind.kernel else ("stock", "prepared", "adapted")
-        jobs: dict[str, timing.Job] = {form: partial(both_ways, kind, form, dtype) for form in forms}
+        jobs: dict[str, timing.Job] = {form: partial(both_ways, kind, form, dtype) for form in differing(kind, dtype)}
         seconds = timing.rounds(jobs, settings.rounds, clock=clock)
-        figures[str(kind)] = {"count": count, **{form: timing.spread(seconds[form]).median for form in forms}}
-    total = {form: sum(row["count"] * row[form] for row in figures.values()) for form in ("stock", "prepared")}
+        figures[str(kind)] = {"count": count, **{form: timing.spread(seconds[form]).median for form in jobs}}
     where = f"{settings.model}, {settings.resolution} px, batch {settings.batch}, {settings.dtype}"
+    here = f"{timing.machine()['threads']} threads, {cpu_layers.cpu_kind()}"
     timing.show(
-        f"layers, forward and backward: {where}, {timing.machine()['threads']} threads",
-        ("layer", "count", "stock ms", "prepared ms", "adapted ms", "prepared / stock"),
+        f"layers, forward and backward, ms (ratio to stock): {where}, {here}",
+        ("layer", "count", *FORMS),
         [
             (
                 name,
                 str(row["count"]),
-                *(f"{1000 * row[form]:.2f}" if form in row else "-" for form in ("stock", "prepared", "adapted")),
-                f"{row['prepared'] / row['stock']:.2f}",
+                *(f"{1000 * row[form]:.2f} ({row[form] / row['stock']:.2f})" if form in row else "-" for form in FORMS),
             )
             for name, row in sorted(figures.items(), key=lambda item: -item[1]["count"] * item[1]["stock"])
         ],
     )
-    print(f"together: stock {total['stock']:.3f} s, prepared {total['prepared']:.3f} s")
+    for form in FORMS:
+        print(f"{form}: {sum(row['count'] * row.get(form, row['stock']) for row in figures.values()):.3f} s together")
     if settings.output is not None:
-        timing.write(settings.output, ["python", "-m", "benchmarks.layers", *sys.argv[1:]], seconds=figures)
+        command = ["python", "-m", "benchmarks.layers", *sys.argv[1:]]
+        timing.write(settings.output, command, cpu=cpu_layers.cpu_kind(), seconds=figures)
     return 0
 
 

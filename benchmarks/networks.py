@@ -122,6 +122,8 @@ def prepare(model: Model, resolution: int, batch: int, precision: Precision, *, 
     unet = random_weights(MODELS[model], dtype, device)
     side = resolution // 8
     width = unet.config.cross_attention_dim
+    prepared = copy.deepcopy(unet, {id(weight): weight for weight in unet.parameters()})
+    cpu_layers.prepare(prepared)
     extra: dict[str, Any] = {}
     if model == "sdxl":
         pooled = torch.randn(batch, 1280).to(device, dtype)
@@ -129,7 +131,7 @@ def prepare(model: Model, resolution: int, batch: int, precision: Precision, *, 
         extra["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": size.to(device)}
     return Bench(
         unet,
-        cpu_layers.prepare(copy.deepcopy(unet, {id(weight): weight for weight in unet.parameters()})),
+        prepared,
         torch.randn(batch, 4, side, side).to(device),
         torch.randn(batch, 77, width).to(device, dtype),
         extra,

@@ -122,16 +122,28 @@ def test_the_header_says_all_that_is_needed(settings: GenerateSettings, capsys: 
     assert last == f"next: singlora score --images {settings.output.output_dir} --references 'my dog'"
 
 
-def test_batch_size_changes_images_by_rounding_only(settings: GenerateSettings, tmp_path: Path) -> None:
+def test_an_image_depends_on_its_own_seed_and_not_on_its_batch(settings: GenerateSettings, tmp_path: Path) -> None:
+    """Each image has its own generator, so that a batch changes nothing but the order of sums.
+
+    The longest sum of the tiny model has n = 1152 terms (128 channels, 3 x 3). In another order it differs by
+    n^1/2 u = 2e-6 as a rule and by n u = 7e-5 at worst, where u = 2^-24. Guidance of 7.5 multiplies that by up to 14,
+    and one level of 255 is 1/127.5: 0.004 of a level as a rule, which carries that share of the values over the edge
+    between two levels, and 0.12 of a level at worst, so never over two edges.
+    """
     three = replaced(settings, seeds="0-2", batch_size=4)
     one = replaced(three, batch_size=1, output_dir=tmp_path / "one")
     generate(three)
     generate(one)
-    lines = manifest(one.output.output_dir)
-    assert len(lines) == 6 and lines == manifest(three.output.output_dir)
-    for line in lines:  # sums in another order may move a number across the border between two levels, not further
-        name = line["file"]
-        assert np.abs(pixels(one.output.output_dir, name) - pixels(three.output.output_dir, name)).max() <= 1
+    files = [line["file"] for line in manifest(one.output.output_dir)]
+    assert manifest(three.output.output_dir) == manifest(one.output.output_dir) and len(files) == 6
+    levels = np.stack([pixels(one.output.output_dir, file) - pixels(three.output.output_dir, file) for file in files])
+    assert np.abs(levels).max() <= 1 and np.abs(levels).mean() <= 0.004
+    again = replaced(one, seeds="2", output_dir=tmp_path / "again")
+    generate(again)  # and not on the images before it
+    for line in manifest(again.output.output_dir):
+        assert (again.output.output_dir / line["file"]).read_bytes() == (
+            one.output.output_dir / line["file"]
+        ).read_bytes()
 
 
 def test_strength_zero_is_the_base_model_and_merged_is_attached(settings: GenerateSettings, tmp_path: Path) -> None:

@@ -221,7 +221,7 @@ def test_a_step_of_training_reaches_the_adapter(family: Any) -> None:
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     mean, std = family.encode_images(images)
     assert mean.shape == std.shape == (2, 4, 8, 8)
-    text = next(network for network in family.networks.values() if network.role == "text" and network.adapted)
+    text = next(network for network in family.networks.values() if network.role == "text" and network.targets)
     adapter = adapters.attach(family.networks, AdapterConfig(rank=2, text_targets=text.targets))
     try:
         times = family.times(torch.tensor([0.2, 0.9], dtype=torch.float64))
@@ -231,7 +231,7 @@ def test_a_step_of_training_reaches_the_adapter(family: Any) -> None:
         assert family.loss_weights(times, None) is None
         (answer.float() - target).square().mean().backward()
         layers = {name.partition(".")[0] for name in adapter.layers()}
-        assert layers == {name for name, network in family.networks.items() if network.adapted}
+        assert layers == {name for name, network in family.networks.items() if network.targets}
         denoiser = next(iter(family.networks.values()))
         assert adapter.config.targets == denoiser.targets == denoiser.presets["attention"]
         # Without a say: the last layer of SDXL's first encoder, and what the last block of SD3 asks for the text.
@@ -239,6 +239,15 @@ def test_a_step_of_training_reaches_the_adapter(family: Any) -> None:
         assert len(silent) == {"stable_diffusion_xl": 4, "stable_diffusion_3": 1}.get(family.name, 0)
     finally:
         adapter.detach()
+
+
+def test_t5_is_adapted_by_who_names_its_layers(one_flux: Any) -> None:
+    clip, t5 = "text_encoder", "text_encoder_2"
+    for targets, expected in ((None, {clip: 8}), (("t5_attention",), {t5: 8}), (("q", "q_proj"), {clip: 2, t5: 2})):
+        adapter = adapters.attach(one_flux.networks, AdapterConfig(rank=2, targets=("proj_mlp",), text_targets=targets))
+        names = [layer.partition(".")[0] for layer in adapter.layers()]
+        adapter.detach()
+        assert {name: names.count(name) for name in (clip, t5) if name in names} == expected
 
 
 def test_autoencoders_with_a_scale_by_channel(xl: Any) -> None:

@@ -60,7 +60,7 @@ def test_train_save_load_generate(tiny: str, images: Path, tmp_path: Path, reque
     assert (header.family, header.base_model, header.base_hash) == (family.name, base, family.fingerprint)
     adapter = formats.load(path, family.networks)
     found = Counter(layer.partition(".")[0] for layer in adapter.layers())
-    assert dict(found) == LAYERS[tiny] and set(found) == {n for n, network in networks.items() if network.adapted}
+    assert dict(found) == LAYERS[tiny] and set(found) == {n for n, network in networks.items() if network.targets}
     adapted = np.asarray(family.sample(["a photo of sks dog"], [0], steps=2)[0])
     adapter.detach()
 

@@ -118,11 +118,10 @@ def test_hooks_of_the_base_are_heard(cast: bool) -> None:
 @pytest.mark.parametrize(("dora", "dtype"), ((True, torch.float32), (False, torch.bfloat16)))
 def test_a_step_compiles_without_graph_breaks(dora, dtype, make_networks, monkeypatch) -> None:
     """Through the attention processors and the layers' CPU forms; answers and gradients are those of the eager step."""
-    monkeypatch.setattr(cpu_layers, "QUICK_AT_BFLOAT16", False)
-    for least in ("FEW", "LARGE_WEIGHT", "VERY_LARGE_WEIGHT"):
-        monkeypatch.setattr(cpu_layers, least, 1)
+    monkeypatch.setattr(cpu_layers, "LARGE_WEIGHT", 1)
     torch.manual_seed(0)
-    unet = cpu_layers.prepare(make_networks(dtype)["unet"].requires_grad_(False).eval())
+    unet = make_networks(dtype)["unet"].requires_grad_(False).eval()
+    cpu_layers.prepare(unet, cpu_layers.Forms(patches=1, pointwise=True, wide=1))
     adapter = adapters.attach({"unet": unet}, AdapterConfig(rank=2, dora=dora))
     side, width = unet.config.sample_size, unet.config.cross_attention_dim
     inputs = (

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ..models.cpu_layers import CpuLinear, product_dtype
+from ..models.cpu_layers import CpuLinear
 
 
 def applies(base: nn.Linear, x: Tensor) -> bool:
@@ -41,7 +41,7 @@ def adapted_linear(base: nn.Linear, x: Tensor, a: Tensor, middle: Tensor) -> Ten
         a: (max(out, in), r), of any dtype.
         middle: a number or (r,), a constant.
     """
-    wide = product_dtype(x, base.weight, x.shape[:-1].numel()) if isinstance(base, CpuLinear) else x.dtype
+    wide = base.product_dtype(x) if isinstance(base, CpuLinear) else x.dtype
     return _AdaptedLinear.apply(x, base.weight, base.bias, a, middle, wide)
 
 

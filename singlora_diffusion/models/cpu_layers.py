@@ -1,22 +1,31 @@
-"""A frozen network's layers in the forms that a CPU is quick at: same weights, same answers, fewer seconds.
+"""Faster forms of a frozen network's layers on a CPU: the same weights and the same answers, to rounding.
 
-Two things cost more there than the arithmetic itself:
+Two things cost more on a CPU than the arithmetic itself:
 
-* A convolution lays its whole weight out anew at each call. Where the map is small, as in the inner half of a UNet,
-  that is most of its time. There it is computed as one product of the weight, as it lies in memory, with patches. For a
-  kernel of 1 x 1 the map is all the patches there are, and that pays at any size.
-* Without matrix units (AMX) a product of bfloat16 numbers takes longer than one of float32. Where there are rows enough
-  to pay for converting the weight, the product is computed in float32 and rounded once at the end, and so are
-  convolutions and attention.
+* A convolution lays out its whole weight anew at each call. On a small map, as in the inner half of a UNet, that is
+  most of its time. There the convolution is computed as one product of the weight, as it lies in memory, with patches
+  of the map. For a kernel of 1 x 1 the map itself is the patches.
+* On some processors a product of bfloat16 numbers takes longer than one of float32. Where there are enough rows to pay
+  for converting the weight, the product is computed in float32 and rounded once at the end, and so are convolutions and
+  attention.
 
-Nothing is kept besides: neither form stores a second copy of a weight, for the backward pass included.
+Which of these pays depends on the processor: `PAYS` says what was measured where, and nothing is used elsewhere.
+No form stores a second copy of a weight, not even for the backward pass.
+
+How a form gets in: `prepare` puts a subclass of the layer in the layer's place, which shares the layer's state, and
+returns the undo, as `adapters.inject.attach` does. The layer itself is not changed. The other ways lose something:
+a wrapper around the layer changes the names of parameters, and `isinstance(layer, nn.Linear)`, by which PEFT finds its
+targets, no longer holds. A `forward` set on the instance makes a reference cycle, which keeps gigabytes alive until the
+garbage collector looks. Forward hooks run before or after the stock computation, not instead of it. A
+`TorchFunctionMode` around a call has ended when gradient checkpointing computes the call again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
@@ -27,38 +36,98 @@ from torch.nn.grad import conv2d_input
 
 from .attention_view import AttentionView
 
-FEW = 96
-"""With fewer rows, or positions in the maps of a batch, fetching a weight takes longer than computing with it: there
-convolutions become products, and bfloat16 stays bfloat16. From here on bfloat16 is computed in float32."""
-LARGE_WEIGHT, VERY_LARGE_WEIGHT = 100_000, 1_000_000
-"""Numbers in a weight from which on float32 gains more than converting x and y costs, and patches more than cutting
-them out."""
+FEW_POSITIONS = 96
+"""With fewer positions in the maps of a batch, fetching a weight takes longer than computing with it: there
+convolutions become products."""
+LARGE_WEIGHT = 100_000
+"""Numbers in a weight from which on float32, or a 1 x 1 convolution as a product, gains more than it costs."""
 SLOW_MAP = 20_480
-"""Up to so many numbers in one picture's map, PyTorch leaves a float32 convolution to its own slow form."""
+"""Up to so many numbers in one image's map, PyTorch leaves a float32 convolution to its own slow form."""
 PART = 1 << 21
 """Numbers of a weight converted at a time: larger pieces are fetched from the system anew each time, page by page."""
 
 
-def prepare(network: nn.Module) -> nn.Module:
-    """Give those layers and attentions of `network` that gain by them the forms above, in place; returns it.
+class Forms(NamedTuple):
+    """Which of the forms are used."""
 
-    Values, names and shapes of parameters stay as they are. Layers that are trained themselves compute as before, and
-    so does everything on other devices.
+    patches: int = 0
+    """Convolutions over small maps as one product, from so many numbers in the weight on; 0: none."""
+    pointwise: bool = False
+    """Convolutions with a kernel of 1 x 1 as one product, whatever the size of the map."""
+    wide: int = 0
+    """Products and convolutions of bfloat16 numbers in float32, from so many rows or positions on, and attention;
+    0: none."""
+
+
+PAYS = {
+    # Xeon with avx512_bf16, without AMX
+    "intel avx512": Forms(patches=1_000_000, pointwise=True, wide=96),
+    # EPYC, Zen 5: bfloat16 is four times as fast as float32, and gains from `pointwise`, which float32 does not
+    "amd avx512": Forms(patches=10_000_000, pointwise=True),
+    # Zen 5 limited to AVX2: without AVX-512 PyTorch leaves bfloat16 to loops that take ten to a hundred times as long
+    "avx2": Forms(patches=10_000_000, wide=8),
+}
+"""By `cpu_kind`, the forms that were shown to pay (docs/performance.md, `benchmarks.layers`). AMX, ARM and whatever
+else is not in the table keep the stock layers."""
+
+
+def cpu_kind() -> str:
+    """Vendor and vector instructions, as far as they decide what pays: `intel avx512`, `amd avx512`, `avx2`, ...
+
+    Heeds ATEN_CPU_CAPABILITY, which limits what PyTorch uses. AVX2 is one kind, whoever made it.
     """
-    for module in network.modules():
-        if type(module) is nn.Linear and _is_slow(module.weight):
-            module.__class__ = CpuLinear
-        elif type(module) is nn.Conv2d and _can_change(module):
-            module.__class__ = CpuConv2d
-        elif isinstance(module, Attention) and _can_widen(module):
+    vectors = torch.backends.cpu.get_cpu_capability().lower()
+    if vectors != "avx512":
+        return vectors
+    has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not there before torch 2.11
+    vendor = next((name for name in ("intel", "amd") if name in has.get("cpu_name", "").lower()), "unknown")
+    return f"{vendor} {'amx' if has.get('amx_bf16') else vectors}"
+
+
+def prepare(network: nn.Module, forms: Forms | None = None) -> Callable[[], None]:
+    """Put the faster forms in the places of those layers and attentions inside `network` that gain by them.
+
+    Values, names, shapes and identities of parameters stay as they are. Layers that are trained themselves compute as
+    before, and so does everything on other devices and under autocast.
+
+    Args:
+        forms: by default what pays on this processor.
+
+    Returns the exact inverse: called, it puts back the very modules that were there before. Adapters attached in the
+    meantime are detached first.
+    """
+    if forms is None:
+        forms = PAYS.get(cpu_kind(), Forms())
+    undo: list[Callable[[], None]] = []
+    made: dict[nn.Module, nn.Module] = {}  # a layer in two places stays one layer
+    for path, module in list(network.named_modules(remove_duplicate=False)):
+        if isinstance(module, Attention) and forms.wide and _can_widen(module):
+            undo.append(partial(module.set_processor, module.processor))
             module.set_processor(CpuAttnProcessor(module.processor))
-    return network
+        if module not in made:
+            if type(module) is nn.Linear and forms.wide and _is_slow(module.weight):
+                made[module] = _in_place_of(module, CpuLinear, forms)
+            elif type(module) is nn.Conv2d and _can_change(module, forms):
+                made[module] = _in_place_of(module, CpuConv2d, forms)
+        if module in made:
+            parent, _, name = path.rpartition(".")
+            owner = network.get_submodule(parent)
+            setattr(owner, name, made[module])
+            undo.append(partial(setattr, owner, name, module))
+
+    def restore() -> None:
+        while undo:
+            undo.pop()()
+
+    return restore
 
 
-def _can_change(layer: nn.Conv2d) -> bool:
+def _can_change(layer: nn.Conv2d, forms: Forms) -> bool:
     usual = layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-    soon = _is_pointwise(layer) or _is_slow(layer.weight)
-    return usual and layer.weight.numel() >= (LARGE_WEIGHT if soon else VERY_LARGE_WEIGHT)
+    wide = forms.wide > 0 and _is_slow(layer.weight)
+    soon = wide or (forms.pointwise and _is_pointwise(layer))
+    numbers = layer.weight.numel()
+    return usual and bool((soon and numbers >= LARGE_WEIGHT) or (forms.patches and numbers >= forms.patches))
 
 
 def _is_pointwise(layer: nn.Conv2d) -> bool:
@@ -70,23 +139,13 @@ def _can_widen(attention: Any) -> bool:
     return stock and _is_slow(attention.to_q.weight)
 
 
-def product_dtype(x: Tensor, weight: Tensor, rows: int) -> torch.dtype:
-    """In what dtype a product of `rows` rows made of x with a weight is quickest: that of x, or float32."""
-    enough = rows >= FEW and weight.numel() >= LARGE_WEIGHT
-    return torch.float32 if enough and _is_slow(x) else x.dtype
-
-
 def _is_slow(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and not QUICK_AT_BFLOAT16
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16
 
 
-def _quick_at_bfloat16() -> bool:
-    has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # the oldest torch that will do cannot say
-    return has.get("architecture") != "x86_64" or bool(has.get("amx_bf16"))
-
-
-QUICK_AT_BFLOAT16 = _quick_at_bfloat16()  # here once: torch.compile cannot look into the call
-"""Whether this CPU has matrix units for bfloat16 (AMX), or is of a kind that was not measured."""
+def _pays(forms: Forms, x: Tensor, weight: Tensor, rows: int) -> bool:
+    """Whether a product of `rows` rows made of x with `weight` is quicker in float32."""
+    return 0 < forms.wide <= rows and weight.numel() >= LARGE_WEIGHT and _is_slow(x)
 
 
 def _stands_for(layer: nn.Linear | nn.Conv2d, x: Tensor) -> bool:
@@ -96,26 +155,47 @@ def _stands_for(layer: nn.Linear | nn.Conv2d, x: Tensor) -> bool:
     return here and not trained and not torch.is_autocast_enabled("cpu")
 
 
+def _in_place_of(layer: nn.Module, kind: Any, forms: Forms) -> nn.Module:
+    """A layer of `kind` that shares the parameters, the hooks and everything else of `layer`.
+
+    Not the business of a constructor: PEFT calls that of a layer's type for layers of its own.
+    """
+    stand_in = kind.__new__(kind)
+    vars(stand_in).update(vars(layer))
+    stand_in.forms = forms
+    return stand_in
+
+
 class CpuLinear(nn.Linear):
     """x (..., in) to (..., out) in the dtype of x."""
 
+    forms = Forms()
+
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.shape[:-1].numel()
-        if not _stands_for(self, x) or product_dtype(x, self.weight, rows) == x.dtype:
+        if not _stands_for(self, x) or self.product_dtype(x) == x.dtype:
             return super().forward(x)
-        return _Product.apply(x.reshape(rows, -1), self.weight, self.bias).view(*x.shape[:-1], -1)
+        return _Product.apply(x.reshape(-1, self.in_features), self.weight, self.bias).view(*x.shape[:-1], -1)
+
+    def product_dtype(self, x: Tensor) -> torch.dtype:
+        """In what dtype a product of x (..., in) with the weight is quickest: that of x, or float32."""
+        return torch.float32 if _pays(self.forms, x, self.weight, x.shape[:-1].numel()) else x.dtype
 
 
 class CpuConv2d(nn.Conv2d):
     """x (N, C, h, w) to (N, C', h', w') in the dtype of x."""
 
+    forms = Forms()
+
     def forward(self, x: Tensor) -> Tensor:
-        if not _stands_for(self, x):
+        if x.dim() != 4 or x.shape[1] != self.in_channels or not _stands_for(self, x):
             return super().forward(x)
-        height, width = self._positions(0, x.shape[-2]), self._positions(1, x.shape[-1])
+        height, width = self._positions(0, x.shape[2]), self._positions(1, x.shape[3])
+        if min(len(x), height, width) < 1:  # nothing to compute, or an error
+            return super().forward(x)
         positions = len(x) * height * width
-        wide = product_dtype(x, self.weight, positions) != x.dtype
-        if _is_pointwise(self) or (positions < FEW and self.weight.numel() >= VERY_LARGE_WEIGHT):
+        wide = _pays(self.forms, x, self.weight, positions)
+        few = positions < FEW_POSITIONS and 0 < self.forms.patches <= self.weight.numel()
+        if few or (self.forms.pointwise and _is_pointwise(self)):
             product = _ColumnProduct.apply if wide else _column_product
             y = product(self._patches(x), self.weight.flatten(1), self.bias)
             return y.view(-1, len(x), height, width).transpose(0, 1).contiguous()

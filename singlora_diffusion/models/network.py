@@ -38,8 +38,6 @@ class NetworkSpec:
         presets: further lists of targets by name, such as `attention+mlp`.
         prefixes: what stands in the name's place, by file form, as in {"kohya": "lora_te1"}; else the name itself.
         file_path: a layer's path in the module -> its path in files.
-        adapted: whether adapters go into it. False: the network is only read, as no text targets would fit it and the
-            other text encoders at once.
         sample_inputs: small random keyword arguments to call the module with, on its device and in its dtype; a
             function of nothing else.
     """
@@ -51,7 +49,6 @@ class NetworkSpec:
     presets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     prefixes: Mapping[str, str] = field(default_factory=dict)
     file_path: Callable[[str], str] = _same
-    adapted: bool = True
     sample_inputs: Callable[[], dict[str, Any]] = _nothing
 
     def layer(self, path: str) -> str:
@@ -162,14 +159,14 @@ def clip_text_encoder(name: str, module: nn.Module, prefix: str = "lora_te") -> 
 
 
 def t5_encoder(name: str, module: nn.Module, prefix: str) -> NetworkSpec:
-    """A T5EncoderModel of transformers, which no training script of diffusers adapts."""
+    """A T5EncoderModel of transformers. No training script of diffusers adapts it, so its layers must be named."""
     return NetworkSpec(
         name,
         module,
         "text",
-        T5_ATTENTION,
+        targets=(),
+        presets={"t5_attention": T5_ATTENTION},
         prefixes={"kohya": prefix},
-        adapted=False,
         sample_inputs=lambda: text_inputs(module),
     )
 

@@ -113,7 +113,9 @@ def network(kind: Any, folder: Path, device: str, dtype: torch.dtype) -> Any:
     missing = sorted(report["missing_keys"])
     if missing:  # the libraries would leave them random
         raise ValueError(f"{folder.name} lacks {len(missing)} tensors, {missing[0]} for one")
-    return cpu_layers.prepare(module.requires_grad_(False).eval().to(device))
+    module.requires_grad_(False).eval().to(device)
+    cpu_layers.prepare(module)
+    return module
 
 
 def listed(index: Mapping[str, Any], name: str) -> bool:
