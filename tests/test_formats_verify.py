@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from singlora_diffusion import adapters, formats
 from singlora_diffusion.adapters.config import AdapterConfig
 from singlora_diffusion.errors import UserError
-from singlora_diffusion.formats import outward, proof
+from singlora_diffusion.formats import exporting, verify_export
 from singlora_diffusion.models.network import specs
 
 pytestmark = pytest.mark.numerical
@@ -75,11 +75,11 @@ def test_a_wrong_file_is_not_written(
     change: Callable[[dict[str, Tensor]], None], reason: str, networks: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
     def wrong(*arguments: Any) -> Any:
-        tensors, facts = outward._peft(*arguments)
+        tensors = dict(exporting._peft(*arguments))
         change(tensors)
-        return tensors, facts
+        return tensors
 
-    monkeypatch.setitem(outward.FORMS, "peft", wrong)
+    monkeypatch.setitem(exporting.FORMS, "peft", wrong)
     with pytest.raises(UserError, match=reason):
         formats.export(enlarged(networks, 1.0), "peft", tmp_path / "x.safetensors")
     assert not any(tmp_path.iterdir())
@@ -89,24 +89,24 @@ def test_outputs_alone_tell_a_factor_that_is_off_by_a_hundredth(networks: Any, t
     """The layers are compared first; what they cannot show, the outputs do."""
     adapter = enlarged(networks, 1.0)
     formats.export(adapter, "peft", tmp_path / "x.safetensors")
-    twins = {name: proof.twin(network.module, name, adapter) for name, network in adapter.networks.items()}
-    proof.load(tmp_path / "x.safetensors", twins)
-    for path in list(proof.paths(adapter, "unet").values())[::8]:
+    twins = {name: verify_export.twin(network.module, name, adapter) for name, network in adapter.networks.items()}
+    verify_export.load(tmp_path / "x.safetensors", twins)
+    for path in list(verify_export.paths(adapter, "unet").values())[::8]:
         layer: Any = twins["unet"].get_submodule(path)
-        weight = layer.lora_B[proof.NAME].weight
+        weight = layer.lora_B[verify_export.NAME].weight
         before = weight.data
         weight.data = before * 1.01
         with pytest.raises(UserError, match="outputs of unet differ"):
-            proof._outputs(adapter.networks["unet"], twins["unet"], 0.0)
+            verify_export.compare_outputs(adapter.networks["unet"], twins["unet"], 0.0)
         weight.data = before
-    assert proof._outputs(adapter.networks["unet"], twins["unet"], 0.0)
+    assert verify_export.compare_outputs(adapter.networks["unet"], twins["unet"], 0.0)
 
 
 def test_computing_in_float64_leaves_no_trace(networks: Any) -> None:
     for spec in specs(networks).values():
         inputs = spec.sample_inputs()
         single = spec.module(**inputs)[0]
-        with proof._in_float64(spec.module):
+        with verify_export.in_float64(spec.module):
             exact = spec.module(**inputs)[0]
         assert exact.dtype == torch.float64 and torch.equal(spec.module(**inputs)[0], single)
         assert {tensor.dtype for tensor in spec.module.parameters()} == {torch.float32}

@@ -38,7 +38,7 @@ def attach(networks: Networks, config: AdapterConfig, seed: int = 0) -> Adapter:
             raise UserError(f"{name} is an option of {takers}, not of {config.method}: leave it out")
     if config.magnitude_lr_ratio != AdapterConfig.magnitude_lr_ratio and not method.has_magnitude(config):
         raise UserError("magnitude_lr_ratio: there are no magnitudes without dora: leave it out")
-    known = {name: network for name, network in specs(networks).items() if network.adapted}
+    known = specs(networks)
     ramp_steps = (config.ramp_steps or 0) if "ramp_steps" in method.options else 0
     return method.attach(known, targets.resolved(replace(config, ramp_steps=ramp_steps), known), seed)
 

@@ -1,9 +1,7 @@
-"""Proves an exported file by loading it as its readers do: through diffusers, into clean copies of the networks."""
+"""Verifies an exported file by loading it as its readers do: through diffusers, into clean copies of the networks."""
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import ConfigMixin, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.utils import logging as diffusers_logging
+from diffusers import ConfigMixin
 from torch import Tensor, nn
-from transformers.utils import logging as transformers_logging
 
 from ..errors import UserError
 from ..models.network import NetworkSpec
+from ..terminal import escaped
+from . import diffusers_loader, lora_pairs
+from .lora_pairs import Pair
 
 if TYPE_CHECKING:
     from ..adapters.registry import Adapter
@@ -38,55 +37,55 @@ adapter has saturated can flip on one, where a rounding decides."""
 
 
 @dataclass(frozen=True)
-class Proof:
-    """How far a file as diffusers loads it is from the adapter it was made of."""
+class Difference:
+    """How far a file as diffusers loads it is from the adapter it was made of; each the largest, and relative."""
 
     layers: int
     layer_difference: float
-    """Largest over the layers: ||(loaded - live) x|| / ||live x|| for random x, computed in float64, on dW (on W' where
-    there is a magnitude)."""
+    """Of the layers: ||(loaded - live) x|| / ||live x|| for random x, computed in float64, on dW (on W' where there is
+    a magnitude), or on the terms that dW is the sum of, where they all but cancel."""
+    update_difference: float
+    """Of the layers: the same, always relative to the layer's change alone, ||(W' - W0) x||."""
     output_difference: float
-    """Largest over the networks: ||loaded(x) - live(x)|| / ||live(x)|| for random inputs, as the networks compute."""
+    """Of the networks: ||loaded(x) - live(x)|| / ||live(x)|| for random inputs, as the networks compute."""
     rounding: float
-    """Largest over the networks: the same distance between the loaded network in float32 and in float64, what rounding
-    alone does to it here."""
+    """Of the networks: the same distance between the loaded network in float32 and in float64, what rounding alone
+    does to it here."""
 
 
-def prove(path: Path, adapter: Adapter, stored: torch.dtype, *, additive: bool) -> Proof:
+def verify(path: Path, adapter: Adapter, stored: torch.dtype) -> Difference:
     """Load `path` into copies of the adapter's networks through diffusers and compare.
 
     Args:
         stored: the precision of the file, which says how large a difference may be.
-        additive: compare the updates by themselves; False: W0 with them, for magnitudes.
 
     Raises:
         UserError: diffusers does not load the file, or it is further from the adapter than the precision explains.
     """
     twins = {name: twin(network.module, name, adapter) for name, network in adapter.networks.items()}
     load(path, twins)
-    places = {name: (kind, inside) for kind in twins for name, inside in paths(adapter, kind).items()}
-    bases = adapter.layers()
-    factors = {name: (up, down) for name, up, down in adapter.factors()} if additive else {}
-    worst, found = 0.0, 0
+    places = {name: (network, inside) for network in twins for name, inside in paths(adapter, network).items()}
+    bases, pairs = adapter.layers(), dict(lora_pairs.of_adapter(adapter))
+    worst = worst_update = 0.0
     for name, update in adapter.delta_weights():
-        kind, inside = places[name]
-        layer = twins[kind].get_submodule(inside)
+        network, inside = places[name]
+        layer = twins[network].get_submodule(inside)
         if not hasattr(layer, "base_layer"):
             raise UserError(f"not written: diffusers leaves {name} without an adapter")
-        difference = _layer_difference(layer, bases[name], update, factors.get(name))
-        worst, found = max(worst, difference), found + 1
+        difference, of_update = _layer_difference(layer, bases[name], update, pairs[name])
+        worst, worst_update = max(worst, difference), max(worst_update, of_update)
         if not difference <= STORED[stored]:  # also catches NaN
             raise UserError(
                 f"not written: {name}, loaded through diffusers, differs by {difference:.1e} of its effect from the "
                 f"adapter, more than {stored} explains" + ("" if stored == torch.float32 else ": use --dtype float32")
             )
-    for kind, loaded in twins.items():
-        wanted = {inside for other, inside in places.values() if other == kind}
-        for path, layer in loaded.named_modules():
-            if hasattr(layer, "base_layer") and path not in wanted and _changes(layer):
-                raise UserError(f"not written: loaded through diffusers, it changes {kind}.{path} too")
-    outputs = [_outputs(network, twins[name], worst) for name, network in adapter.networks.items()]
-    return Proof(found, worst, *(max(values) for values in zip(*outputs, strict=True)))
+    for network, loaded in twins.items():
+        wanted = {inside for other, inside in places.values() if other == network}
+        for inside, layer in loaded.named_modules():
+            if hasattr(layer, "base_layer") and inside not in wanted and _changes(layer):
+                raise UserError(f"not written: loaded through diffusers, it changes {network}.{inside} too")
+    outputs = [compare_outputs(network, twins[name], worst) for name, network in adapter.networks.items()]
+    return Difference(len(places), worst, worst_update, *(max(values) for values in zip(*outputs, strict=True)))
 
 
 def _changes(layer: Any) -> bool:
@@ -96,7 +95,7 @@ def _changes(layer: Any) -> bool:
         return not torch.equal(layer(x), layer.base_layer(x))
 
 
-def _outputs(network: NetworkSpec, loaded: nn.Module, layers: float) -> tuple[float, float]:
+def compare_outputs(network: NetworkSpec, loaded: nn.Module, layers: float) -> tuple[float, float]:
     """Compare a live network's outputs with those of its twin; returns the difference and the twin's rounding.
 
     What rounding does to a network depends on the processor, the libraries' order of sums and the adapter, so it is
@@ -113,7 +112,7 @@ def _outputs(network: NetworkSpec, loaded: nn.Module, layers: float) -> tuple[fl
             live = network.module(**inputs)[0].cpu().double()
             inputs = {key: _single(value) for key, value in inputs.items()}
             single = loaded(**inputs)[0]
-            with _in_float64(loaded):
+            with in_float64(loaded):
                 exact = loaded(**inputs)[0]
         difference, rounding = _distance(single, live), _distance(single, exact)
         if difference <= ROUNDINGS * rounding * coarser:
@@ -134,7 +133,7 @@ def _distance(one: Tensor, other: Tensor) -> float:
 
 
 @contextmanager
-def _in_float64(network: nn.Module) -> Iterator[None]:
+def in_float64(network: nn.Module) -> Iterator[None]:
     """Let a network compute in float64, one layer at a time, so that no second copy of its weights is needed."""
     kept: dict[Tensor, Tensor] = {}
 
@@ -216,84 +215,42 @@ def paths(adapter: Adapter, network: str) -> dict[str, str]:
 
 
 def load(path: Path, networks: Mapping[str, nn.Module]) -> None:
-    """Load a LoRA file into networks with `StableDiffusionPipeline.load_lora_weights`.
+    """Load a LoRA file into networks as `pipeline.load_lora_weights` does.
 
     Raises:
         UserError: diffusers refuses the file.
     """
+    pipeline = diffusers_loader.pipeline(networks)
     try:
-        with quiet():
-            pipeline(networks).load_lora_weights(
+        with diffusers_loader.quiet():
+            pipeline.load_lora_weights(
                 str(path.parent), weight_name=path.name, adapter_name=NAME, local_files_only=True
             )
     except Exception as error:  # diffusers has many ways to say no
-        reason = " ".join(str(error).split())[:200]
+        reason = escaped(" ".join(str(error).split()), 200)
         raise UserError(f"not written: diffusers does not load it: {type(error).__name__}: {reason}") from error
 
 
-def pipeline(networks: Mapping[str, nn.Module]) -> StableDiffusionPipeline:
-    """A pipeline around nothing but the networks: enough to load and unload LoRA weights."""
-    with quiet():
-        # load_lora_weights asks the UNet even where the file is about the text encoder alone.
-        unet = networks["unet"] if "unet" in networks else _smallest_unet()
-        return StableDiffusionPipeline(
-            vae=None,
-            text_encoder=networks.get("text_encoder"),
-            tokenizer=None,
-            unet=unet,
-            scheduler=None,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-
-
-def _smallest_unet() -> UNet2DConditionModel:
-    return UNet2DConditionModel(
-        block_out_channels=(2,),
-        down_block_types=("DownBlock2D",),
-        mid_block_type=None,
-        up_block_types=("UpBlock2D",),
-        layers_per_block=1,
-        norm_num_groups=1,
-    )
-
-
-def _layer_difference(layer: nn.Module, base: nn.Linear, update: Tensor, pair: tuple[Tensor, Tensor] | None) -> float:
-    """Relative difference on random inputs; `pair`: the live factors of an update that is compared by itself."""
-    weight, bias, update = (_exact(tensor) for tensor in (base.weight, base.bias, update))
+def _layer_difference(layer: nn.Module, base: nn.Linear, update: Tensor, pair: Pair) -> tuple[float, float]:
+    """Relative differences on random inputs: of `Difference.layer_difference` and of `update_difference`."""
+    weight, bias, up, down = (_exact(tensor) for tensor in (base.weight, base.bias, pair.up, pair.down))
     x = torch.randn(8, base.in_features, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    with torch.no_grad(), _in_float64(layer):
+    with torch.no_grad(), in_float64(layer):
         got = layer(x) - bias
-        before, change = x @ weight.T, x @ update.T
-        error = (got - before - change).norm()
-        if pair is None:
-            size = (before + change).norm()
+        before = x @ weight.T
+        if pair.magnitude is None:  # the pair is the update to the last bit; `update` is rounded, and so its terms are
+            change = x @ down.T @ up.T
+            size = torch.stack([change.norm(), 1e-2 * (x @ down.T.abs() @ up.T.abs()).norm(), 1e-6 * before.norm()])
         else:
-            # the live update itself is known to float32 rounding only: of its terms, where they all but cancel
-            up, down = (_exact(factor).abs() for factor in pair)
-            size = torch.stack([change.norm(), 1e-2 * (x @ (up @ down).T).norm(), 1e-6 * before.norm()]).max()
-    return 0.0 if error == 0 else float(error / size)
+            change = x @ _exact(update).T
+            size = (before + change).norm()
+        error = (got - before - change).norm()
+    return _ratio(error, size.max()), _ratio(error, change.norm())
+
+
+def _ratio(error: Tensor, size: Tensor) -> float:
+    return 0.0 if error == 0 or size == 0 else float(error / size)
 
 
 def _exact(tensor: Tensor | None) -> Tensor:
-    return torch.zeros(()) if tensor is None else tensor.detach().cpu().double()
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars and no advice from the libraries while a file is tried."""
-    levels = diffusers_logging.get_verbosity(), transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    diffusers_logging.set_verbosity(logging.CRITICAL)
-    transformers_logging.set_verbosity(logging.CRITICAL)
-    transformers_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        diffusers_logging.set_verbosity(levels[0])
-        transformers_logging.set_verbosity(levels[1])
-        if bars:
-            transformers_logging.enable_progress_bar()
+    return torch.zeros((), dtype=torch.float64) if tensor is None else tensor.detach().cpu().double()
