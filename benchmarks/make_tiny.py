@@ -278,7 +278,11 @@ def make(settings: Settings) -> Path:
     """
     if settings.output_dir.exists():
         raise UserError(f"{settings.output_dir} exists: choose another folder")
-    build(settings.family, settings.seed).save_pretrained(settings.output_dir, safe_serialization=True)
+    pipeline = build(settings.family, settings.seed)
+    from singlora_diffusion.models.quiet import quiet
+
+    with quiet():
+        pipeline.save_pretrained(settings.output_dir, safe_serialization=True)
     return settings.output_dir
 
 

@@ -102,9 +102,9 @@ def load_full(files: dict[str, Path]) -> Loaded:
 
 
 def find_toyworld(folder: Path) -> dict[str, Path]:
-    from eval.encoder_files import TOYWORLD
+    from singlora_diffusion.models.hub import WEIGHTS
 
-    return {role: TOYWORLD / role for role in ("clip", "dino")}
+    return {role: WEIGHTS / role for role in ("clip", "dino")}
 
 
 def load_toyworld(folders: dict[str, Path]) -> Loaded:

@@ -5,23 +5,18 @@ Files are safetensors, JSON and text: nothing is unpickled.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import singlora_diffusion
 from singlora_diffusion.errors import UserError
 from singlora_diffusion.files import read_json
+from singlora_diffusion.models import hub
 
 from . import preprocessing
 from .preprocessing import Preprocessing
-
-TOYWORLD = Path(singlora_diffusion.__file__).parent / "toyworld" / "weights"
-"""The embedded model's encoders, a folder for each role."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +108,7 @@ def _weights_file(source: str | None, role: str, repository: str, name: str) -> 
     path = Path(source).expanduser()
     if os.path.isdir(path):  # unlike Path.is_dir, False for a name that is too long
         path = path / name
-    elif not os.path.exists(path) and _is_hub_name(source):
+    elif hub.is_hub_id(source):
         return _from_hub(source, [name], f"--{role}") / name
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file; {get}")
@@ -129,7 +124,7 @@ def _encoder_folder(source: str, role: str, names: list[str]) -> Path:
         UserError: as `_weights_file`.
     """
     path = Path(source).expanduser()
-    if not os.path.exists(path) and _is_hub_name(source):
+    if hub.is_hub_id(source):
         return _from_hub(source, names, f"--{role}")
     if os.path.isfile(path):
         raise UserError(f"{path}: is a file; name the folder that holds {names[0]} and the weights")
@@ -150,35 +145,10 @@ def _weights_in(folder: Path, role: str, names: Sequence[str]) -> Path:
     raise UserError(f"{folder}: has no {names[0]}, the weights of the --{role} encoder; pickled ones are not read")
 
 
-def _is_hub_name(source: str) -> bool:
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None and not source.startswith(".")
-
-
 def _from_hub(repository: str, names: list[str], instead: str) -> Path:
-    """The folder with those of the named files that a hub repository has. The local cache goes before the network."""
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.utils import get_session
-
-    where = f"https://huggingface.co/{repository}"
-    with contextlib.suppress(Exception):  # whatever is wrong with the cache, the network can mend
-        cached = Path(snapshot_download(repository, allow_patterns=names, local_files_only=True))
-        if _is_complete(cached, names):
-            return cached
-    try:
-        get_session().head(constants.ENDPOINT, timeout=10)  # the hub's own client retries for half a minute
-    except Exception as error:
-        raise UserError(
-            f"{repository}: is not on this machine, and the Hugging Face hub cannot be reached; "
-            f"get {names[0]} from {where} and name it with {instead}"
-        ) from error
-    try:
-        folder = Path(snapshot_download(repository, allow_patterns=names))
-    except Exception as error:
-        why = str(error).strip().split("\n")[0]
-        raise UserError(f"{repository}: cannot be fetched from the Hugging Face hub ({why}); see {where}") from error
-    if not _is_complete(folder, names):
-        raise UserError(f"{repository}: the hub repository lacks {names[0]} or weights as safetensors; see {where}")
-    return folder
+    """The folder with those of the named files that a hub repository has."""
+    get = f"get {names[0]} from {hub.url(repository)} and name it with {instead}"
+    return hub.files(repository, names, lambda folder: _is_complete(folder, names), instead=get)
 
 
 def _is_complete(folder: Path, names: list[str]) -> bool:

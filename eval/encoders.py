@@ -33,10 +33,11 @@ from PIL import Image
 from singlora_diffusion import device as devices
 from singlora_diffusion.errors import UserError
 from singlora_diffusion.files import sha256
+from singlora_diffusion.models.hub import WEIGHTS
 from singlora_diffusion.terminal import escaped
 
 from . import encoder_models
-from .encoder_files import TOYWORLD, Files, OpenClipFolder, Published, TimmFolder
+from .encoder_files import Files, OpenClipFolder, Published, TimmFolder
 from .encoder_models import Model
 from .preprocessing import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 
@@ -132,7 +133,7 @@ PROTOCOLS: dict[str, ProtocolRow] = {
     "toyworld": ProtocolRow(
         "the small encoders of the embedded model: comparable among themselves only",
         _FOLDERS,
-        {role: str(TOYWORLD / role) for role in ("clip", "dino")},
+        {role: str(WEIGHTS / role) for role in ("clip", "dino")},
     ),
     "custom": ProtocolRow("encoders as named: comparable where they are the same", _FOLDERS),
 }

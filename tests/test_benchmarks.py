@@ -69,10 +69,10 @@ def test_the_whole_job_speaks_the_commands_language() -> None:
         parse(kind, one[1:], one[0], "")
         for kind, one in zip((Recipe, GenerateSettings, ScoreSettings), words.values(), strict=True)
     )
-    assert recipe.max_train_steps == 7 and recipe.instance_prompt == "a photo of sks dog"
-    assert generation.adapters.adapter == (recipe.output_dir,)
+    assert recipe.optimization.max_train_steps == 7 and recipe.data.instance_prompt == "a photo of sks dog"
+    assert generation.adapters.adapter == (recipe.output.output_dir,)
     assert generation.output.output_dir == scoring_of.images
-    assert scoring_of.references == recipe.instance_data_dir
+    assert scoring_of.references == recipe.data.instance_data_dir
 
 
 def test_a_command_that_fails_says_why() -> None:

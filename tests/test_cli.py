@@ -162,7 +162,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, make_netwo
         "missing folder": Case(train(here / "nowhere"), [str(here / "nowhere")], out),
         "empty folder": Case(train(here / "empty"), [str(here / "empty")], out),
         "only junk": Case(train(junk), [str(junk)], out),
-        "unreadable image": Case(train(torn), ["1.png"], out),
+        "unreadable image": Case(train(torn, "--strict"), ["1.png"], out),
         "no identifier": Case(train(good, prompt="a photo of a dog"), ["identifier", "a photo of sks dog"], out),
         "no model": Case(train(good, model=str(good)), [str(good), "model_index.json"], out),
         "no such model": Case(train(good, model=str(here / "nowhere")), ["nowhere"], out),

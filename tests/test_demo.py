@@ -14,6 +14,7 @@ import pytest
 from encoder_folders import clip_folder, timm_folder
 
 from eval.results import ImageSet, ScoredImage, ScoredSet, ScoreKey
+from singlora_diffusion.adapters.config import MethodName as Method
 from singlora_diffusion.data.folders import image_files
 from singlora_diffusion.data.images import open_image
 from singlora_diffusion.demo import flow, plan, words
@@ -24,7 +25,7 @@ from singlora_diffusion.settings import as_json, command_line, parse
 from singlora_diffusion.toyworld import command as toyworld_command
 from singlora_diffusion.toyworld.captions import PLACES
 from singlora_diffusion.toyworld.subjects import HELD_OUT, references, subject
-from singlora_diffusion.training.recipe import Method, Recipe
+from singlora_diffusion.training.recipe import Recipe
 
 
 @pytest.fixture(scope="module")
@@ -248,4 +249,4 @@ def test_toyworld_subject_writes_a_folder_to_train_on(tmp_path: Path, capsys: py
     assert len(image_files(folder / "masks")) == 2
     last = capsys.readouterr().out.splitlines()[-1]
     recipe = parse(Recipe, shlex.split(last.removeprefix("next: singlora train ")), "train", "")
-    assert (recipe.instance_data_dir, recipe.instance_prompt) == (folder, "a photo of sks dog")
+    assert (recipe.data.instance_data_dir, recipe.data.instance_prompt) == (folder, "a photo of sks dog")

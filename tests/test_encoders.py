@@ -50,6 +50,7 @@ def photos(count: int, size: tuple[int, int] = (80, 64), seed: int = 0) -> list[
 # --- preprocessing ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("size", [(512, 512), (300, 517), (517, 300), (100, 80), (224, 224), (224, 301), (31, 997)])
 def test_clip_preprocessing_is_open_clips(size: tuple[int, int]) -> None:
     from open_clip.transform import image_transform
@@ -59,6 +60,7 @@ def test_clip_preprocessing_is_open_clips(size: tuple[int, int]) -> None:
     assert np.array_equal(Preprocessing(224, 224, CLIP_MEAN, CLIP_STD)(image), theirs(image).numpy())
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("size", [(512, 512), (300, 517), (517, 300), (256, 256), (90, 64)])
 def test_dino_preprocessing_is_resize_256_crop_224(size: tuple[int, int]) -> None:
     from torchvision import transforms
@@ -76,6 +78,7 @@ def test_dino_preprocessing_is_resize_256_crop_224(size: tuple[int, int]) -> Non
     assert np.array_equal(ours, theirs(image).numpy())
 
 
+@pytest.mark.numerical
 def test_folders_are_preprocessed_as_they_say(folders: dict[str, str]) -> None:
     clip, dino = (encoder("custom", role, folders[role]).preprocessing for role in ("clip", "dino"))
     assert (clip.resize, clip.crop, clip.mean) == (32, 32, (0.4, 0.5, 0.6))
@@ -96,6 +99,7 @@ def test_folders_are_preprocessed_as_they_say(folders: dict[str, str]) -> None:
 # --- encoders --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.numerical
 def test_vectors_are_unit_float32_rows_and_do_not_depend_on_the_batch(folders: dict[str, str]) -> None:
     images, texts = photos(7), ["a dog", "a cat in the snow", "a dog"]
     for role in ("clip", "dino"):
@@ -111,6 +115,7 @@ def test_vectors_are_unit_float32_rows_and_do_not_depend_on_the_batch(folders: d
     assert np.allclose(vectors[0], vectors[2], atol=1e-6) and not np.allclose(vectors[0], vectors[1], atol=1e-3)
 
 
+@pytest.mark.numerical
 def test_images_and_texts_are_the_librarys_own(folders: dict[str, str]) -> None:
     import open_clip
     import torch
@@ -128,6 +133,7 @@ def test_images_and_texts_are_the_librarys_own(folders: dict[str, str]) -> None:
     assert np.allclose(ours.texts(texts), words.numpy(), atol=1e-6)
 
 
+@pytest.mark.numerical
 @pytest.mark.usefixtures("small_openai_clip")
 def test_dreambooth_v1_clip_has_quickgelu_and_512_dimensions(tmp_path: Path) -> None:
     import open_clip
@@ -157,6 +163,7 @@ def test_dreambooth_v1_clip_has_quickgelu_and_512_dimensions(tmp_path: Path) -> 
     assert not np.allclose(vector, of_plain_model(nn.GELU()), atol=1e-4)
 
 
+@pytest.mark.numerical
 @pytest.mark.usefixtures("small_openai_clip")
 def test_dreambooth_v1_texts_are_those_with_all_their_padding(tmp_path: Path) -> None:
     import open_clip
@@ -175,6 +182,7 @@ def test_dreambooth_v1_texts_are_those_with_all_their_padding(tmp_path: Path) ->
     assert np.abs(expected[0] - expected[4]).max() > 1e-3
 
 
+@pytest.mark.numerical
 def test_dreambooth_v1_dino_is_the_class_token(tmp_path: Path) -> None:
     import timm
     import torch
@@ -276,7 +284,7 @@ def test_the_network_is_not_asked_when_the_hub_is_off_limits(monkeypatch: pytest
     assert "open_clip_model.safetensors from https://huggingface.co/timm/vit_base_patch32_clip_224.openai" in clip
     assert "--clip" in clip and "cannot be reached" in clip
     assert "model.safetensors from https://huggingface.co/timm/vit_small_patch16_224.dino" in dino and "--dino" in dino
-    assert other.startswith("someone/model: is not on this machine")
+    assert other.startswith("cannot get someone/model from the hub: it is not on this machine")
 
 
 @pytest.mark.parametrize("role", ["clip", "dino"])

@@ -122,6 +122,7 @@ def test_the_header_says_all_that_is_needed(settings: GenerateSettings, capsys: 
     assert last == f"next: singlora score --images {settings.output.output_dir} --references 'my dog'"
 
 
+@pytest.mark.numerical
 def test_an_image_depends_on_its_own_seed_and_not_on_its_batch(settings: GenerateSettings, tmp_path: Path) -> None:
     """Each image has its own generator, so that a batch changes nothing but the order of sums.
 
@@ -146,6 +147,7 @@ def test_an_image_depends_on_its_own_seed_and_not_on_its_batch(settings: Generat
         ).read_bytes()
 
 
+@pytest.mark.numerical
 def test_strength_zero_is_the_base_model_and_merged_is_attached(settings: GenerateSettings, tmp_path: Path) -> None:
     variants = {
         "as_trained": settings,
@@ -172,6 +174,7 @@ def manifest_base(settings: GenerateSettings) -> str:
     return formats.read_header(settings.adapters.adapter[0]).base_model
 
 
+@pytest.mark.numerical
 def test_a_lora_of_another_program_gives_the_same_images(settings: GenerateSettings, tmp_path: Path) -> None:
     from singlora_diffusion import formats, models
 
@@ -185,12 +188,13 @@ def test_a_lora_of_another_program_gives_the_same_images(settings: GenerateSetti
         generate(foreign)
     foreign = replaced(foreign, pretrained_model_name_or_path=base)
     generate(foreign, quiet=True)
-    assert np.abs(pixels(foreign.output.output_dir) - pixels(own.output_dir)).max() <= 1
+    assert np.abs(pixels(foreign.output.output_dir) - pixels(own.output.output_dir)).max() <= 1
     merged = replaced(foreign, merge=True, output_dir=tmp_path / "merged")
     generate(merged, quiet=True)
-    assert np.abs(pixels(merged.output_dir) - pixels(own.output_dir)).max() <= 1
+    assert np.abs(pixels(merged.output.output_dir) - pixels(own.output.output_dir)).max() <= 1
 
 
+@pytest.mark.numerical
 def test_several_adapters_add_up_each_at_its_scale(settings: GenerateSettings, tmp_path: Path) -> None:
     """dW + dW/2 - dW/2, ours and another program's, is dW; 0.75 dW + 0.75 dW is 1.5 dW."""
     from singlora_diffusion import formats, models

@@ -24,6 +24,8 @@ from singlora_diffusion.adapters.targets import chosen
 from singlora_diffusion.errors import UserError
 from singlora_diffusion.models.network import NetworkSpec, bare
 
+pytestmark = pytest.mark.numerical
+
 TOKENS = torch.tensor([[1, 5, 7, 2], [1, 9, 3, 2]])
 LATENTS = torch.linspace(-2, 2, 2 * 4 * 8 * 8).reshape(2, 4, 8, 8)
 

@@ -17,6 +17,8 @@ from singlora_diffusion.adapters.config import AdapterConfig
 from singlora_diffusion.errors import UserError
 from singlora_diffusion.models import hub, parts
 
+pytestmark = pytest.mark.numerical
+
 PROMPTS = ["a photo of sks dog", "a cat in the snow", "a teapot on the grass", "the red house"]
 PARTS = ("unet", "text_encoder", "vae")
 

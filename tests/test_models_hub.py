@@ -40,7 +40,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     made = Hub(tmp_path / "cache", tmp_path / "online")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", made.download)
     monkeypatch.setattr(DiffusionPipeline, "download", made.download)
-    monkeypatch.setattr(hub, "_reach", lambda repository: None)
+    monkeypatch.setattr(hub, "_reach", lambda *about: None)
     return made
 
 
@@ -93,7 +93,7 @@ def test_files_that_nobody_has(fake: Hub, monkeypatch: pytest.MonkeyPatch) -> No
         hub.files("owner/name", NAMES)
     assert "\n" not in str(caught.value)
     fill(fake.online, NAMES[:1])
-    with pytest.raises(UserError, match=r"the hub repository lacks config\.json, model\.safetensors"):
+    with pytest.raises(UserError, match=r"the hub repository lacks some of config\.json, model\.safetensors"):
         hub.files("owner/name", NAMES)
 
 
@@ -105,7 +105,9 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(tmp_path: Path, monkeypatch:
     asked: list[object] = []
     monkeypatch.setattr(utils, "get_session", lambda: type("Session", (), {"head": fail}))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", Hub(tmp_path / "a", tmp_path / "b").download)
-    with pytest.raises(UserError, match=r"owner/name from the hub: it is not on this machine and .* cannot be reached"):
+    with pytest.raises(
+        UserError, match=r"owner/name from the hub: it is not on this machine, and \S+ cannot be reached"
+    ):
         hub.files("owner/name", NAMES)
     assert len(asked) == 1
 

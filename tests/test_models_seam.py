@@ -8,9 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from torch import Tensor
 
 import train_dreambooth
 from singlora_diffusion import formats, models
+from singlora_diffusion.models.family import Conditioning
+from singlora_diffusion.models.stable_diffusion_xl import StableDiffusionXL
 from singlora_diffusion.sampling.generate import generate
 from singlora_diffusion.sampling.settings import (
     AdapterSettings,
@@ -44,11 +47,10 @@ def test_train_save_load_generate(tiny: str, images: Path, tmp_path: Path, reque
     base = str(request.getfixturevalue(tiny))
     run = tmp_path / "run"
     networks = models.meta_networks(base)
-    targets = next(iter(networks.values())).targets
     flags = f"""
         --instance_data_dir {images} --output_dir {run} --pretrained_model_name_or_path {base} --device cpu
         --with_prior_preservation --num_class_images 2 --train_text_encoder --gradient_checkpointing
-        --max_train_steps 2 --train_batch_size 2 --rank 2 --targets {" ".join(targets)}
+        --max_train_steps 2 --train_batch_size 2 --rank 2
         --validation_steps 2 --num_validation_images 1 --checkpointing_steps 0 --report_to none
     """
     recipe = parse(Recipe, ["--instance_prompt", "a photo of sks dog", *flags.split()], "train", "")
@@ -74,3 +76,24 @@ def test_train_save_load_generate(tiny: str, images: Path, tmp_path: Path, reque
     (record,) = generate(settings, quiet=True)
     made = np.asarray(Image.open(tmp_path / "images" / record["file"]))
     assert np.abs(made.astype(int) - adapted).max() <= 1
+
+
+def test_sdxl_is_told_sizes_and_crops(
+    tiny_sdxl: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each example its own: of the image file, of the crop after scaling, and of the result."""
+    told: set[tuple[int, ...]] = set()
+    denoise = StableDiffusionXL.denoise
+
+    def spy(family: StableDiffusionXL, noisy: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
+        told.update(map(tuple, conditioning["sizes"].tolist()))
+        return denoise(family, noisy, times, conditioning)
+
+    monkeypatch.setattr(StableDiffusionXL, "denoise", spy)
+    flags = f"""
+        --instance_data_dir {images} --output_dir {tmp_path} --pretrained_model_name_or_path {tiny_sdxl} --device cpu
+        --max_train_steps 4 --validation_steps 0 --checkpointing_steps 0 --report_to none
+    """
+    recipe = parse(Recipe, ["--instance_prompt", "a photo of sks dog", *flags.split()], "train", "")
+    train_dreambooth.main(recipe, hint=False)
+    assert told == {(40, 56, 0, 6, 32, 32), (32, 32, 0, 0, 32, 32)}  # 40 x 56 becomes 32 x 45

@@ -65,6 +65,7 @@ def settings(folders: tuple[Path, Path], encoders: dict[str, str], **changes: An
     return ScoreSettings(**{**defaults, **changes}, encoders=EncoderSources(**sources))
 
 
+@pytest.mark.numerical
 def test_scores_are_those_of_the_definition(folders: tuple[Path, Path], encoders: dict[str, str]) -> None:
     result = score(settings(folders, encoders))
     images, references = folders
@@ -111,6 +112,7 @@ def test_the_file_says_how_to_repeat_it(folders: tuple[Path, Path], encoders: di
     assert not list(folders[0].glob("*.part"))
 
 
+@pytest.mark.numerical
 def test_batch_size_changes_no_score(folders: tuple[Path, Path], encoders: dict[str, str], tmp_path: Path) -> None:
     one, four = (score(settings(folders, encoders, batch_size=size, cache_dir=tmp_path / str(size))) for size in (1, 4))
     for name, found in one["metrics"].items():

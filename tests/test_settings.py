@@ -5,8 +5,10 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import pytest
+from tyro.conf import arg
 
 from singlora_diffusion import settings
 from singlora_diffusion.errors import UserError
@@ -91,3 +93,29 @@ def test_help_groups_the_flags(capsys: pytest.CaptureFixture[str]) -> None:
         parse("--help")
     shown = capsys.readouterr().out
     assert "adapter options" in shown and "What is trained." in shown and "--rank" in shown
+
+
+@dataclass(frozen=True)
+class Rates:
+    """A setting of two names."""
+
+    learning_rate: Annotated[Positive, arg(aliases=["--unet_lr"])] = 1e-3
+    """Rate."""
+    layers: tuple[str, ...] = ()
+    """Names."""
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["--learning_rate 1 --learning_rate 2", "--unet_lr 1 --learning-rate=2", "--layers a b --layers a"],
+)
+def test_a_setting_with_two_values_is_refused(words: str) -> None:
+    with pytest.raises(UserError, match="give one value"):
+        settings.parse(Rates, words.split(), "rates", "")
+
+
+def test_a_setting_may_be_said_twice() -> None:
+    assert (
+        settings.parse(Rates, ["--unet_lr", "0.5", "--learning_rate", "0.5", "--layers", "a"], "", "").learning_rate
+        == 0.5
+    )

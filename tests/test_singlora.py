@@ -15,6 +15,8 @@ from singlora_diffusion.adapters.adapter import ramp
 from singlora_diffusion.adapters.singlora import INITS, SIGNATURES, SingLoRA, kaiming
 from singlora_diffusion.adapters.singlora_dora import DoraSingLoRA
 
+pytestmark = pytest.mark.numerical
+
 FORMS = (SingLoRA, DoraSingLoRA)
 SHAPES = ((24, 24), (16, 40), (40, 16), (1, 7), (9, 1))  # (out, in): square, wide, tall, single rows and columns
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 1.5e-2}  # of an output, relative to its norm

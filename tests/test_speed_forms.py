@@ -39,6 +39,7 @@ def answers(base: nn.Linear, delta: SingLoRA, x: Tensor) -> list[Tensor]:
     return [y.detach(), *torch.autograd.grad((y * weights).sum() + y.square().sum(), [x, *delta.parameters()])]
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("signature", ("positive", "balanced"))
 @pytest.mark.parametrize("bias", (True, False))
@@ -67,12 +68,13 @@ def test_it_is_in_use(monkeypatch) -> None:
     assert called
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gradients_are_the_finite_differences(shape) -> None:
     base, delta, x = made(shape, SingLoRA, True, "balanced")
-    middle = delta._middle()
+    scaling = delta._scaling()
     assert torch.autograd.gradcheck(
-        lambda x, a: singlora_fused.adapted_linear(base, x, a, middle), (x, delta.A), fast_mode=True
+        lambda x, a: singlora_fused.adapted_linear(base, x, a, scaling), (x, delta.A), fast_mode=True
     )
 
 
@@ -102,6 +104,7 @@ def test_steps_aside() -> None:
     assert not singlora_fused.applies(nn.Linear(4, 4), x)
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("cast", (False, True), ids=("float32", "autocast"))
 def test_hooks_of_the_base_are_heard(cast: bool) -> None:
     """A hook sees the base's own answer and may change it, as with the plain form."""

@@ -6,12 +6,11 @@ How much a method trains depends only on the (out, in) shapes of the layers it a
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import UserError
 from ..terminal import escaped
@@ -19,9 +18,7 @@ from .config import MAX_RANK, AdapterConfig
 from .methods import METHODS
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from ..models.network import Networks, NetworkSpec
+    from ..models.network import Networks
 
 TOLERANCE = 0.02
 """A rank that misses the budget by more is flagged."""
@@ -96,6 +93,7 @@ def shapes(
         model: as `BudgetSettings.pretrained_model_name_or_path`, or networks by name.
         targets: as `AdapterConfig.targets`, and so `text_targets`.
     """
+    from ..models.families import meta_networks
     from ..models.network import specs
     from .targets import chosen, resolved
 
@@ -106,72 +104,6 @@ def shapes(
     )
     adapted = chosen(networks, resolved(config, networks)).values()
     return [(layer.out_features, layer.in_features) for layers in adapted for layer in layers.values()]
-
-
-def meta_networks(source: str | Path) -> dict[str, NetworkSpec]:
-    """Networks without weights, on torch's meta device, from the config files of a diffusers pipeline."""
-    import torch
-
-    from ..models.network import bare
-
-    built: dict[str, NetworkSpec] = {}
-    for name, build in NETWORKS.items():
-        config = _config(source, name)
-        with torch.device("meta"):
-            try:
-                built[name] = bare(name, build(config))
-            except (TypeError, ValueError, KeyError, AttributeError) as error:
-                raise UserError(f"{source}: {name}/config.json describes no {name} known here ({error})") from error
-    return built
-
-
-def _unet(config: dict[str, Any]) -> nn.Module:
-    from diffusers import UNet2DConditionModel
-
-    if config.get("_class_name") != UNet2DConditionModel.__name__:
-        raise ValueError(f"a {config.get('_class_name')}, not a {UNet2DConditionModel.__name__}")
-    return UNet2DConditionModel.from_config(config)
-
-
-def _text_encoder(config: dict[str, Any]) -> nn.Module:
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    if config.get("model_type") != CLIPTextConfig.model_type:
-        raise ValueError(f"a {config.get('model_type')}, not a {CLIPTextConfig.model_type}")
-    return CLIPTextModel(CLIPTextConfig.from_dict(config))
-
-
-NETWORKS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {"unet": _unet, "text_encoder": _text_encoder}
-
-
-def _config(source: str | Path, part: str) -> dict[str, Any]:
-    """`part`/config.json of a pipeline: in a folder, in the package, or, for a name that is none, on the hub."""
-    packaged = Path(__file__).parent.parent / "toyworld" / "weights" / "pipeline"
-    folder = packaged if source == "toyworld" else Path(source).expanduser()
-    file = folder / part / "config.json"
-    if not folder.is_dir():
-        file = _fetch(str(source), f"{part}/config.json")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{folder} has no {part}/config.json: it is not a Stable Diffusion pipeline folder") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read as JSON ({error}): save the model again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} is not a JSON object: save the model again")
-    return content
-
-
-def _fetch(hub_id: str, file: str) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    if hub_id.count("/") != 1 or hub_id.startswith((".", "/", "~")):
-        raise UserError(f"{hub_id}: no such folder, and not a hub id of the form owner/name")
-    try:
-        return Path(hf_hub_download(hub_id, file))
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{hub_id}: no such folder, and the hub did not give {file} ({reason})") from error
 
 
 def target_count(wanted: str, layers: Sequence[Shape]) -> int:

@@ -6,7 +6,7 @@ For a weight W0 of shape (out, in), A has n = max(out, in) rows and the smaller 
     dW = (alpha / r) u(t) A[:out] S A[:in]^T          S = identity in the paper
 
 Two departures are offered by name, both off by default: `init="offset"` subtracts the product of the initial matrix, so
-that training starts at exactly dW = 0; `signature="balanced"` puts S = diag(+1, -1, +1, ...) in the middle, which lifts
+that training starts at exactly dW = 0; `signature="balanced"` puts S = diag(+1, -1, +1, ...) in between, which lifts
 the restriction of A A^T to positive semi-definite updates without a further parameter (SymLoRA, arXiv 2504.03719,
 learns such a diagonal).
 """
@@ -14,15 +14,17 @@ learns such a diagonal).
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from . import singlora_fused
+from .config import Init, Signature
 from .delta import Factors, LowRankDelta
 
-INITS = ("kaiming", "offset")
-SIGNATURES = ("positive", "balanced")
+INITS: tuple[str, ...] = get_args(Init)
+SIGNATURES: tuple[str, ...] = get_args(Signature)
 
 
 def kaiming(rows: int, rank: int, generator: torch.Generator | None = None) -> Tensor:
@@ -84,7 +86,7 @@ class SingLoRA(LowRankDelta):
         if self.scale == 0.0:  # the fused sums may come in another order
             return base(x)
         if self.A0 is None and singlora_fused.applies(base, x):  # an offset's halves must cancel exactly at the start
-            return singlora_fused.adapted_linear(base, x, self.A, self._middle() * self.scale)
+            return singlora_fused.adapted_linear(base, x, self.A, self._scaling() * self.scale)
         return torch.add(base(x), self._update(x), alpha=self.scale)
 
     def _update(self, x: Tensor) -> Tensor:
@@ -95,9 +97,9 @@ class SingLoRA(LowRankDelta):
     def _product(self, x: Tensor, a: Tensor) -> Tensor:
         a = a.to(x.dtype)
         z = x @ a[: self.in_features]  # (..., r)
-        return (z * self._middle().to(x.dtype)) @ a[: self.out_features].T
+        return (z * self._scaling().to(x.dtype)) @ a[: self.out_features].T
 
-    def _middle(self) -> Tensor:
+    def _scaling(self) -> Tensor:
         """(alpha / r) u S: a number, or (r,) with signs."""
         return self.gain if self.S is None else self.gain * self.S
 
@@ -113,33 +115,36 @@ class SingLoRA(LowRankDelta):
         up = a[: self.out_features]
         return up if self.S is None else up * self.S, a[: self.in_features].T
 
-    def _pair(self) -> tuple[Tensor, Tensor]:
+    def _scaled_pair(self) -> tuple[Tensor, Tensor]:
         """`pair` with (alpha / r) u inside, at strength 1; constants to autograd."""
         up, down = self.pair()
         return up.detach() * self.gain, down.detach()
 
     def _dense(self) -> Tensor:
-        """dW at strength 1. The halves of an offset are multiplied apart, so that they cancel exactly at the start."""
-        up, down = self._pair()
-        products = [u @ d for u, d in zip(up.split(self.rank, dim=1), down.split(self.rank), strict=True)]
-        return torch.stack(products).sum(dim=0)
+        """dW at strength 1; exactly zero at the start of an offset."""
+        up, down = self._full_factors()
+        return up @ down
 
     def factors(self) -> Factors | None:
         """An ordinary LoRA pair with dW = up @ down exactly: up (out, k), down (k, in), float32, scaled in up.
 
         k = r, or 2 r with `init="offset"`, whose pair is safe to round: it is not written as the difference of two
         nearly equal products, but [P, Q] [R; T] = [P + Q, (P - Q) / 2] [(R + T) / 2; R - T], where P + Q and R - T are
-        small, as the update is.
+        small, as the update is, and its columns and rows are of about equal size, above what half precision underflows.
         """
-        up, down = self._steady()
+        up, down = self._full_factors()
         return Factors(up * self.scale, down)
 
-    def _steady(self) -> tuple[Tensor, Tensor]:
+    def _full_factors(self) -> tuple[Tensor, Tensor]:
         """The pair of `factors` at strength 1, in memory of its own."""
-        up, down = self._pair()
+        up, down = self._scaled_pair()
         if self.A0 is not None:
             (p, q), (r, t) = up.chunk(2, dim=1), down.chunk(2)
             up, down = torch.cat([p + q, (p - q) / 2], dim=1), torch.cat([(r + t) / 2, r - t])
+            ratio = torch.linalg.vector_norm(down, dim=1) / torch.linalg.vector_norm(up, dim=0)
+            power = torch.exp2(ratio.log2().div(2).round())  # of two, so that nothing is rounded
+            power = torch.where(power.isfinite() & (power > 0), power, 1.0)  # one of them is zero
+            up, down = up * power, down / power[:, None]
         return up, down.clone(memory_format=torch.contiguous_format)
 
     def delta_weight(self, weight: Tensor) -> Tensor:

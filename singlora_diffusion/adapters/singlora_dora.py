@@ -59,7 +59,7 @@ class DoraSingLoRA(SingLoRA):
         With dW = U V: ||w + uV||^2 = ||w||^2 + 2 u.(V w) + u (V V^T) u^T, so the largest product is W0 V^T, (out, k).
         """
         with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-            up, down = self._pair()
+            up, down = self._scaled_pair()
             cross = (weight.float() @ down.T * up).sum(dim=1)
             gram = (up @ (down @ down.T) * up).sum(dim=1)
             return (self.squares + 2 * cross + gram).clamp_min(TINY).sqrt()
@@ -71,7 +71,7 @@ class DoraSingLoRA(SingLoRA):
         ratio = self.magnitude / self.norm(base.weight)
         # As a change of y, so that what has not moved yet answers exactly as the base does, whatever the dtype.
         if self.A0 is None and self.scale == 1.0 and singlora_fused.applies(base, x):
-            y = singlora_fused.adapted_linear(base, x, self.A, self._middle())
+            y = singlora_fused.adapted_linear(base, x, self.A, self._scaling())
             return torch.addcmul(y, (ratio - 1).to(x.dtype), y if base.bias is None else y - base.bias)
         y = base(x)
         linear = y if base.bias is None else y - base.bias
@@ -85,7 +85,7 @@ class DoraSingLoRA(SingLoRA):
 
     def factors(self) -> Factors | None:
         """The direction as a pair, at scale 1 whatever the scale is, and the magnitude."""
-        return Factors(*self._steady(), self.magnitude.detach())
+        return Factors(*self._full_factors(), self.magnitude.detach())
 
 
 def delta(

@@ -49,6 +49,10 @@ class InstancePrompt(NamedTuple):
     identifier: str
     class_noun: str
 
+    def without_identifier(self, prompt: str) -> str:
+        """The prompt as it is true of the whole class: "a photo of dog"."""
+        return " ".join(prompt.replace(self.identifier, " ", 1).split())
+
 
 def bundled() -> dict[str, Path]:
     """The prompt sets that come with the package, by name: object, live_subject, toyworld."""

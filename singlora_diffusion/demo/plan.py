@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..adapters.config import MethodName as Method
 from ..settings import build
-from ..training.recipe import Method, Recipe
+from ..training.recipe import Recipe
 from .settings import RATES, DemoSettings
 from .world_images import IDENTIFIER, MANIFEST
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..adapters.config import MethodName as Method
 from ..settings import Count, Positive, Seed
-from ..training.recipe import Method
 
 RATES: dict[Method, float] = {
     "singlora": 3e-3,

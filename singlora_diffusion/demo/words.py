@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import files
-from ..training.recipe import Method
+from ..adapters.config import MethodName as Method
 from . import plan
 from .settings import DemoSettings
 from .world_images import MANIFEST

@@ -68,5 +68,5 @@ def _home(path: Path, index: Mapping[str, Any]) -> Any:
     """The file of the family that a folder is of."""
     pipeline = str(index["_class_name"])
     if pipeline not in FAMILIES:
-        raise UserError(f"{path} is a {escaped(pipeline)}; supported: {', '.join(FAMILIES)}")
+        raise UserError(f"{escaped(path, 1000)} is a {escaped(pipeline)}; supported: {', '.join(FAMILIES)}")
     return import_module(f".{FAMILIES[pipeline]}", __package__)

@@ -43,7 +43,7 @@ def levels(scheduler: FlowMatchEulerDiscreteScheduler) -> Tensor:
 
 def times(levels: Tensor, quantiles: Tensor) -> Tensor:
     """Uniform over the table (the scripts' `--weighting_scheme none`), a small quantile being little noise."""
-    return levels[(quantiles * len(levels)).long().to(levels.device)]
+    return levels.to(quantiles.device)[(quantiles * len(levels)).long()]
 
 
 def logit_normal(quantiles: Tensor) -> Tensor:

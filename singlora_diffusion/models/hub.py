@@ -19,6 +19,7 @@ WEIGHTS = Path(__file__).parent.parent / "toyworld" / "weights"
 TOYWORLD = WEIGHTS / "pipeline"
 
 INDEX = "model_index.json"
+INSTEAD = "check the id and the network, or give a local folder"
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 """Parts of published pipelines that are not downloaded."""
 
@@ -57,13 +58,19 @@ def configs(name_or_path: str) -> Path:
     return _checked(path)
 
 
-def files(repository: str, names: Sequence[str], complete: Callable[[Path], bool] | None = None) -> Path:
+def files(
+    repository: str,
+    names: Sequence[str],
+    complete: Callable[[Path], bool] | None = None,
+    instead: str = INSTEAD,
+) -> Path:
     """The folder with some files of a hub repository, from the local cache or the hub.
 
     Args:
         repository: a hub id.
         names: of the files, or patterns such as `*/config.json`. Those that the repository lacks are not an error.
         complete: whether a folder holds what is needed. None: all of `names`.
+        instead: what the user can do where they cannot be downloaded.
 
     Raises:
         UserError: they are not in the cache, and the hub cannot be reached or lacks them.
@@ -76,13 +83,13 @@ def files(repository: str, names: Sequence[str], complete: Callable[[Path], bool
         cached = Path(snapshot_download(repository, allow_patterns=wanted, local_files_only=True))
         if complete(cached):
             return cached
-    _reach(repository)
+    _reach(repository, instead)
     try:
         found = Path(snapshot_download(repository, allow_patterns=wanted))
     except Exception as error:  # the hub's and the network's own are of many kinds
-        raise _not_downloaded(repository, error) from error
+        raise _not_downloaded(repository, error, instead) from error
     if not complete(found):
-        raise UserError(f"{repository}: the hub repository lacks {', '.join(wanted)}; see {url(repository)}")
+        raise UserError(f"{repository}: the hub repository lacks some of {', '.join(wanted)}; see {url(repository)}")
     return found
 
 
@@ -116,7 +123,9 @@ def _here(name_or_path: str) -> Path | None:
 
 def _checked(path: Path) -> Path:
     if not (path / INDEX).is_file():
-        raise UserError(f"{path} is no diffusers model: it has no {INDEX}; give the folder that holds one")
+        raise UserError(
+            f"{escaped(path, 1000)} is no diffusers model: it has no {INDEX}; give the folder that holds one"
+        )
     return path
 
 
@@ -135,7 +144,7 @@ def _pipeline(hub_id: str) -> Path:
         raise _not_downloaded(hub_id, error) from error
 
 
-def _reach(repository: str) -> None:
+def _reach(repository: str, instead: str = INSTEAD) -> None:
     """The hub's own client tries an unreachable hub for half a minute; this asks once."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
@@ -144,16 +153,14 @@ def _reach(repository: str) -> None:
         get_session().head(constants.ENDPOINT, timeout=10)
     except Exception as error:
         raise UserError(
-            f"cannot get {repository} from the hub: it is not on this machine and {constants.ENDPOINT} cannot be "
-            f"reached; check the network, or give a local folder"
+            f"cannot get {repository} from the hub: it is not on this machine, and {constants.ENDPOINT} cannot be "
+            f"reached; {instead}"
         ) from error
 
 
-def _not_downloaded(repository: str, error: Exception) -> UserError:
+def _not_downloaded(repository: str, error: Exception, instead: str = INSTEAD) -> UserError:
     reason = escaped(" ".join(str(error).split()) or type(error).__name__, 160)
-    return UserError(
-        f"cannot get {repository} from the hub ({reason}): check the id and the network, or give a local folder"
-    )
+    return UserError(f"cannot get {repository} from the hub ({reason}): {instead}")
 
 
 def _parts(path: Path) -> list[Path]:
@@ -163,20 +170,22 @@ def _parts(path: Path) -> list[Path]:
     return [path / name for name in listed if name not in UNUSED]
 
 
+def _networks(path: Path) -> list[Path]:
+    """Those parts that have a config.json, and weights in a whole model."""
+    return [part for part in _parts(path) if not part.name.startswith(("scheduler", "tokenizer"))]
+
+
 def _is_described(path: Path) -> bool:
-    """Whether there is a config file at all; parts without weights have none."""
-    return (path / INDEX).is_file() and any((part / "config.json").is_file() for part in _parts(path))
+    return (path / INDEX).is_file() and all((part / "config.json").is_file() for part in _networks(path))
 
 
 def _is_complete(path: Path) -> bool:
     """Whether every part is there, with all its shards where it has weights: a download may have been interrupted."""
-    for part in _parts(path):
-        if not part.is_dir():
-            return False
-        if (part / "config.json").is_file() and not any(part.glob("*.safetensors")):
+    for part in _networks(path):
+        if not any(part.glob("*.safetensors")):
             return False
         for listing in part.glob("*.safetensors.index.json"):
             shards = json.loads(listing.read_text(encoding="utf-8"))["weight_map"].values()
             if not all((part / shard).is_file() for shard in shards):
                 return False
-    return True
+    return _is_described(path) and all(part.is_dir() for part in _parts(path))

@@ -38,7 +38,7 @@ def loading(path: Path, what: str) -> Iterator[None]:
         raise
     except Exception as error:  # damage shows in many ways, and each library has its own errors
         reason = escaped(" ".join(str(error).replace(f"{path}/", "").split()), 200)
-        raise UserError(f"{path} cannot be loaded as a {what} model: {reason}") from error
+        raise UserError(f"{escaped(path, 1000)} cannot be loaded as a {what} model: {reason}") from error
 
 
 def index(path: Path) -> dict[str, Any]:
@@ -51,7 +51,9 @@ def index(path: Path) -> dict[str, Any]:
         found = json.loads((path / hub.INDEX).read_text(encoding="utf-8"))
         found["_class_name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}/{hub.INDEX} is damaged: it must be JSON that names a pipeline class") from error
+        raise UserError(
+            f"{escaped(path, 1000)}/{hub.INDEX} is damaged: it must be JSON that names a pipeline class"
+        ) from error
     return dict(found)
 
 

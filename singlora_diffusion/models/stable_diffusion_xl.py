@@ -16,6 +16,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from ..errors import UserError
 from ..randomness import seeded
+from ..terminal import escaped
 from . import autoencoder, network, noise_schedule, parts
 from .family import Conditioning, Corrupted, Geometry, Latents, check_sides
 from .network import Part
@@ -164,8 +165,10 @@ def load(path: Path, source: str, dtype: str, device: str) -> StableDiffusionXL:
         UserError: the refiner, which reads one text encoder and is told five numbers of another meaning.
     """
     index = parts.index(path)
-    if not (path / "text_encoder").is_dir() and (path / "text_encoder_2").is_dir():
-        raise UserError(f"{path} is a Stable Diffusion XL refiner: adapters are trained and used on the base model")
+    if not parts.listed(index, "text_encoder"):
+        raise UserError(
+            f"{escaped(path, 1000)} is a Stable Diffusion XL refiner: adapters are trained and used on the base model"
+        )
     with parts.loading(path, "Stable Diffusion XL"):
         networks = parts.networks(NETWORKS, index, path, device, dtype)
         unet, projection = networks["unet"].config, networks["text_encoder_2"].config.projection_dim

@@ -19,11 +19,11 @@ from rich.table import Table
 from safetensors.torch import load_file
 
 from .. import models
+from ..models.hub import WEIGHTS
 from . import autoencoding, world
 from .captions import PATTERN_WORDS
 from .reader import Reader
 
-WEIGHTS = Path(__file__).parent / "weights"
 UNSEEN = 900_000  # picture and subject seeds from here on are never trained on
 
 
