@@ -61,22 +61,22 @@ COMMANDS = {
     ),
     "export": Command(
         "singlora_diffusion.formats.settings:ExportSettings",
-        "singlora_diffusion.formats.verbs:export",
+        "singlora_diffusion.formats.commands:export",
         "write an adapter as an ordinary LoRA for other tools",
     ),
     "import": Command(
         "singlora_diffusion.formats.settings:ImportSettings",
-        "singlora_diffusion.formats.verbs:import_",
+        "singlora_diffusion.formats.commands:import_",
         "read other tools' SingLoRA files",
     ),
     "inspect": Command(
         "singlora_diffusion.formats.settings:InspectSettings",
-        "singlora_diffusion.formats.verbs:inspect",
+        "singlora_diffusion.formats.commands:inspect",
         "say what an adapter file is, layer by layer",
     ),
     "add": Command(
         "singlora_diffusion.formats.settings:AddSettings",
-        "singlora_diffusion.formats.verbs:add",
+        "singlora_diffusion.formats.commands:add",
         "add SingLoRAs up, exactly",
     ),
 }

@@ -23,7 +23,7 @@ from singlora_diffusion.adapters.config import AdapterConfig
 from singlora_diffusion.adapters.delta import LowRankDelta
 from singlora_diffusion.adapters.methods import Method, by_delta
 from singlora_diffusion.errors import UserError
-from singlora_diffusion.formats import container
+from singlora_diffusion.formats import safetensors_io
 
 pytestmark = pytest.mark.numerical
 
@@ -192,7 +192,7 @@ def test_a_saved_adapter_is_the_same_adapter(row: str, case: Case, stored: str) 
     networks = build(case)
     adapter = trained(networks, setting(row, case), case.step)
     state = {key: tensor.clone() for key, tensor in adapter.state_dict().items()}
-    kind = torch.float32 if adapter.config.init == "offset" else container.precision(stored)
+    kind = torch.float32 if adapter.config.init == "offset" else safetensors_io.precision(stored)
     with TemporaryDirectory() as folder:
         file, again = Path(folder, "a.safetensors"), Path(folder, "b.safetensors")
         header = formats.save(adapter, file, about={"step": case.step}, dtype=stored)

@@ -38,16 +38,16 @@ def read_adapter(named: Path) -> AdapterSource:
         UserError: no such file, or nothing that is read as an adapter.
     """
     from .. import formats
-    from ..formats import recognition
+    from ..formats import file_kinds
 
     try:
         found = formats.recognise(named)
     except (OSError, ValueError) as error:  # such as a name that is too long
         why = reason(error) if isinstance(error, OSError) else error
         raise UserError(f"--adapter {escaped(named, 1000)}: cannot be read: {why}") from error
-    if found.kind == recognition.UNKNOWN:
-        raise recognition.refuse(found)
-    header = formats.read_header(named) if found.kind == recognition.NATIVE else None
+    if found.kind == file_kinds.UNKNOWN:
+        raise file_kinds.refuse(found)
+    header = formats.read_header(named) if found.kind == file_kinds.NATIVE else None
     return AdapterSource(named, found.index.path, header, sha256(found.index.path))
 
 

@@ -13,8 +13,14 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..models.network import Networks
-from . import columns, container, inward, names, native, pairs, recognition
-from .container import Index, shown
+from ..terminal import escaped
+from . import file_kinds, importing, keys, lora_pairs, native, safetensors_io, signed_factors
+from .lora_pairs import Pair
+from .safetensors_io import Index
+
+SHORT = 60
+"""Characters up to which JSON in the metadata stays on one line."""
+MOST_ENTRIES = 40
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,21 @@ class Report:
     note: str
     rows: list[Row]
     facts: dict[str, str] = field(default_factory=dict)
-    """Header or metadata, for people."""
+    """Header or metadata, for people; values of several lines are indented below their names."""
+
+    @property
+    def warning(self) -> str:
+        """What to say where updates are absurdly large: a layer whose ||dW|| is more than its ||W0||.
+
+        Usual adapters stay at a few hundredths to a third of that.
+        """
+        large = [row for row in self.rows if row.relative is not None and not row.relative <= 1.0]
+        if not large:
+            return ""
+        return (
+            f"{len(large)} of {len(self.rows)} layers change by more than the weight they have (‖dW‖ > ‖W0‖): the "
+            f"training diverged, or the file is for another model or another strength; images will hardly be any"
+        )
 
 
 def inspect(path: str | Path, networks: Networks | None = None) -> Report:
@@ -54,15 +74,27 @@ def inspect(path: str | Path, networks: Networks | None = None) -> Report:
     Raises:
         UserError: damaged, or not for these networks.
     """
-    found = recognition.recognise(path)
+    found = file_kinds.recognise(path)
     index = found.index
-    if found.kind == recognition.NATIVE:
+    if found.kind == file_kinds.NATIVE:
         rows, facts = _native(index, networks)
     else:
-        rows = [] if found.kind == recognition.UNKNOWN else _foreign(found, networks)
+        rows = [] if found.kind == file_kinds.UNKNOWN else _foreign(found, networks)
         facts = {key: text for key, text in sorted(index.metadata.items()) if key != "format"}
-    facts = {key: shown(text, 300) for key, text in facts.items() if text}
+    facts = {escaped(key): _shown(text) for key, text in facts.items() if text}
     return Report(index.path, found.kind, found.form, found.note, rows, facts)
+
+
+def _shown(text: str) -> str:
+    """A value of the metadata: one line, or a JSON object entry by entry."""
+    try:
+        table = safetensors_io.parse_json(text)
+    except (ValueError, RecursionError):
+        table = None
+    if not isinstance(table, dict) or len(text) <= SHORT:
+        return escaped(text, 300)
+    lines = [escaped(f"{key}: {value}", 116) for key, value in list(table.items())[:MOST_ENTRIES]]
+    return "\n".join([*lines, *(["..."] if len(table) > MOST_ENTRIES else [])])
 
 
 def _native(index: Index, networks: Networks | None) -> tuple[list[Row], dict[str, str]]:
@@ -77,9 +109,9 @@ def _native(index: Index, networks: Networks | None) -> tuple[list[Row], dict[st
                 updates[name] = _norms(change, bases[name].weight)
         finally:
             adapter.detach()
-    elif columns.are_all_of(config):
+    elif signed_factors.describe(config):
         for name in header.layers:
-            updates[name] = _product_norm(*columns.of_layer(header, state, name).pair()), None
+            updates[name] = Pair(*signed_factors.of_layer(header, state, name).pair()).norm(), None
     rows = []
     for name, shape in header.layers.items():
         rank, alpha, _ = header.for_network(name.partition(".")[0])
@@ -109,44 +141,44 @@ def _native(index: Index, networks: Networks | None) -> tuple[list[Row], dict[st
     return rows, facts
 
 
-def _foreign(found: recognition.Recognised, networks: Networks | None) -> list[Row]:
+def _foreign(found: file_kinds.Recognised, networks: Networks | None) -> list[Row]:
     index = found.index
     if networks is not None:
         return _fitted(found, networks)
     parts: dict[str, dict[str, str]] = {}
     for key in index.tensors:
-        tagged = names.tag(key)
-        if tagged is not None and tagged.role not in ("step", "base"):
-            parts.setdefault(tagged.layer, {})[tagged.role] = key
+        tagged = keys.tag(key)
+        if tagged is not None and tagged.part not in ("step", "base"):
+            parts.setdefault(tagged.layer, {})[tagged.part] = key
     rows = []
     for layer, part in parts.items():
-        tensors = container.read_tensors(index, part.values())
+        tensors = safetensors_io.read_tensors(index, part.values())
         alpha = (
             float(tensors[part["alpha"]].reshape(-1)[0]) if "alpha" in part and tensors[part["alpha"]].numel() else None
         )
         if {"up", "down"} <= set(part):
             up, down = tensors[part["up"]], tensors[part["down"]]
             if up.ndim < 2 or down.ndim < 2 or up.shape[1] != down.shape[0] or not up.numel() or not down.numel():
-                raise UserError(f"{index.path}: {shown(layer)} is no LoRA pair: {tuple(up.shape)}, {tuple(down.shape)}")
+                raise UserError(
+                    f"{index.path}: {escaped(layer)} is no LoRA pair: {tuple(up.shape)}, {tuple(down.shape)}"
+                )
             rank, shape = len(down), (up.shape[0], *down.shape[1:])
             scale = 1.0 if alpha is None else alpha / rank
-            norm = (
-                None if "magnitude" in part else _product_norm(up.flatten(1).double() * scale, down.flatten(1).double())
-            )
+            norm = None if "magnitude" in part else abs(scale) * Pair(up, down).norm()
             dtype = index.tensors[part["up"]].dtype
-            rows.append(Row(shown(layer), shape, rank, alpha, dtype, norm))
+            rows.append(Row(escaped(layer), shape, rank, alpha, dtype, norm))
         elif "one" in part:
             entry = index.tensors[part["one"]]
             rank_ = entry.shape[1] if len(entry.shape) == 2 else None
-            rows.append(Row(shown(layer), None, rank_, alpha, entry.dtype, None))
+            rows.append(Row(escaped(layer), None, rank_, alpha, entry.dtype, None))
     return rows
 
 
-def _fitted(found: recognition.Recognised, networks: Networks) -> list[Row]:
+def _fitted(found: file_kinds.Recognised, networks: Networks) -> list[Row]:
     index = found.index
     dtype = next(iter(index.tensors.values())).dtype
-    if found.kind == recognition.SINGLORA:
-        adapter, header = inward.import_(index.path, networks)
+    if found.kind == file_kinds.SINGLORA:
+        adapter, header = importing.import_(index.path, networks)
         try:
             bases = adapter.layers()
             changes = {name: (change, bases[name].weight) for name, change in adapter.delta_weights()}
@@ -163,20 +195,15 @@ def _fitted(found: recognition.Recognised, networks: Networks) -> list[Row]:
             )
             for name, (change, w) in changes.items()
         ]
-    modules = names.modules(networks)
+    modules = keys.modules(networks)
     rows = []
-    for name, pair in pairs.of_file(index, networks).items():
+    for name, pair in lora_pairs.of_file(index, networks).items():
         weight: Any = modules[name].weight
         norms: tuple[float | None, float | None] = (None, None)
         if pair.magnitude is None:
-            norms = _norms((pair.up.flatten(1) @ pair.down.flatten(1)), weight)
+            norms = _norms(pair.product(), weight.flatten(1))
         rows.append(Row(name, tuple(weight.shape), pair.rank, None, dtype, *norms))
     return rows
-
-
-def _product_norm(up: Tensor, down: Tensor) -> float:
-    """||up @ down|| without the product: the square is the sum of (up^T up) * (down down^T)."""
-    return float(((up.T @ up) * (down @ down.T)).sum().clamp_min(0).sqrt())
 
 
 def _norms(change: Tensor, weight: Tensor) -> tuple[float, float]:
@@ -185,11 +212,11 @@ def _norms(change: Tensor, weight: Tensor) -> tuple[float, float]:
 
 
 KINDS = {
-    recognition.NATIVE: "an adapter of singlora-diffusion",
-    recognition.SINGLORA: "a SingLoRA of another program ({form}); `singlora import` makes it one of ours",
-    recognition.DISGUISED: "a LoRA ({form}) whose pairs are SingLoRAs; `singlora import` makes it one of ours",
-    recognition.LORA: "a LoRA ({form})",
-    recognition.UNKNOWN: "not an adapter that this program reads",
+    file_kinds.NATIVE: "an adapter of singlora-diffusion",
+    file_kinds.SINGLORA: "a SingLoRA of another program ({form}); `singlora import` makes it one of ours",
+    file_kinds.TIED: "a LoRA ({form}) with tied pairs, which is a SingLoRA; `singlora import` makes it one of ours",
+    file_kinds.LORA: "a LoRA ({form})",
+    file_kinds.UNKNOWN: "not an adapter that this program reads",
 }
 HEADS = ("layer", "weight", "rank", "alpha", "stored", "‖dW‖", "‖dW‖/‖W0‖")
 IN_A_BLOCK = re.compile(r"(.+(?:transformer_blocks|layers)[._]\d+)[._](.+)")
@@ -197,10 +224,12 @@ IN_A_BLOCK = re.compile(r"(.+(?:transformer_blocks|layers)[._]\d+)[._](.+)")
 
 def show(report: Report) -> None:
     """Print a report: what it is, then a table of its layers under the names of the blocks they stand in."""
-    print(f"{report.path}: {KINDS[report.kind].format(form=report.form)}")
-    for line in [report.note, *(f"{key}: {value}" for key, value in report.facts.items())]:
-        if line:
-            print(line)
+    print(f"{escaped(report.path, 1000)}: {KINDS[report.kind].format(form=report.form)}")
+    if report.note:
+        print(report.note)
+    for key, value in report.facts.items():
+        lines = value.splitlines()
+        print("\n  ".join([f"{key}:", *lines]) if len(lines) > 1 else f"{key}: {value}")
     blocks: dict[str, list[tuple[str, ...]]] = {}
     for row in report.rows:
         split = IN_A_BLOCK.fullmatch(row.name)
@@ -217,6 +246,8 @@ def show(report: Report) -> None:
             print(name)
         for cells in block:
             print(_line(cells, widths))
+    if report.warning:
+        print(f"\nwarning: {report.warning}")
 
 
 def _cells(row: Row) -> tuple[str, ...]:

@@ -1,14 +1,16 @@
-"""The verbs of the command line that handle adapter files: settings in, files and a few printed lines out."""
+"""The commands that handle adapter files: settings in, files and a few printed lines out."""
 
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 from .. import models
 from ..errors import UserError
-from . import arithmetic, container, inspection, inward, native, outward
-from .native import Header
+from ..terminal import escaped, note
+from . import arithmetic, exporting, importing, inspecting, merging, native
+from .header import Header
 from .settings import AddSettings, ExportSettings, ImportSettings, InspectSettings
 
 
@@ -20,27 +22,30 @@ def export(settings: ExportSettings) -> None:
     family = load_base(header, settings.pretrained_model_name_or_path)
     if settings.merge_into is not None:
         adapter = native.load(settings.adapter, family.networks)
-        print(f"wrote the merged pipeline {outward.merge_into(family, adapter, settings.merge_into)}")
+        print(f"wrote the merged pipeline {merging.merge_into(family, adapter, settings.merge_into)}")
         return
     assert settings.output is not None
-    proof = outward.export(
+    prediction = str(getattr(family.scheduler.config, "prediction_type", ""))
+    found = exporting.export(
         settings.adapter,
         settings.format,
         settings.output,
         networks=family.networks,
         dtype=settings.dtype,
+        about=replace(header, prediction_type=header.prediction_type or prediction),
         overwrite=settings.overwrite,
     )
     size = Path(settings.output).stat().st_size
-    print(f"wrote {settings.output} ({settings.format}, {settings.dtype}, {size / 1e6:.2f} MB, {proof.layers} layers)")
+    print(f"wrote {settings.output} ({settings.format}, {settings.dtype}, {size / 1e6:.2f} MB, {found.layers} layers)")
     print(
-        f"loaded back through diffusers: layers differ by at most {proof.layer_difference:.1e}, "
-        f"outputs by {proof.output_difference:.1e} (relative)"
+        f"loaded back through diffusers: layers differ by at most {found.layer_difference:.1e} of their effect "
+        f"({found.update_difference:.1e} of dW alone), outputs by {found.output_difference:.1e} (rounding alone makes "
+        f"{found.rounding:.1e})"
     )
     if header.u < 1.0:
-        print(f"note: its ramp stood at u = {header.u:g}, which is folded in")
-    if any("magnitude" in key for key in container.read_index(settings.output).tensors):
-        print("note: its magnitudes load in diffusers only; for ComfyUI and A1111 use --merge_into DIR")
+        note(f"its ramp stood at u = {header.u:g}, which is folded in")
+    for remark in exporting.remarks(settings.format, header, family.networks):
+        note(remark)
 
 
 def import_(settings: ImportSettings) -> None:
@@ -48,7 +53,7 @@ def import_(settings: ImportSettings) -> None:
     if Path(settings.output).exists() and not settings.overwrite:
         raise UserError(f"{settings.output}: exists already; name another file, or pass --overwrite")
     family = models.load(settings.pretrained_model_name_or_path)
-    adapter, header = inward.import_(
+    adapter, header = importing.import_(
         settings.file, family.networks, alpha=settings.alpha, ramp_steps=settings.ramp_steps
     )
     about = {
@@ -69,11 +74,11 @@ def inspect(settings: InspectSettings) -> None:
     """`singlora inspect`."""
     base = settings.pretrained_model_name_or_path
     networks = models.load(base).networks if base else None
-    report = inspection.inspect(settings.file, networks)
-    inspection.show(report)
+    report = inspecting.inspect(settings.file, networks)
+    inspecting.show(report)
     if report.rows and networks is None:
         model = report.facts.get("base model", "MODEL")
-        print(f"note: ‖dW‖/‖W0‖ needs the base model: --pretrained_model_name_or_path {shlex.quote(model)}")
+        note(f"‖dW‖/‖W0‖ needs the base model: --pretrained_model_name_or_path {shlex.quote(model)}")
 
 
 def add(settings: AddSettings) -> None:
@@ -89,5 +94,7 @@ def load_base(header: Header, named: str | None, **options: str) -> models.Famil
         raise UserError("the adapter does not say what it was trained on: --pretrained_model_name_or_path MODEL")
     family = models.load(named or header.base_model, **options)
     if header.base_hash and family.fingerprint != header.base_hash:
-        print(f"note: {family.source} is not the very model this adapter was trained on ({header.base_model})")
+        note(
+            f"{escaped(family.source)} is not the very model this adapter was trained on ({escaped(header.base_model)})"
+        )
     return family

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..models.network import Networks
-from . import container, names
-from .container import Index, shown
+from ..models.network import Networks, NetworkSpec
+from ..terminal import escaped
+from . import keys, safetensors_io
+from .safetensors_io import Index
 
 if TYPE_CHECKING:
     from ..adapters.registry import Adapter
@@ -29,6 +30,41 @@ class Pair:
     @property
     def rank(self) -> int:
         return self.down.shape[0]
+
+    def scaled(self, factor: float) -> Pair:
+        return Pair(self.up * factor, self.down, self.magnitude)
+
+    def product(self) -> Tensor:
+        """up @ down, (out, in) float64; of a convolution (out, in * height * width)."""
+        return self.up.flatten(1).double() @ self.down.flatten(1).double()
+
+    def balanced(self) -> Pair:
+        """The same product from factors of about the same size: powers of two go from one to the other, column by
+        column, so that small ones do not fall below what half precision can tell from zero."""
+        up, down = self.up.flatten(1).square().mean(dim=0).sqrt(), self.down.flatten(1).square().mean(dim=1).sqrt()
+        tiny = torch.finfo(torch.float32).tiny
+        shift = torch.exp2(torch.round(torch.log2(down.clamp_min(tiny) / up.clamp_min(tiny)) / 2))
+        shift = torch.where((up > 0) & (down > 0), shift, torch.ones_like(shift))
+        return Pair(
+            self.up * shift.reshape(1, -1, *[1] * (self.up.ndim - 2)),
+            self.down / shift.reshape(-1, *[1] * (self.down.ndim - 1)),
+            self.magnitude,
+        )
+
+    def norm(self) -> float:
+        """||up @ down||, by the smaller of the product and the Gram matrices: a rank may be anything."""
+        if self.rank >= min(self.up.shape[0], self.down[0].numel()):
+            return float(torch.linalg.norm(self.product()))
+        up, down = self.up.flatten(1).double(), self.down.flatten(1).double()
+        return float(((up.T @ up) * (down @ down.T)).sum().clamp_min(0).sqrt())
+
+    def compact(self) -> Pair:
+        """The same update at a rank no larger than the weight's: a file's rank may be anything."""
+        if self.rank <= self.up.shape[0]:
+            return self
+        product = self.product().to(self.up.dtype)
+        up = torch.eye(len(product)).reshape(len(product), len(product), *self.up.shape[2:])
+        return Pair(up, product.reshape(len(product), *self.down.shape[1:]), self.magnitude)
 
 
 def of_adapter(adapter: Adapter) -> Iterator[tuple[str, Pair]]:
@@ -52,19 +88,19 @@ def of_file(index: Index, networks: Networks) -> dict[str, Pair]:
         UserError: a tensor that is not part of a LoRA or has no place in these networks, half a pair, a wrong shape.
     """
     path = index.path
-    spellings, modules = names.spellings(networks), names.modules(networks)
+    spellings, modules = keys.spellings(networks), keys.modules(networks)
     parts: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in container.read_tensors(index).items():
-        tagged = names.tag(key)
-        if tagged is None or tagged.role not in ("up", "down", "alpha", "magnitude"):
-            raise UserError(f"{path}: {shown(key)} is not a tensor of a LoRA")
+    for key, tensor in safetensors_io.read_tensors(index).items():
+        tagged = keys.tag(key)
+        if tagged is None or tagged.part not in ("up", "down", "alpha", "magnitude"):
+            raise UserError(f"{path}: {escaped(key)} is not a tensor of a LoRA")
         if tagged.layer not in spellings:
-            raise UserError(f"{path}: {shown(tagged.layer)} is no layer of this model{_hint(index)}")
+            raise UserError(f"{path}: {escaped(tagged.layer)} is no layer of this model{_hint(index)}")
         if key.endswith(".dora_scale"):
             raise UserError(
-                f"{path}: {shown(key)} is a magnitude in a form that diffusers drops: it cannot be used here"
+                f"{path}: {escaped(key)} is a magnitude in a form that diffusers drops: it cannot be used here"
             )
-        parts.setdefault(spellings[tagged.layer], {})[tagged.role] = tensor.float()
+        parts.setdefault(spellings[tagged.layer], {})[tagged.part] = tensor.float()
     folded = _peft_scales(index)
     found: dict[str, Pair] = {}
     for name, part in parts.items():
@@ -89,13 +125,13 @@ def _peft_scales(index: Index) -> dict[str, float]:
     if text is None:
         return {}
     try:
-        facts = container.parse_json(text)
+        facts = safetensors_io.parse_json(text)
         networks = {key.partition(".")[0] for key in facts if key.endswith(".r")}
         if any(facts.get(f"{n}.{k}") for n in networks for k in ("alpha_pattern", "rank_pattern", "use_rslora")):
             raise ValueError("ranks or alphas that differ from layer to layer are not read")
         return {n: float(facts[f"{n}.lora_alpha"]) / int(facts[f"{n}.r"]) for n in networks}
     except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, RecursionError, OverflowError) as error:
-        raise UserError(f"{index.path}: its lora_adapter_metadata cannot be used: {shown(error)}") from error
+        raise UserError(f"{index.path}: its lora_adapter_metadata cannot be used: {escaped(error)}") from error
 
 
 def _fits(where: str, up: Tensor, down: Tensor, magnitude: Tensor | None, layer: nn.Module) -> None:
@@ -130,36 +166,28 @@ def total(parts: Sequence[tuple[Mapping[str, Pair], float]]) -> dict[str, Pair]:
                     "an adapter with magnitudes (DoRA) does not add up with others: use it alone, at scale 1"
                 )
             before = found.get(name)
-            up = pair.up * factor
+            scaled = pair.scaled(factor).compact()
             if before is not None:
-                up, down = torch.cat([before.up, up], dim=1), torch.cat([before.down, pair.down], dim=0)
-                found[name] = Pair(up, down)
-            else:
-                found[name] = Pair(up, pair.down, pair.magnitude)
+                up, down = torch.cat([before.up, scaled.up], dim=1), torch.cat([before.down, scaled.down], dim=0)
+                scaled = Pair(up, down).compact()
+            found[name] = scaled
     return found
 
 
-def as_peft(pairs: Mapping[str, Pair]) -> dict[str, Tensor]:
+def as_peft(pairs: Mapping[str, Pair], networks: Mapping[str, NetworkSpec]) -> dict[str, Tensor]:
     """Tensors under PEFT's names, scale folded, one rank per network (zeros fill up).
 
     Loaders disagree on what files with mixed ranks mean; with one rank there is nothing to disagree on.
     """
-    ranks: dict[str, int] = {}
-    for name, pair in pairs.items():
-        network = name.partition(".")[0]
-        ranks[network] = max(ranks.get(network, 0), pair.rank)
     tensors: dict[str, Tensor] = {}
-    for name, pair in pairs.items():
-        network = name.partition(".")[0]
-        lack = ranks[network] - pair.rank
-        up = torch.cat([pair.up, pair.up.new_zeros(len(pair.up), lack, *pair.up.shape[2:])], dim=1)
-        down = torch.cat([pair.down, pair.down.new_zeros(lack, *pair.down.shape[1:])], dim=0)
-        tensors |= {f"{name}.lora_B.weight": up, f"{name}.lora_A.weight": down}
-        if pair.magnitude is not None:
-            tensors[f"{name}.lora_magnitude_vector{magnitude_ending(network)}"] = pair.magnitude
+    for network, names in keys.by_network(pairs).items():
+        rank = max(pairs[name].rank for name in names)
+        for name in names:
+            pair = pairs[name]
+            lack = rank - pair.rank
+            up = torch.cat([pair.up, pair.up.new_zeros(len(pair.up), lack, *pair.up.shape[2:])], dim=1)
+            down = torch.cat([pair.down, pair.down.new_zeros(lack, *pair.down.shape[1:])], dim=0)
+            tensors |= {f"{name}{keys.PEFT.up}": up, f"{name}{keys.PEFT.down}": down}
+            if pair.magnitude is not None:
+                tensors[f"{name}{keys.MAGNITUDE[networks[network].role]}"] = pair.magnitude
     return tensors
-
-
-def magnitude_ending(network: str) -> str:
-    """transformers 5 starts a magnitude afresh, with no more than a warning, unless its name ends in `.weight`."""
-    return ".weight" if network.startswith("text_encoder") else ""

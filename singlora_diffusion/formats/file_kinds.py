@@ -6,17 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError
-from . import columns, container, names, native
-from .container import Index, shown
+from ..terminal import escaped
+from . import keys, native, safetensors_io, signed_factors
+from .header import KEY
+from .safetensors_io import Index
 
-NATIVE, SINGLORA, DISGUISED, LORA, UNKNOWN = "native", "singlora", "disguised singlora", "lora", "unknown"
+NATIVE, SINGLORA, TIED, LORA, UNKNOWN = "native", "singlora", "tied lora", "lora", "unknown"
 
 
 @dataclass(frozen=True)
 class Recognised:
     """A file's kind, and the program family whose spelling it uses.
 
-    kind: `native` ours; `singlora` one matrix per layer by another program; `disguised singlora` a LoRA whose pairs are
+    kind: `native` ours; `singlora` one matrix per layer by another program; `tied lora` a LoRA whose pairs are
     SingLoRAs; `lora`; `unknown`. note: why unknown, else empty.
     """
 
@@ -32,17 +34,17 @@ def recognise(path: str | Path) -> Recognised:
     Raises:
         UserError: not a sound safetensors file; NaN or infinity in the tensors of a LoRA.
     """
-    index = container.read_index(native.find(path))
-    if native.KEY in index.metadata:
+    index = safetensors_io.read_index(native.find(path))
+    if KEY in index.metadata:
         return Recognised(NATIVE, "singlora-diffusion", index)
-    tags = {key: names.tag(key) for key in index.tensors}
-    roles = {tagged.role for tagged in tags.values() if tagged is not None}
+    tags = {key: keys.tag(key) for key in index.tensors}
+    parts = {tagged.part for tagged in tags.values() if tagged is not None}
     foreign = [key for key, tagged in tags.items() if tagged is None]
-    if "one" in roles and roles <= {"one", "step", "base", "alpha"} and (not foreign or "base" in roles):
+    if "one" in parts and parts <= {"one", "step", "base", "alpha"} and (not foreign or "base" in parts):
         form = "PEFT-SingLoRA" if any(".lora_A" in key for key in index.tensors) else "SingLoRA (bare A)"
         return Recognised(SINGLORA, form, index)
-    if {"up", "down"} <= roles <= {"up", "down", "alpha", "magnitude"} and not foreign:
-        kind = DISGUISED if "magnitude" not in roles and _disguised(index) else LORA
+    if {"up", "down"} <= parts <= {"up", "down", "alpha", "magnitude"} and not foreign:
+        kind = TIED if "magnitude" not in parts and _tied(index) else LORA
         return Recognised(kind, _form(index), index)
     return Recognised(UNKNOWN, "", index, _reason(index, foreign))
 
@@ -53,13 +55,13 @@ def _form(index: Index) -> str:
     return "PEFT" if any(".lora_A." in key for key in index.tensors) else "diffusers"
 
 
-def _disguised(index: Index) -> bool:
+def _tied(index: Index) -> bool:
     """Whether every pair of the file agrees with itself, up to a factor per column, on its first min(out, in) rows."""
     parts: dict[str, dict[str, str]] = {}
     for key in index.tensors:
-        tagged = names.tag(key)
+        tagged = keys.tag(key)
         if tagged is not None:
-            parts.setdefault(tagged.layer, {})[tagged.role] = key
+            parts.setdefault(tagged.layer, {})[tagged.part] = key
     for part in parts.values():
         if not {"up", "down"} <= set(part):
             return False
@@ -67,23 +69,26 @@ def _disguised(index: Index) -> bool:
         if len(up) != 2 or len(down) != 2 or up[1] != down[0] or 0 in (*up, *down):
             return False
     for part in parts.values():
-        tensors = container.read_tensors(index, [part["up"], part["down"]])
-        if columns.of_pair(tensors[part["up"]], tensors[part["down"]], columns.coarsest(index)) is None:
+        tensors = safetensors_io.read_tensors(index, [part["up"], part["down"]])
+        if (
+            signed_factors.of_tied_pair(tensors[part["up"]], tensors[part["down"]], signed_factors.tolerance(index))
+            is None
+        ):
             return False
     return True
 
 
 def _reason(index: Index, foreign: list[str]) -> str:
-    keys = list(index.tensors)
-    if not keys:
+    names = list(index.tensors)
+    if not names:
         return "it holds no tensors"
-    if any(".hada_" in key or ".lokr_" in key or ".oft_" in key for key in keys):
+    if any(".hada_" in key or ".lokr_" in key or ".oft_" in key for key in names):
         return "it is a LyCORIS adapter (LoHa, LoKr, OFT), which has no LoRA form"
     if any(
-        key.startswith(("model.diffusion_model.", "first_stage_model.", "down_blocks.", "conv_in.")) for key in keys
+        key.startswith(("model.diffusion_model.", "first_stage_model.", "down_blocks.", "conv_in.")) for key in names
     ):
         return "it is a model, or a part of one, not an adapter"
-    return f"its tensor {shown(foreign[0] if foreign else keys[0])} is not one of an adapter"
+    return f"its tensor {escaped(foreign[0] if foreign else names[0])} is not one of an adapter"
 
 
 def refuse(found: Recognised) -> UserError:
