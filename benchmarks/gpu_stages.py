@@ -93,8 +93,8 @@ def _tiny(folder: Path, device: Device) -> Iterator[Stage]:
     for mode in MODES:
         yield _step(folder, TINY, mode, "singlora", 15, *small, "--backend", "eager")
     yield _sampling(folder, TINY.model, TINY.resolution, 5, *small)
-    sizes = ("--pictures", "40", "--subjects", "4", "--batch", "2", "--autoencoder_steps", "1", "--denoiser_steps", "1")
-    yield _pretraining(folder, device, 10, *sizes, "--stages", "pictures", "autoencoder", "denoiser")
+    sizes = ("--images", "40", "--subjects", "4", "--batch", "2", "--autoencoder_steps", "1", "--denoiser_steps", "1")
+    yield _pretraining(folder, device, 10, *sizes, "--stages", "images", "autoencoder", "denoiser")
 
 
 def _tests(*words: str) -> Stage:

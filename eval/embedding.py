@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from singlora_diffusion.data.images import open_picture
+from singlora_diffusion.data.images import open_image
 from singlora_diffusion.errors import UserError
 from singlora_diffusion.progress import bar
 from singlora_diffusion.terminal import note
@@ -75,7 +75,7 @@ def keep(stores: Iterable[VectorStore]) -> None:
 
 
 def _read(path: Path) -> tuple[Image.Image, str, bool]:
-    image = open_picture(path)
+    image = open_image(path)
     low, high = np.array(image.getextrema()).T  # of each channel
     blank = bool((low == high).all() or (high <= 2).all())
     return image, image_key(image), blank

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from singlora_diffusion.data.images import check
+from singlora_diffusion.data.folders import read_folder
 from singlora_diffusion.errors import UserError
 from singlora_diffusion.sampling.manifest import MANIFEST, read_manifest
 from singlora_diffusion.terminal import escaped
@@ -52,17 +52,17 @@ def read(
     Raises:
         UserError: a folder without images, a manifest that cannot be read or does not fit, a prompt said twice.
     """
-    report = check(images, decode=False)
+    report = read_folder(images, strict=True, decode=False)
     left_out = dict(report.skipped)
     listing = manifest or report.folder / MANIFEST
     if manifest is None and not listing.is_file():
         known = {} if prompt is None else {"prompt_without_token": prompt}
-        paths, lines, found = list(report.pictures), [known] * len(report.pictures), None
+        paths, lines, found = list(report.images), [known] * len(report.images), None
     elif prompt is not None:
         raise UserError(f"{listing}: says the prompts already; leave out --prompt")
     else:
         left_out.pop(listing.name, None)
-        by_name, present = read_manifest(listing), {path.name: path for path in report.pictures}
+        by_name, present = read_manifest(listing), {path.name: path for path in report.images}
         if missing := [name for name in by_name if name not in present]:
             raise UserError(
                 f"{listing}: lists {len(missing)} images that are not in {report.folder}, such as "
@@ -76,16 +76,16 @@ def read(
 
 
 def _references(folder: Path, images: Path) -> list[Path]:
-    report = check(folder, decode=False)
+    report = read_folder(folder, strict=True, decode=False)
     if report.folder.resolve() == images.resolve():
         raise UserError(
             f"{report.folder}: is named both as images and as references; an image is no reference of itself"
         )
-    return list(report.pictures)
+    return list(report.images)
 
 
 def _same_names(folder: Path, images: list[Path]) -> list[Path]:
-    present = {path.name: path for path in check(folder, decode=False).pictures}
+    present = {path.name: path for path in read_folder(folder, strict=True, decode=False).images}
     if missing := [path.name for path in images if path.name not in present]:
         raise UserError(
             f"{folder}: lacks {len(missing)} of {len(images)} images, such as {escaped(missing[0])}; generate them "

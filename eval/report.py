@@ -22,7 +22,8 @@ from typing import Any
 
 from PIL import Image
 
-from singlora_diffusion.data.images import open_picture, pictures
+from singlora_diffusion.data.folders import image_files
+from singlora_diffusion.data.images import open_image
 from singlora_diffusion.errors import UserError
 from singlora_diffusion.files import write_bytes
 from singlora_diffusion.settings import Count
@@ -115,7 +116,7 @@ def page(
         title=title,
         lead=lead,
         references={
-            caption: [_shown(path, path.name) for path in pictures(folder)]
+            caption: [_shown(path, path.name) for path in image_files(folder)]
             for caption, folder in (references or {}).items()
         },
         colours=colours,
@@ -258,7 +259,7 @@ def _shown(path: Path, tip: str) -> Shown:
 
     Small ones are enlarged here: browsers would blur them or show squares.
     """
-    image = open_picture(path)
+    image = open_image(path)
     scale = SIDE / max(image.size)
     width, height = (max(1, round(length * scale)) for length in image.size)
     stream = io.BytesIO()

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from singlora_diffusion.data.images import check
+from singlora_diffusion.data.folders import read_folder
 from singlora_diffusion.errors import UserError
 from singlora_diffusion.files import read_json, reason
 from singlora_diffusion.sampling.manifest import MANIFEST, check_line, read_manifest
@@ -172,7 +172,7 @@ def load(source: ImageSet) -> ScoredSet:
     """
     folder = source.images.expanduser()
     manifest = folder / MANIFEST
-    report = check(folder, decode=False)
+    report = read_folder(folder, strict=True, decode=False)
     lines = read_manifest(manifest) if manifest.is_file() else {}
     results = [
         _result(path) for path in (sorted(folder.glob("scores*.json")) if source.scores is None else source.scores)
@@ -180,7 +180,7 @@ def load(source: ImageSet) -> ScoredSet:
     scores = _scores(results)
     images = [
         ScoredImage(path, {**known, **lines.get(path.name, {})}, values)
-        for path in report.pictures
+        for path in report.images
         if not lines or path.name in lines
         for known, values in [scores.get(path.name, ({}, {}))]
     ]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..randomness import seeded
 
-INSTANCE, PRIOR = 0, 1  # two streams: pictures of the subject, pictures of its class
+INSTANCE, PRIOR = 0, 1  # two streams: images of the subject, images of its class
 
 
 class Draw(NamedTuple):

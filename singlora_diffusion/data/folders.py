@@ -56,11 +56,6 @@ class FolderReport:
             lines += [f"  {title} {escaped(name)}: {reason}" for name, reason in remarks]
         return "\n".join(lines)
 
-    @property
-    def pictures(self) -> tuple[Path, ...]:
-        """The former name of `images`."""
-        return self.images
-
 
 def read_folder(
     folder: str | Path, *, strict: bool = False, decode: bool = True, resolution: int | None = None

@@ -20,7 +20,7 @@ from ..files import reason
 from ..terminal import escaped
 
 if TYPE_CHECKING:
-    from .folders import FolderReport
+    pass
 
 IMAGE_SUFFIX = re.compile(r"\.(jpe?g|jpe|jfif|mpo|a?png|webp|bmp|dib|gif|tiff?|hei[cf]|hif|avif)", re.IGNORECASE)
 # Raw files begin like TIFF, and what Pillow finds in them is a thumbnail of a few hundred pixels.
@@ -189,23 +189,3 @@ def _register_heif() -> None:
             "is a HEIC image, which needs one more package: pip install pillow-heif, or save it as JPEG"
         ) from error
     heif.register_heif_opener()
-
-
-# --- former names, until their callers have moved to `folders` -------------------------------------------------------
-
-
-def check(folder: str | Path, decode: bool = True) -> FolderReport:
-    """The former name of `folders.read_folder(strict=True)`."""
-    from .folders import read_folder
-
-    return read_folder(folder, strict=True, decode=decode)
-
-
-def pictures(folder: str | Path) -> list[Path]:
-    """The former name of `folders.image_files`."""
-    from .folders import image_files
-
-    return image_files(folder)
-
-
-open_picture = open_image

@@ -25,7 +25,7 @@ CLIP: dict[str, Any] = {
     "text_cfg": {"context_length": CONTEXT, "width": 96, "heads": 4, "layers": 2},
 }
 DINO: dict[str, Any] = {
-    "architecture": "xcit_nano_12_p8_224",  # patches come out of strided convolutions: learns shape from few pictures
+    "architecture": "xcit_nano_12_p8_224",  # patches come out of strided convolutions: learns shape from few images
     "model_args": {"img_size": RESOLUTION, "embed_dim": 128, "depth": 4, "num_heads": 4, "cls_attn_layers": 2},
 }
 
@@ -125,7 +125,7 @@ def scheduler() -> DDIMScheduler:
 
 
 def clip(vocabulary: int) -> nn.Module:
-    """open_clip's CLIP with a small convolutional picture tower."""
+    """open_clip's CLIP with a small convolutional image tower."""
     from open_clip import CLIP as OpenClip
 
     return OpenClip(**{**CLIP, "text_cfg": {**CLIP["text_cfg"], "vocab_size": vocabulary}})

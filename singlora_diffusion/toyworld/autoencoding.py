@@ -1,4 +1,4 @@
-"""Stage 1: the autoencoder, and the latents of all pictures."""
+"""Stage 1: the autoencoder, and the latents of all images."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def tensor(images: np.ndarray) -> Tensor:
 
 
 def train(images: np.ndarray, *, steps: int, folder: Path, device: str, seed: int = 0) -> AutoencoderKL:
-    """Fit the autoencoder on crops (the first 70 % of the steps) and then on whole pictures.
+    """Fit the autoencoder on crops (the first 70 % of the steps) and then on whole images.
 
     Crops of 32 pixels buy four times the steps for the same arithmetic, and early training is short of steps, not of
-    pictures. Loss: L1 + 5 L2 + 1e-3 KL per latent number.
+    images. Loss: L1 + 5 L2 + 1e-3 KL per latent number.
     """
     vae = architecture.autoencoder().to(device)
 
@@ -45,7 +45,7 @@ def train(images: np.ndarray, *, steps: int, folder: Path, device: str, seed: in
         psnr = -10 * torch.log10(square.detach() / 4)
         return error.abs().mean() + 5 * square + 1e-3 * kl, {"psnr": psnr.item(), "kl": kl.item()}
 
-    def picture(module: nn.Module, step: int) -> None:
+    def preview(module: nn.Module, step: int) -> None:
         pixels = tensor(images[:16]).to(device)
         with torch.inference_mode():
             decoded = vae(pixels).sample
@@ -53,13 +53,13 @@ def train(images: np.ndarray, *, steps: int, folder: Path, device: str, seed: in
         grid = rows.reshape(4, 8, 64, 64, 3).transpose(0, 2, 1, 3, 4).reshape(256, 512, 3)
         Image.fromarray(grid).resize((1024, 512), Image.Resampling.NEAREST).save(folder / "autoencoder.png")
 
-    fit("autoencoder", vae, loss, steps=steps, lr=2e-3, folder=folder, ema=0.998, weight_decay=0.0, picture=picture)
+    fit("autoencoder", vae, loss, steps=steps, lr=2e-3, folder=folder, ema=0.998, weight_decay=0.0, preview=preview)
     return vae
 
 
 @torch.inference_mode()
 def encode(vae: AutoencoderKL, images: np.ndarray) -> Tensor:
-    """Posterior means of all pictures, (N, 8, 16, 16) float16, on the CPU."""
+    """Posterior means of all images, (N, 8, 16, 16) float16, on the CPU."""
     chunks = []
     for start in range(0, len(images), 64):
         with torch.autocast(vae.device.type, torch.bfloat16):
@@ -85,7 +85,7 @@ def whiten(vae: AutoencoderKL, images: np.ndarray) -> None:
 
 @torch.inference_mode()
 def psnr(vae: AutoencoderKL, images: np.ndarray) -> float:
-    """Mean over pictures of the PSNR in dB of decode(encode(picture)), on the 8-bit pictures a user gets."""
+    """Mean over images of the PSNR in dB of decode(encode(image)), on the 8-bit images a user gets."""
     values = []
     for start in range(0, len(images), 64):
         pixels = tensor(images[start : start + 64]).to(vae.device)

@@ -1,4 +1,4 @@
-"""What is said about a toyworld picture, in the manner of DreamBooth's prompts."""
+"""What is said about a toyworld image, in the manner of DreamBooth's prompts."""
 
 from __future__ import annotations
 

@@ -74,20 +74,20 @@ def train(
         error = (v.float() - target).square().mean(dim=(1, 2, 3))
         return (weights[t] * error).mean(), {}
 
-    def picture(module: nn.Module, step: int) -> None:
+    def preview(module: nn.Module, step: int) -> None:
         prompts = [row[0] for row in captions[:24]]
-        pictures = pipeline(model, vae, tokenizer)(
+        images = pipeline(model, vae, tokenizer)(
             prompts,
             num_inference_steps=25,
             guidance_scale=3.0,
             generator=[torch.Generator().manual_seed(i) for i in range(len(prompts))],
         ).images
         sheet = Image.new("RGB", (8 * 128, 3 * 128))
-        for i, one in enumerate(pictures):
+        for i, one in enumerate(images):
             sheet.paste(one.resize((128, 128), Image.Resampling.NEAREST), (i % 8 * 128, i // 8 * 128))
         sheet.save(folder / f"denoiser-{step:06d}.png")
 
-    fit("denoiser", model, loss, steps=steps, lr=1.2e-3, folder=folder, ema=0.9993, picture=picture)
+    fit("denoiser", model, loss, steps=steps, lr=1.2e-3, folder=folder, ema=0.9993, preview=preview)
     return model
 
 

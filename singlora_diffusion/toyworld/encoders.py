@@ -1,4 +1,4 @@
-"""Stage 3: the encoders that score pictures (CLIP, DINO) and the attribute reader, trained apart from the pipeline."""
+"""Stage 3: the encoders that score images (CLIP, DINO) and the attribute reader, trained apart from the pipeline."""
 
 from __future__ import annotations
 
@@ -69,10 +69,10 @@ def train_clip(
         draw = torch.Generator().manual_seed(step)
         chosen = torch.randint(len(images), (batch,), generator=draw)
         which = torch.randint(tokens.shape[1], (batch,), generator=draw)
-        pictures, texts, scale = clip(
+        encoded, texts, scale = clip(
             jitter(tensor(images[chosen.numpy()]), draw).to(device), tokens[chosen, which].to(device)
         )
-        logits = scale.clamp(max=50) * pictures @ texts.T
+        logits = scale.clamp(max=50) * encoded @ texts.T
         same = torch.arange(batch, device=device)
         hits = (logits.argmax(dim=1) == same).float().mean().item()
         return (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2, {"right": hits}
@@ -84,7 +84,7 @@ def train_clip(
 def train_dino(images: np.ndarray, classes: np.ndarray, *, steps: int, folder: Path, device: str) -> nn.Module:
     """A timm vision transformer that tells subjects apart whatever the place.
 
-    Departs from DINO (Caron et al. 2021, arXiv 2104.14294), which compares crops of one picture: here the two views are
+    Departs from DINO (Caron et al. 2021, arXiv 2104.14294), which compares crops of one image: here the two views are
     two renders of one subject in different places, and the others in the batch, all of its class, are the negatives.
 
     Args:

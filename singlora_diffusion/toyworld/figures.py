@@ -1,6 +1,6 @@
 """Measures the shipped weights: `python -m singlora_diffusion.toyworld.figures` prints the model card's table.
 
-Everything is measured on pictures, captions and subjects that no stage has seen, with the weights as they are shipped.
+Everything is measured on images, captions and subjects that no stage has seen, with the weights as they are shipped.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from . import autoencoding, world
 from .captions import PATTERN_WORDS
 from .reader import Reader
 
-UNSEEN = 900_000  # picture and subject seeds from here on are never trained on
+UNSEEN = 900_000  # image and subject seeds from here on are never trained on
 
 
 @dataclass(frozen=True)
 class Figures:
     """What to measure on."""
 
-    pictures: int = 1000
-    """Generated and rendered pictures."""
+    images: int = 1000
+    """Generated and rendered images."""
     guidance_scale: float = 3.0
     """For the generated ones."""
     output: Path | None = None
@@ -44,10 +44,10 @@ def main(argv: list[str] | None = None) -> None:
     settings = tyro.cli(Figures, args=argv, description=__doc__, use_underscores=True)
     figures = {
         **autoencoder(256),
-        **reader(settings.pictures),
+        **reader(settings.images),
         **clip(),
         **dino(),
-        **prompt_following(settings.pictures, settings.guidance_scale),
+        **prompt_following(settings.images, settings.guidance_scale),
     }
     table = Table("figure", "value")
     for name, value in figures.items():
@@ -66,7 +66,7 @@ def load_reader() -> Reader:
 
 
 def autoencoder(n: int) -> dict[str, float]:
-    """PSNR in dB of n unseen pictures."""
+    """PSNR in dB of n unseen images."""
     vae = models.load("toyworld").pipeline().vae
     return {"autoencoder PSNR, dB": autoencoding.psnr(vae, world.batch(range(UNSEEN, UNSEEN + n))["images"])}
 
@@ -79,7 +79,7 @@ def reader(n: int) -> dict[str, float]:
 
 
 def prompt_following(n: int, guidance: float, seed: int = 0) -> dict[str, float]:
-    """Share of n generated pictures that show the class, place and colour of their prompt; seconds per picture."""
+    """Share of n generated images that show the class, place and colour of their prompt; seconds per image."""
     rng = np.random.default_rng(seed)
     truth = {
         "class": rng.integers(len(world.CLASSES), size=n),
@@ -103,11 +103,11 @@ def prompt_following(n: int, guidance: float, seed: int = 0) -> dict[str, float]
     seconds = (time.perf_counter() - begun) / n
     read = _read(np.stack([np.asarray(image) for image in images]))
     right = {f"prompt following, {name}": float((read[name] == value).mean()) for name, value in truth.items()}
-    return {**right, "seconds per picture, 25 steps": seconds}
+    return {**right, "seconds per image, 25 steps": seconds}
 
 
 def clip(groups: int = 20, size: int = 50) -> dict[str, float]:
-    """Share of unseen pictures whose full caption is found among those of `size` pictures."""
+    """Share of unseen images whose full caption is found among those of `size` images."""
     from eval.encoders import encoder
 
     encoders = encoder("toyworld", "clip", str(WEIGHTS / "clip"))
@@ -115,17 +115,17 @@ def clip(groups: int = 20, size: int = 50) -> dict[str, float]:
     hits = []
     for group in range(groups):
         first = UNSEEN + group * size
-        pictures, captions = [], []
+        images, captions = [], []
         for k in range(first, first + size):
             who, where = world.pretraining_identity(k), world.scene(k)
-            pictures.append(Image.fromarray(world.render(who, where)[0]))
+            images.append(Image.fromarray(world.render(who, where)[0]))
             before, after = PATTERN_WORDS[who.pattern][0]
             place = world.PLACES[where.background][0]
             captions.append(
                 world.compose(who.cls, colour=who.colour, before=before, after=after, place=place, photo=True)
             )
-        similarity = encoders.images(pictures) @ encoders.texts(captions).T
-        # Two pictures may have one caption between them; either is right.
+        similarity = encoders.images(images) @ encoders.texts(captions).T
+        # Two images may have one caption between them; either is right.
         own = similarity.diagonal()
         hits.append((own >= similarity.max(axis=1) - 1e-6).mean())
     return {f"CLIP retrieval out of {size}": float(np.mean(hits))}
@@ -139,13 +139,13 @@ def dino(subjects: int = 20, views: int = 4) -> dict[str, float]:
     same, other = [], []
     for number, cls in enumerate(world.CLASSES):
         who = [world.identity(UNSEEN + 100 * number + i, cls) for i in range(subjects)]
-        pictures = []
+        images = []
         for i, one in enumerate(who):
             for view in range(views):
                 place = world.BACKGROUNDS[(i + view * 3) % len(world.BACKGROUNDS)]
                 where = world.scene(UNSEEN + 997 * i + view, place)
-                pictures.append(Image.fromarray(world.render(one, where)[0]))
-        vectors = extract(pictures).reshape(subjects, views, -1)
+                images.append(Image.fromarray(world.render(one, where)[0]))
+        vectors = extract(images).reshape(subjects, views, -1)
         cosine = np.einsum("ivd,jwd->ijvw", vectors, vectors)
         pairs = ~np.eye(views, dtype=bool)
         same.append(cosine[np.arange(subjects), np.arange(subjects)][:, pairs].ravel())

@@ -34,8 +34,8 @@ def fit(
     folder: Path,
     ema: float = 0.999,
     weight_decay: float = 0.01,
-    picture: Callable[[nn.Module, int], None] | None = None,
-    picture_every: int = 1000,
+    preview: Callable[[nn.Module, int], None] | None = None,
+    preview_every: int = 1000,
     keep_every: float = 120.0,
 ) -> None:
     """Train `module` in place and leave it with the averaged weights, in eval mode.
@@ -45,7 +45,7 @@ def fit(
             step number), with figures to log. Run again with the same `folder`, the training goes on where it was.
         lr: peak rate.
         ema: decay of the weight average.
-        picture: called now and then with the module (averaged weights inside) and the step.
+        preview: called now and then with the module (averaged weights inside) and the step.
         keep_every: seconds between checkpoints.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -76,9 +76,9 @@ def fit(
         if now - kept > keep_every or step + 1 == steps:
             _keep(checkpoint, module, optimizer, average, step + 1)
             kept = now
-        if picture is not None and (step + 1) % picture_every == 0:
+        if preview is not None and (step + 1) % preview_every == 0:
             with _averaged(parameters, average):
-                picture(module.eval(), step + 1)
+                preview(module.eval(), step + 1)
             module.train()
     with torch.no_grad():
         for key, p in parameters.items():

@@ -1,4 +1,4 @@
-"""What can be in a toyworld picture: names, colours, and the two seeded records, `Identity` and `Scene`."""
+"""What can be in a toyworld image: names, colours, and the two seeded records, `Identity` and `Scene`."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ CONTRAST = 140.0
 
 @dataclass(frozen=True)
 class Identity:
-    """One subject: everything about an object that stays the same from picture to picture.
+    """One subject: everything about an object that stays the same from image to image.
 
     Captions may name `cls`, `colour` and `pattern`; the rest must be seen to be known.
     `proportions` and `phase` lie in [-1, 1] and [0, 1); `shift` is added to the main colour's RGB.
@@ -72,7 +72,7 @@ class Identity:
 class Scene:
     """One place and one way of looking at it.
 
-    `dx`, `dy`: offset of the object in fractions of the picture; `zoom`: factor near 1; `angle`: radians;
+    `dx`, `dy`: offset of the object in fractions of the image; `zoom`: factor near 1; `angle`: radians;
     `light`: where the light comes from, -1 left to 1 right; `tint`: factors of R, G, B; `layout`: seed of the place.
     """
 

@@ -18,7 +18,7 @@ Points = np.ndarray
 
 OVERSAMPLING = 4
 REACH = 0.37
-"""Length of one object unit as a fraction of the picture's side, at zoom 1."""
+"""Length of one object unit as a fraction of the image's side, at zoom 1."""
 OUTLINE = 1.4 / 64
 METAL: RGB = (176, 182, 194)
 INK: RGB = (38, 36, 46)
@@ -85,7 +85,7 @@ def ribbon(path: Points, width: float) -> Points:
 
 
 def star(x: float, y: float, r: float) -> Points:
-    """A five-pointed star, plump enough to survive a small picture."""
+    """A five-pointed star, plump enough to survive a small image."""
     t = np.radians(-90 + 36 * np.arange(10))
     radius = np.where(np.arange(10) % 2 == 0, r * 1.12, r * 0.54)
     return np.stack([x + radius * np.cos(t), y + radius * np.sin(t)], axis=1)

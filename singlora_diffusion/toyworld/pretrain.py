@@ -1,7 +1,7 @@
 """Rebuilds toyworld's weights from nothing: `python -m singlora_diffusion.toyworld.pretrain --work_dir runs/toyworld`.
 
-Stages: pictures, autoencoder, denoiser, reader, clip, dino, package. Each writes its progress into the work folder; the
-same command run again goes on where it was. Stages may run side by side once the pictures stand. On a CPU the
+Stages: images, autoencoder, denoiser, reader, clip, dino, package. Each writes its progress into the work folder; the
+same command run again goes on where it was. Stages may run side by side once the images stand. On a CPU the
 denoiser takes some 70 minutes on one core.
 """
 
@@ -23,8 +23,8 @@ from ..models.hub import WEIGHTS
 from . import architecture, autoencoding, denoising, encoders, world
 from .fitting import console
 
-Stage = Literal["pictures", "autoencoder", "denoiser", "reader", "clip", "dino", "package"]
-HELD_OUT = 900_000  # picture seeds from here on are never trained on
+Stage = Literal["images", "autoencoder", "denoiser", "reader", "clip", "dino", "package"]
+HELD_OUT = 900_000  # image seeds from here on are never trained on
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class Pretraining:
     """How long each stage learns, and where it keeps what it made."""
 
     work_dir: Path = Path("runs/toyworld")
-    """Pictures, checkpoints and sheets."""
+    """Images, checkpoints and sheets."""
     output_dir: Path = WEIGHTS
     """Where the finished weights are put."""
     stages: tuple[Stage, ...] = get_args(Stage)
-    """What to do, of: pictures autoencoder denoiser reader clip dino package."""
-    pictures: int = 40_000
+    """What to do, of: images autoencoder denoiser reader clip dino package."""
+    images: int = 40_000
     """Rendered for the pipeline, the reader and CLIP."""
     subjects: int = 5_000
     """Rendered four times each for DINO."""
@@ -60,9 +60,9 @@ def main(argv: list[str] | None = None) -> None:
         STAGES[stage](settings)
 
 
-def make_pictures(settings: Pretraining) -> None:
-    """The pictures with captions and labels, and subjects seen four times."""
-    folder, n = settings.work_dir, settings.pictures
+def make_images(settings: Pretraining) -> None:
+    """The images with captions and labels, and subjects seen four times."""
+    folder, n = settings.work_dir, settings.images
     images, captions, labels = [], [], []
     if not (folder / "captions.json").exists():
         for start in range(0, n, 500):
@@ -70,7 +70,7 @@ def make_pictures(settings: Pretraining) -> None:
             images.append(part["images"])
             captions += part["captions"]
             labels.append(part["labels"])
-            console.print(f"pictures: {min(start + 500, n)}/{n}")
+            console.print(f"images: {min(start + 500, n)}/{n}")
         np.save(folder / "images.npy", np.concatenate(images))
         for name in labels[0]:
             np.save(folder / f"label-{name}.npy", np.concatenate([part[name] for part in labels]))
@@ -86,7 +86,7 @@ def make_pictures(settings: Pretraining) -> None:
 
 
 def read(settings: Pretraining) -> tuple[np.ndarray, list[list[str]], dict[str, np.ndarray]]:
-    """Pictures (memory-mapped), captions, labels."""
+    """Images (memory-mapped), captions, labels."""
     folder = settings.work_dir
     labels = {path.stem.removeprefix("label-"): np.load(path) for path in sorted(folder.glob("label-*.npy"))}
     return np.load(folder / "images.npy", mmap_mode="r"), json.loads((folder / "captions.json").read_text()), labels
@@ -98,7 +98,7 @@ def make_autoencoder(settings: Pretraining) -> None:
     autoencoding.whiten(vae, images[:2000])
     vae.save_pretrained(settings.work_dir / "vae")
     held_out = world.batch(range(HELD_OUT, HELD_OUT + 256))["images"]
-    console.print(f"autoencoder: {autoencoding.psnr(vae, held_out):.2f} dB on 256 held-out pictures")
+    console.print(f"autoencoder: {autoencoding.psnr(vae, held_out):.2f} dB on 256 held-out images")
     save_file({"latents": autoencoding.encode(vae, images)}, settings.work_dir / "latents.safetensors")
 
 
@@ -202,7 +202,7 @@ def _write(model: torch.nn.Module, folder: Path, weights: str, config_name: str,
 
 
 STAGES: dict[Stage, Callable[[Pretraining], None]] = {
-    "pictures": make_pictures,
+    "images": make_images,
     "autoencoder": make_autoencoder,
     "denoiser": make_denoiser,
     "reader": make_reader,

@@ -1,4 +1,4 @@
-"""The attribute reader: class, background, main colour and pattern, read off a picture; the oracle of toyworld."""
+"""The attribute reader: class, background, main colour and pattern, read off a image; the oracle of toyworld."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Reader(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(widths[-1], size) for name, size in sizes.items()})
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
-        """Logits by attribute, (N, size), for pictures (N, 3, 64, 64) in [-1, 1]."""
+        """Logits by attribute, (N, size), for images (N, 3, 64, 64) in [-1, 1]."""
         x = self.stem(pixels)
         for block in self.blocks:
             x = block(x)

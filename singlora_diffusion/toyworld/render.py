@@ -13,13 +13,13 @@ from .scenery import backdrop
 SHADOW = 0.5
 """Darkness of the contact shadow at its middle, 0 to 1."""
 FALLOFF = 0.3
-"""How much the light changes over the picture's width on the object."""
+"""How much the light changes over the image's width on the object."""
 
 
 def render(identity: Identity, scene: Scene, size: int = 64) -> tuple[np.ndarray, np.ndarray]:
     """Draw an identity in a scene.
 
-    Returns the picture, (size, size, 3) uint8 RGB, and the object's mask, (size, size) bool (shadow not included).
+    Returns the image, (size, size, 3) uint8 RGB, and the object's mask, (size, size) bool (shadow not included).
     """
     pen = Pen(identity, scene, size)
     DRAWINGS[identity.cls](pen)
@@ -29,9 +29,9 @@ def render(identity: Identity, scene: Scene, size: int = 64) -> tuple[np.ndarray
 
     ground = backdrop(scene.background, scene.layout, scene.layout % 2 == 1, size)
     ground = ground * (1 - SHADOW * _contact(mask, scene.light, size))
-    picture = ground * (1 - alpha) + small[..., :3] * _light(scene.light, size)
-    picture = picture * np.asarray(scene.tint, dtype=np.float32)
-    return np.clip(picture + 0.5, 0, 255).astype(np.uint8), mask
+    image = ground * (1 - alpha) + small[..., :3] * _light(scene.light, size)
+    image = image * np.asarray(scene.tint, dtype=np.float32)
+    return np.clip(image + 0.5, 0, 255).astype(np.uint8), mask
 
 
 def _light(direction: float, size: int) -> np.ndarray:

@@ -20,11 +20,11 @@ def _gradient(size: int, stops: Sequence[tuple[float, RGB]]) -> Image.Image:
 
 
 class _Brush:
-    """Filled shapes in fractions of the picture."""
+    """Filled shapes in fractions of the image."""
 
-    def __init__(self, picture: Image.Image) -> None:
-        self.size = picture.width
-        self.draw = ImageDraw.Draw(picture)
+    def __init__(self, image: Image.Image) -> None:
+        self.size = image.width
+        self.draw = ImageDraw.Draw(image)
 
     def oval(self, x: float, y: float, rx: float, ry: float, colour: RGB) -> None:
         s = self.size
@@ -47,8 +47,8 @@ def _beach(size: int, rng: Random) -> Image.Image:
     sea = rng.uniform(0.34, 0.42)
     sand = sea + rng.uniform(0.17, 0.22)
     sky: list[tuple[float, RGB]] = [(0, (112, 196, 250)), (sea, (206, 238, 252)), (sea + 0.01, (24, 138, 200))]
-    picture = _gradient(size, [*sky, (sand, (72, 206, 212)), (sand + 0.02, (250, 226, 164)), (1, (240, 200, 124))])
-    b = _Brush(picture)
+    image = _gradient(size, [*sky, (sand, (72, 206, 212)), (sand + 0.02, (250, 226, 164)), (1, (240, 200, 124))])
+    b = _Brush(image)
     b.oval(rng.uniform(0.2, 0.8), rng.uniform(0.06, 0.14), 0.09, 0.09, (255, 246, 190))
     x, lean = rng.uniform(0.04, 0.12), rng.uniform(0.0, 0.06)
     b.poly(
@@ -56,13 +56,13 @@ def _beach(size: int, rng: Random) -> Image.Image:
     )
     for dx, dy in ((-0.13, 0.04), (0.13, 0.05), (-0.07, -0.06), (0.08, -0.06)):
         b.oval(x + lean + 0.02 + dx, 0.15 + dy, 0.12, 0.045, (50, 150, 80))
-    return picture
+    return image
 
 
 def _snow(size: int, rng: Random) -> Image.Image:
     ground = rng.uniform(0.44, 0.54)
-    picture = _gradient(size, [(0, (150, 184, 222)), (ground, (204, 220, 238)), (1, (204, 220, 238))])
-    b = _Brush(picture)
+    image = _gradient(size, [(0, (150, 184, 222)), (ground, (204, 220, 238)), (1, (204, 220, 238))])
+    b = _Brush(image)
     for x in (rng.uniform(0.02, 0.12), rng.uniform(0.2, 0.3), rng.uniform(0.74, 0.84), rng.uniform(0.9, 1.0)):
         top = ground - rng.uniform(0.26, 0.4)
         b.poly([(x, top), (x + 0.11, ground + 0.05), (x - 0.11, ground + 0.05)], (64, 116, 116))
@@ -72,12 +72,12 @@ def _snow(size: int, rng: Random) -> Image.Image:
     b.box(0, 0.92, 1, 1, (228, 238, 250))
     for _ in range(7):
         b.oval(rng.uniform(0, 1), rng.uniform(0, 0.5), 0.026, 0.026, (255, 255, 255))
-    return picture
+    return image
 
 
 def _jungle(size: int, rng: Random) -> Image.Image:
-    picture = _gradient(size, [(0, (30, 104, 48)), (0.45, (20, 76, 40)), (0.8, (30, 62, 32)), (1, (56, 66, 32))])
-    b = _Brush(picture)
+    image = _gradient(size, [(0, (30, 104, 48)), (0.45, (20, 76, 40)), (0.8, (30, 62, 32)), (1, (56, 66, 32))])
+    b = _Brush(image)
     greens: tuple[RGB, ...] = ((44, 140, 60), (88, 172, 62), (14, 84, 46), (34, 120, 70))
     for k in range(14):
         edge = k / 14 * 2 * np.pi + rng.uniform(-0.2, 0.2)
@@ -90,13 +90,13 @@ def _jungle(size: int, rng: Random) -> Image.Image:
             for p, q in zip(u, v, strict=True)
         ]
         b.poly(leaf, greens[k % 4])
-    return picture
+    return image
 
 
 def _city(size: int, rng: Random) -> Image.Image:
     street = rng.uniform(0.66, 0.72)
-    picture = _gradient(size, [(0, (176, 172, 206)), (0.5, (246, 206, 188)), (1, (246, 206, 188))])
-    b = _Brush(picture)
+    image = _gradient(size, [(0, (176, 172, 206)), (0.5, (246, 206, 188)), (1, (246, 206, 188))])
+    b = _Brush(image)
     x, k = -0.04, int(rng.integers(3))
     walls: tuple[RGB, ...] = ((92, 98, 124), (124, 126, 150), (76, 80, 106))
     while x < 1:
@@ -109,26 +109,26 @@ def _city(size: int, rng: Random) -> Image.Image:
     b.box(0, street, 1, 1, (104, 104, 112))
     b.box(0, street, 1, street + 0.06, (170, 168, 170))
     b.box(0, 0.93, 1, 0.96, (240, 206, 90))
-    return picture
+    return image
 
 
 def _wooden_floor(size: int, rng: Random) -> Image.Image:
     wall = rng.uniform(0.26, 0.34)
-    picture = _gradient(size, [(0, (244, 232, 206)), (wall, (228, 212, 182)), (1, (228, 212, 182))])
-    b = _Brush(picture)
+    image = _gradient(size, [(0, (244, 232, 206)), (wall, (228, 212, 182)), (1, (228, 212, 182))])
+    b = _Brush(image)
     b.box(0, wall - 0.05, 1, wall, (250, 246, 236))
     tones: tuple[RGB, ...] = ((204, 140, 80), (158, 96, 50), (218, 158, 98), (178, 114, 62))
     shift, first = rng.uniform(-0.5, 0.5), int(rng.integers(4))
     for k in range(-5, 6):
         far, near = 0.5 + (k + shift) * 0.16, 0.5 + (k + shift) * 0.34
         b.poly([(far, wall), (far + 0.16, wall), (near + 0.34, 1.02), (near, 1.02)], tones[(k + first) % 4])
-    return picture
+    return image
 
 
 def _mountain(size: int, rng: Random) -> Image.Image:
     field = rng.uniform(0.6, 0.68)
-    picture = _gradient(size, [(0, (100, 170, 240)), (field, (214, 234, 250)), (1, (214, 234, 250))])
-    b = _Brush(picture)
+    image = _gradient(size, [(0, (100, 170, 240)), (field, (214, 234, 250)), (1, (214, 234, 250))])
+    b = _Brush(image)
     for x, top, wide, rock in (
         (rng.uniform(0.78, 0.92), rng.uniform(0.12, 0.2), 0.42, (140, 146, 176)),
         (rng.uniform(0.12, 0.3), rng.uniform(0.02, 0.08), 0.5, (108, 114, 148)),
@@ -141,13 +141,13 @@ def _mountain(size: int, rng: Random) -> Image.Image:
     b.oval(0.2, field + 0.42, 0.8, 0.45, (128, 178, 92))
     b.oval(0.85, field + 0.44, 0.8, 0.45, (150, 192, 104))
     b.box(0, 0.9, 1, 1, (138, 184, 98))
-    return picture
+    return image
 
 
 def _blue_house(size: int, rng: Random) -> Image.Image:
     lawn, x = rng.uniform(0.72, 0.78), rng.uniform(-0.05, 0.05)
-    picture = _gradient(size, [(0, (196, 230, 250)), (lawn, (236, 246, 250)), (1, (236, 246, 250))])
-    b = _Brush(picture)
+    image = _gradient(size, [(0, (196, 230, 250)), (lawn, (236, 246, 250)), (1, (236, 246, 250))])
+    b = _Brush(image)
     b.box(x + 0.06, 0.24, x + 0.94, lawn, (62, 120, 214))
     b.box(x + 0.06, 0.24, x + 0.94, 0.3, (44, 92, 180))
     b.poly([(x - 0.03, 0.26), (x + 0.22, 0.02), (x + 0.78, 0.02), (x + 1.03, 0.26)], (190, 70, 60))
@@ -158,12 +158,12 @@ def _blue_house(size: int, rng: Random) -> Image.Image:
     b.box(0, lawn, 1, 1, (172, 204, 120))
     b.oval(0.02, lawn, 0.12, 0.07, (104, 160, 80))
     b.oval(0.98, lawn, 0.12, 0.07, (104, 160, 80))
-    return picture
+    return image
 
 
 def _cobblestones(size: int, rng: Random) -> Image.Image:
-    picture = _gradient(size, [(0, (84, 80, 80)), (1, (98, 92, 90))])
-    b = _Brush(picture)
+    image = _gradient(size, [(0, (84, 80, 80)), (1, (98, 92, 90))])
+    b = _Brush(image)
     y, high, row = -0.04, 0.12, 0
     while y < 1:
         wide = high * 1.45
@@ -177,14 +177,14 @@ def _cobblestones(size: int, rng: Random) -> Image.Image:
             )  # fmt: skip
             x += wide
         y, high, row = y + high, high * 1.14, row + 1
-    return picture
+    return image
 
 
 def _autumn_leaves(size: int, rng: Random) -> Image.Image:
     ground = rng.uniform(0.6, 0.68)
     stops: list[tuple[float, RGB]] = [(0, (250, 214, 130)), (ground, (252, 228, 170)), (ground + 0.02, (196, 110, 44))]
-    picture = _gradient(size, [*stops, (1, (150, 72, 30))])
-    b = _Brush(picture)
+    image = _gradient(size, [*stops, (1, (150, 72, 30))])
+    b = _Brush(image)
     x = rng.uniform(0.06, 0.16) if rng.integers(2) else rng.uniform(0.84, 0.94)
     b.poly([(x - 0.05, 0), (x + 0.05, 0), (x + 0.08, ground + 0.08), (x - 0.08, ground + 0.08)], (98, 62, 44))
     leaves: tuple[RGB, ...] = ((238, 140, 34), (214, 76, 34), (250, 192, 60))
@@ -200,7 +200,7 @@ def _autumn_leaves(size: int, rng: Random) -> Image.Image:
             rng.uniform(0.025, 0.04),
             leaves[k % 3],
         )
-    return picture
+    return image
 
 
 def _water(size: int, rng: Random) -> Image.Image:
@@ -217,8 +217,8 @@ def _water(size: int, rng: Random) -> Image.Image:
 def _grass(size: int, rng: Random) -> Image.Image:
     far = rng.uniform(0.12, 0.2)
     stops: list[tuple[float, RGB]] = [(0, (214, 240, 206)), (far, (190, 226, 140)), (far + 0.1, (112, 190, 70))]
-    picture = _gradient(size, [*stops, (1, (58, 150, 48))])
-    b = _Brush(picture)
+    image = _gradient(size, [*stops, (1, (58, 150, 48))])
+    b = _Brush(image)
     for _ in range(9):
         b.oval(
             rng.uniform(0, 1), rng.uniform(far + 0.1, 1), rng.uniform(0.12, 0.2), rng.uniform(0.03, 0.05), (92, 180, 62)
@@ -228,7 +228,7 @@ def _grass(size: int, rng: Random) -> Image.Image:
         y = far + 0.12 + 0.75 * (k + rng.uniform(0, 0.8)) / 8
         r = 0.028 + 0.02 * y
         b.oval(x, y, r, r, (255, 250, 240) if k % 4 < 2 else (255, 220, 70))
-    return picture
+    return image
 
 
 def _pink_fabric(size: int, rng: Random) -> Image.Image:
@@ -257,12 +257,12 @@ PLACES: dict[str, tuple[Callable[[int, Random], Image.Image], float]] = {
     "grass": (_grass, 1.4),
     "pink fabric": (_pink_fabric, 0.8),
 }
-"""Background name to (painter, blur in pixels of a 64-pixel picture)."""
+"""Background name to (painter, blur in pixels of a 64-pixel image)."""
 
 
 def backdrop(background: str, layout: int, flip: bool, size: int) -> np.ndarray:
     """The empty place as (size, size, 3) float32 in [0, 255]; `layout` seeds where things stand."""
     painter, blur = PLACES[background]
-    picture = painter(size, np.random.default_rng((17, layout)))
-    pixels = np.asarray(picture.filter(ImageFilter.GaussianBlur(blur * size / 64)), dtype=np.float32)
+    image = painter(size, np.random.default_rng((17, layout)))
+    pixels = np.asarray(image.filter(ImageFilter.GaussianBlur(blur * size / 64)), dtype=np.float32)
     return pixels[:, ::-1] if flip else pixels

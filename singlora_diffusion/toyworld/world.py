@@ -1,4 +1,4 @@
-"""Toyworld in one place: seeded pictures of one object in one place, their labels and captions."""
+"""Toyworld in one place: seeded images of one object in one place, their labels and captions."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def labels(identity: Identity, scene: Scene) -> dict[str, int]:
 
 
 def batch(seeds: Sequence[int]) -> dict[str, Any]:
-    """Pretraining pictures, one per seed below `PRETRAINING_SEEDS`, the same bytes for the same seed.
+    """Pretraining images, one per seed below `PRETRAINING_SEEDS`, the same bytes for the same seed.
 
     Returns "images" (n, 64, 64, 3) uint8, "captions" (n lists of 2 strings) and "labels" (name to (n,) int64).
     """
