@@ -34,15 +34,17 @@ def main(recipe: Recipe, *, hint: bool = True) -> Path:
     from singlora_diffusion.training import interrupts, loop
 
     first, alone = os.environ.get("RANK", "0") == "0", os.environ.get("WORLD_SIZE", "1") == "1"
-    with interrupts.watching(echo=0.0 if alone else ECHO) as signals:
-        told: list[Listener] = [signals]
-        if first:  # of several processes one speaks and writes
-            told += listeners(recipe, hint)
+    signals = interrupts.Interrupts(echo=0.0 if alone else ECHO)
+    told = [signals, *(listeners(recipe, hint) if first else [])]  # of several processes, one speaks and writes
+    try:
         for event in loop.run(recipe, stop=signals.asked):
             for listener in told:
                 listener(event)
             if isinstance(event, Interrupted):
                 sys.exit(128 + (signals.received or 0))
+    finally:
+        for listener in told:
+            listener.close()
     return recipe.output.output_dir / ADAPTER
 
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
     from torch import nn
 
+    from singlora_diffusion.training.recipe import Recipe
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before diffusers is imported: no test asks the network
 
 settings.register_profile("suite", derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
@@ -83,3 +85,36 @@ def make_networks(_pipeline: StableDiffusionPipeline) -> MakeNetworks:
 def networks(make_networks: MakeNetworks) -> dict[str, nn.Module]:
     """The tiny model's frozen UNet and text encoder in float32, fresh for each test."""
     return make_networks()
+
+
+@pytest.fixture(scope="session")
+def training_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of three images, for reading only."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("images")
+    for i in range(3):
+        Image.new("RGB", (40 + i, 36), (90 * i, 40, 200 - 60 * i)).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def recipe(tiny_model: Path, training_images: Path, tmp_path: Path) -> Recipe:
+    """Four steps on the tiny model, with neither previews nor checkpoints nor curves, into `tmp_path / "run"`."""
+    from singlora_diffusion.settings import build
+    from singlora_diffusion.training.recipe import Recipe
+
+    return build(
+        Recipe,
+        instance_data_dir=training_images,
+        instance_prompt="a photo of sks dog",
+        output_dir=tmp_path / "run",
+        pretrained_model_name_or_path=str(tiny_model),
+        max_train_steps=4,
+        train_batch_size=2,
+        rank=2,
+        validation_steps=0,
+        checkpointing_steps=0,
+        report_to="none",
+        device="cpu",
+    )

@@ -147,10 +147,17 @@ def cases(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, make_netwo
     (trained / "adapter.safetensors").write_bytes(b"precious")
     foreign = foreign_adapter(here / "foreign.safetensors", make_networks, tiny_model)
 
-    def train(folder: Path, *more: str, prompt: str = "a photo of sks dog", model: str | None = None) -> list[str]:
+    def train(
+        folder: Path,
+        *more: str,
+        prompt: str = "a photo of sks dog",
+        model: str | None = None,
+        run: str = "out",
+        steps: int = 1,
+    ) -> list[str]:
         return [
             *("train", "--instance_data_dir", str(folder), "--instance_prompt", prompt, "--device", "cpu"),
-            *("--output_dir", str(here / "out"), "--max_train_steps", "1", "--report_to", "none"),
+            *("--report_to", "none", "--max_train_steps", str(steps), "--output_dir", str(here / run)),
             *("--pretrained_model_name_or_path", model or str(tiny_model), *more),
         ]
 
@@ -168,10 +175,8 @@ def cases(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, make_netwo
         "no such model": Case(train(good, model=str(here / "nowhere")), ["nowhere"], out),
         "hub id offline": Case(train(good, model="someone/some-model"), ["someone/some-model"], out),
         "too many targets": Case(train(good, "--targets", "to_x"), ["to_x"], out),
-        "no steps": Case(train(good, "--max_train_steps", "0"), ["--max_train_steps"], out),
-        "old adapter in the way": Case(
-            train(good, "--output_dir", str(trained)), ["adapter.safetensors", "--overwrite"]
-        ),
+        "no steps": Case(train(good, steps=0), ["--max_train_steps"], out),
+        "old adapter in the way": Case(train(good, run="trained"), ["adapter.safetensors", "--overwrite"]),
         "other architecture": Case(
             generate(foreign, "--output_dir", str(others)), [foreign.name], others / "000-0.png"
         ),
@@ -228,7 +233,7 @@ def test_mistakes_end_in_one_line(cases: dict[str, Case], answers: dict[str, lis
 def test_mistakes_leave_nothing_behind(cases: dict[str, Case], answers: dict[str, list[Any]]) -> None:
     assert answers.keys() == cases.keys()
     assert not [name for name, case in cases.items() if case.untouched and case.untouched.exists()]
-    trained = Path(cases["old adapter in the way"].words[-1])
+    trained = Path(cases["old adapter in the way"].words[-3])
     assert (trained / "adapter.safetensors").read_bytes() == b"precious"
     assert [path.name for path in trained.iterdir()] == ["adapter.safetensors"]
 

@@ -16,35 +16,9 @@ from safetensors.torch import load_file
 import train_dreambooth
 from singlora_diffusion import formats
 from singlora_diffusion.errors import UserError
-from singlora_diffusion.settings import build, replaced
+from singlora_diffusion.settings import replaced
 from singlora_diffusion.training import checkpoint, run_folder
 from singlora_diffusion.training.recipe import Recipe
-
-
-@pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
-    for i in range(3):
-        Image.new("RGB", (40 + i, 36), (90 * i, 40, 200 - 60 * i)).save(folder / f"{i}.png")
-    return folder
-
-
-@pytest.fixture
-def recipe(tiny_model: Path, pictures: Path, tmp_path: Path) -> Recipe:
-    return build(
-        Recipe,
-        instance_data_dir=pictures,
-        instance_prompt="a photo of sks dog",
-        output_dir=tmp_path / "run",
-        pretrained_model_name_or_path=str(tiny_model),
-        max_train_steps=4,
-        train_batch_size=2,
-        rank=2,
-        validation_steps=0,
-        checkpointing_steps=0,
-        report_to="none",
-        device="cpu",
-    )
 
 
 def rows(run: Path) -> list[dict[str, float]]:

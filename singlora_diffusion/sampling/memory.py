@@ -24,16 +24,12 @@ def of_sampling(family: Family, height: int, width: int, batch_size: int) -> int
     Images of a batch are denoised together, each with and without its prompt, and decoded one by one in float32.
     """
     pixels = height * width
-    decoder = TENSORS_DECODING * _width(family.pipeline().components["vae"], 1) * pixels * 4
-    denoising = TENSORS_DENOISING * feature_map(family, height, width) * 2 * batch_size
-    return max(decoder, denoising) + BYTES_PER_RESULT * pixels * batch_size
-
-
-def feature_map(family: Family, height: int, width: int) -> int:
-    """Bytes of one feature map of the denoiser, at the size of the latents and the width of its first block."""
-    latents = height * width // 4 ** (len(family.pipeline().components["vae"].config.block_out_channels) - 1)
+    parts = family.pipeline().components
+    decoder = TENSORS_DECODING * _width(parts["vae"], 1) * pixels * 4
+    latents = pixels // 4 ** (len(parts["vae"].config.block_out_channels) - 1)
     denoiser = next(iter(family.networks.values())).module
-    return _width(denoiser, 0) * latents * family.dtype.itemsize
+    denoising = TENSORS_DENOISING * _width(denoiser, 0) * latents * family.dtype.itemsize * 2 * batch_size
+    return max(decoder, denoising) + BYTES_PER_RESULT * pixels * batch_size
 
 
 def of_weights(folder: Path, itemsize: int) -> int:

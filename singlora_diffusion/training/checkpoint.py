@@ -22,6 +22,7 @@ from .. import files, formats
 from ..adapters import Adapter
 from ..errors import UserError
 from ..terminal import escaped
+from . import identity as identities
 from . import run_folder
 
 if TYPE_CHECKING:
@@ -79,6 +80,8 @@ def save(
         state = {"version": VERSION, "step": step, "recipe": dict(recipe), "files": written}
         files.write_json(part / STATE, {**state, "identity": identity, "scaler": dict(scaler or {})})
         _put_in_place(part, final)
+    except UserError as error:  # the user knows the name that the file would have had
+        raise UserError(str(error).replace(str(part), str(final))) from error
     except (OSError, SafetensorError) as error:
         why = files.reason(error) if isinstance(error, OSError) else error
         raise UserError(f"{final}: cannot be written: {why}") from error
@@ -133,9 +136,14 @@ def read(path: Path) -> State:
 def _read(path: Path) -> State:
     raw = files.read_json(path / STATE)
     step, recipe = raw["step"], raw["recipe"]
-    if type(step) is not int or step < 0 or not isinstance(recipe, dict):
-        raise ValueError(f"{STATE} has an impossible step or recipe")
-    for name, digest in raw.get("files", {}).items():
+    if type(step) is not int or step < 0:
+        raise ValueError(f"{STATE} has an impossible step")
+    identity, scaler, digests = raw.get("identity"), raw.get("scaler") or {}, raw.get("files") or {}
+    if not all(isinstance(part, dict) for part in (recipe, scaler, digests)):
+        raise ValueError(f"{STATE} has an impossible recipe, scaler or list of files")
+    if identity is not None and not identities.is_one(identity):
+        raise ValueError(f"{STATE} has an impossible identity")
+    for name, digest in digests.items():
         if name not in (ADAPTER, OPTIMIZER) or files.sha256(path / name) != digest:
             raise ValueError(f"{name} is not the file that {STATE} was written with")
     header, tensors = formats.native.read(path / ADAPTER)
@@ -144,7 +152,7 @@ def _read(path: Path) -> State:
     moments = load_file(path / OPTIMIZER)
     if step and not moments:
         raise ValueError(f"{OPTIMIZER} is empty")
-    return State(path, step, recipe, header.config, tensors, moments, raw.get("identity"), raw.get("scaler") or {})
+    return State(path, step, recipe, header.config, tensors, moments, identity, scaler)
 
 
 def restore(state: State, adapter: Adapter, optimizer: torch.optim.Optimizer) -> None:

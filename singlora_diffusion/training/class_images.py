@@ -94,8 +94,8 @@ def name_of(seed: int, number: int) -> str:
 
 
 def seed_of(seed: int, number: int) -> int:
-    """Of an image: no two images of two trainings whose seeds differ share one."""
-    return (seed * 100_000 + number) % (1 << 63)
+    """Of an image; trainings whose seeds differ get other images. The factor is odd, so that no seed is lost."""
+    return (seed * 100_003 + number) % (1 << 63)
 
 
 def _found(folder: Path, strict: bool) -> FolderReport | str:

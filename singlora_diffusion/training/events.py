@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from ..data.folders import FolderReport
@@ -147,4 +146,13 @@ Event = (
     | Interrupted
     | Saved
 )
-Listener = Callable[[Event], None]
+
+
+class Listener(Protocol):
+    """Who is told what happens."""
+
+    def __call__(self, event: Event) -> None: ...
+
+    def close(self) -> None:
+        """Called once, however the run ended."""
+        ...

@@ -29,6 +29,12 @@ def of(recipe: Recipe, base: str, instance: Sequence[Path], class_images: Sequen
     }
 
 
+def is_one(found: object) -> bool:
+    """Whether something out of a file is an identity."""
+    kinds = {"settings": dict, "base": str, "instance_images": dict, "class_images": dict}
+    return isinstance(found, dict) and all(isinstance(found.get(key), kind) for key, kind in kinds.items())
+
+
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     """What differs between two identities, in words; None: nothing."""
     if words := _of_settings(before["settings"], now["settings"]):

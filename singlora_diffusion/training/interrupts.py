@@ -5,8 +5,6 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -39,7 +37,7 @@ class Interrupts:
             for number in SIGNALS:
                 self._before[number] = signal.signal(number, self._handle)
 
-    def restore(self) -> None:
+    def close(self) -> None:
         """Hand the signals back to whoever had them."""
         while self._before:
             signal.signal(*self._before.popitem())
@@ -48,15 +46,5 @@ class Interrupts:
         if self.received is None:
             self.received, self._when = number, time.monotonic()
         elif time.monotonic() - self._when >= self.echo:
-            self.restore()
+            self.close()
             signal.raise_signal(number)
-
-
-@contextmanager
-def watching(echo: float = 0.0) -> Iterator[Interrupts]:
-    """Interrupts that are handed back at the end."""
-    interrupts = Interrupts(echo)
-    try:
-        yield interrupts
-    finally:
-        interrupts.restore()

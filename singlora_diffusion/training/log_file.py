@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 from .. import files
 from ..errors import UserError
-from .events import Event, Interrupted, Saved, Started, Step
+from .events import Event, Started, Step
 
 NAME = "log.jsonl"
 
@@ -31,8 +31,6 @@ class LogFile:
                 self.open(event.step)
             elif isinstance(event, Step):
                 self.write(event)
-            elif isinstance(event, Saved | Interrupted):
-                self.close()
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written: {files.reason(error)}") from error
 

@@ -85,7 +85,6 @@ def run(recipe: Recipe, stop: Callable[[], bool] = lambda: False) -> Iterator[Ev
     accelerator, family, resolution = preparation.load(recipe)
     config = adapter_config(recipe, state.config.ramp_steps if state else None)
     memory.require(family, config, recipe, resolution)
-    adapters.attach(family.networks, config).detach()  # says what is wrong with it before anything is written
     with ExitStack() as stack:
         if accelerator.is_main_process:
             stack.enter_context(files.locked(recipe.output.output_dir, "a training"))

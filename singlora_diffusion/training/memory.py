@@ -1,12 +1,15 @@
-"""How much memory a training takes beside the base model, estimated before anything is allocated."""
+"""How much memory a training takes beside the base model, found out before it is taken."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .. import device
+import torch
+from torch import Tensor
+
+from .. import adapters, device
 from ..adapters import METHODS, targets
-from ..sampling import memory
+from ..sampling import memory as sampling_memory
 from .recipe import Recipe
 
 if TYPE_CHECKING:
@@ -14,38 +17,29 @@ if TYPE_CHECKING:
     from ..models import Family
 
 BYTES_PER_PARAMETER = 16  # float32: itself, its gradient, AdamW's two moments
-KEPT = 320
-"""Feature maps of the denoiser's full size and first width that wait for the backward pass. Counted on Stable Diffusion
-1.5 without the attention's weights, which are not kept."""
-KEPT_CHECKPOINTED = 64
-"""The same with gradient checkpointing."""
+CHECKPOINTED = 8
+"""How many times less a step keeps with gradient checkpointing: the inputs of the blocks, and all of one block. Stable
+Diffusion 1.5's widest block holds a sixth of the whole; meant to let pass what might fit."""
 
 
 def require(family: Family, config: AdapterConfig, recipe: Recipe, resolution: int) -> None:
-    """Refuse what cannot fit.
+    """Refuse what cannot fit. An adapter is attached on the way, and taken out again.
 
     Raises:
-        UserError: an adapter, a batch, or a batch of previews or class images needs more than is free.
+        UserError: the adapter, a batch, or a batch of previews or class images needs more than is free; or the adapter
+            cannot be attached.
     """
     where, settings = str(family.device), recipe.optimization
     device.require(of_adapter(family, config), where, f"--rank {config.rank}")
+    together = _sampled_at_once(recipe)
+    also = f" and --sample_batch_size {recipe.prior.sample_batch_size}" if together > 1 else ""
+    needed = sampling_memory.of_sampling(family, resolution, resolution, together)
+    device.require(needed, where, f"--resolution {resolution}{also}")
     examples = settings.train_batch_size * (2 if recipe.prior.with_prior_preservation else 1)
-    device.require(
-        of_step(family, resolution, examples, checkpointed=settings.gradient_checkpointing),
-        where,
-        f"--resolution {resolution} and --train_batch_size {settings.train_batch_size}",
-    )
-    together = max(
-        min(recipe.prior.num_class_images, recipe.prior.sample_batch_size) * recipe.prior.with_prior_preservation,
-        min(recipe.validation.num_validation_images, recipe.prior.sample_batch_size)
-        * (0 < recipe.validation.validation_steps <= settings.max_train_steps),
-        1,  # images are encoded one by one
-    )
-    device.require(
-        memory.of_sampling(family, resolution, resolution, together),
-        where,
-        f"--resolution {resolution} and --sample_batch_size {together}",
-    )
+    adapter = adapters.attach(family.networks, config)
+    needed = of_step(family, resolution, examples) // (CHECKPOINTED if settings.gradient_checkpointing else 1)
+    adapter.detach()
+    device.require(needed, where, f"--resolution {resolution} and --train_batch_size {settings.train_batch_size}")
 
 
 def of_adapter(family: Family, config: AdapterConfig) -> int:
@@ -62,7 +56,37 @@ def of_adapter(family: Family, config: AdapterConfig) -> int:
     return count * BYTES_PER_PARAMETER
 
 
-def of_step(family: Family, resolution: int, examples: int, *, checkpointed: bool) -> int:
-    """Bytes that a forward pass keeps for its backward pass, and the latents of the batch."""
-    maps = KEPT_CHECKPOINTED if checkpointed else KEPT
-    return maps * memory.feature_map(family, resolution, resolution) * examples
+def of_step(family: Family, resolution: int, examples: int) -> int:
+    """Bytes that a forward pass keeps for its backward pass: counted on a small input, and grown with the area.
+
+    The adapter must be attached: without it, nothing is kept.
+    """
+    denoiser = next(network for network in family.networks.values() if network.role == "denoiser")
+    inputs = denoiser.sample_inputs()
+    own = {parameter.untyped_storage().data_ptr() for parameter in denoiser.module.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        answer = denoiser.module(**inputs)[0]
+    total = sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in own)
+    return round(total * examples * _latents(family, resolution) / answer.numel())
+
+
+def _latents(family: Family, resolution: int) -> int:
+    """Numbers in the latents of an image."""
+    small = family.encode_images(torch.zeros(1, 3, family.multiple, family.multiple)).mean
+    return small.numel() * (resolution // family.multiple) ** 2
+
+
+def _sampled_at_once(recipe: Recipe) -> int:
+    """Images that are sampled together, for previews or of the class; at least the one that is encoded."""
+    counts = [1]
+    if recipe.prior.with_prior_preservation:
+        counts.append(recipe.prior.num_class_images)
+    if 0 < recipe.validation.validation_steps <= recipe.optimization.max_train_steps:
+        counts.append(recipe.validation.num_validation_images)
+    return min(recipe.prior.sample_batch_size, max(counts))

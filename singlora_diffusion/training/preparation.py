@@ -33,6 +33,11 @@ def checkpoint_to_resume(recipe: Recipe) -> Generator[Event, None, State | None]
         yield Remark(remark)
     if remarks:
         yield Remark(f"going on from {escaped(state.path, 1000)} instead")
+    if state.identity is None:
+        yield Remark(
+            f"{escaped(state.path, 1000)} is of an older version and does not know its images: go on only if they are "
+            f"the same"
+        )
     if state.step > recipe.optimization.max_train_steps:
         raise UserError(
             f"{escaped(state.path, 1000)} has done {state.step} steps already: --max_train_steps "
@@ -55,7 +60,8 @@ def load(recipe: Recipe) -> tuple[Accelerator, Family, int]:
     )
     if where is None and accelerator.num_processes > 1:
         chosen = str(accelerator.device)
-    family = models.load(recipe.model.pretrained_model_name_or_path, DTYPES[precision], chosen)
+    dtype = device.compute_dtype(chosen, DTYPES[precision])
+    family = models.load(recipe.model.pretrained_model_name_or_path, dtype, chosen)
     resolution = recipe.data.resolution or family.resolution
     if resolution % family.multiple:
         raise UserError(f"--resolution {resolution} is no multiple of {family.multiple}, as {family.source} needs")

@@ -43,7 +43,10 @@ def check(output: OutputSettings) -> None:
             f"{escaped(out, 1000)}: {listed}{more} would be overwritten and was not written by this program: "
             f"move it away, or choose another --output_dir"
         )
-    if output.resume_from_checkpoint or output.overwrite:
+    if output.overwrite:
+        return
+    if output.resume_from_checkpoint:
+        _check_replaceable(out / ADAPTER)
         return
     if (out / ADAPTER).exists():
         raise UserError(
@@ -55,6 +58,18 @@ def check(output: OutputSettings) -> None:
             f"{escaped(out, 1000)}: holds an unfinished run with {found[-1].name}: go on with "
             f"--resume_from_checkpoint latest, or put it away and begin anew with --overwrite"
         )
+
+
+def _check_replaceable(adapter: Path) -> None:
+    """Raise a UserError for an adapter's file that a continued run would replace and that is none of ours."""
+    if not adapter.exists():
+        return
+    from ..formats import read_header
+
+    try:
+        read_header(adapter)
+    except UserError as error:
+        raise UserError(f"{error}; a continued run would replace it: move it away") from error
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -128,7 +143,7 @@ def _is_ours(out: Path, path: Path) -> bool:
         return _is_checkpoint(path)
     if not path.is_file():
         return False
-    if path.name == ADAPTER:  # guarded for itself, and moved at the most
+    if path.name == ADAPTER:  # guarded for itself
         return True
     if path.name == RECIPE:
         return _is_recipe(path)

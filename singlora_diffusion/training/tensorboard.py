@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .events import Event, Interrupted, Saved, Started, Step
+from .events import Event, Started, Step
 
 CURVES = ("loss", "lr", "u", "grad_norm")
 
@@ -25,5 +25,8 @@ class TensorBoard:
         elif isinstance(event, Step):
             for name in CURVES:
                 self.writer.add_scalar(name, getattr(event, name), event.step)
-        elif isinstance(event, Saved | Interrupted) and self.writer is not None:
+
+    def close(self) -> None:
+        """Write what is buffered."""
+        if self.writer is not None:
             self.writer.close()

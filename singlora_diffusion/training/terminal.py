@@ -53,7 +53,7 @@ class Terminal:
                 self.prompts = event.prompts
                 self.say(self.announcement(event))
             case PutAway(folder):
-                self.say(f"files of an earlier run were put away into {shown(folder)}")
+                self.say(f"what an earlier run left there was put away into {shown(folder)}")
             case Resumed(path, step):
                 self.say(f"resumed from {shown(path)} at step {step}")
             case Progress(what, done, total):
