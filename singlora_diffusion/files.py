@@ -7,8 +7,9 @@ import json
 import os
 import re
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,16 @@ from .terminal import escaped
 
 PART = re.compile(r"\..+\.part-[A-Za-z0-9_]+(\.\w+)?")
 """Names of files that are being written; what carries one and belongs to no live writer is a leftover."""
+ABANDONED = 24 * 3600
+"""Seconds after which a file that is still being written belongs to no live writer."""
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a new empty file beside `path`; when the block ends well it is flushed to disk and takes that name.
 
-    However the block ends, nothing half-written stays. The parent folders are made.
+    However the block ends, nothing half-written stays. The parent folders are made. What a writer of the same path left
+    that was killed more than a day ago is removed.
 
     Raises:
         UserError: the file cannot be written: a full disk, a read-only folder, a name that is too long.
@@ -34,6 +38,7 @@ def replacing(path: Path) -> Iterator[Path]:
         if path.is_dir():
             raise UserError(f"{path}: is a folder; name a file")
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(path)
         handle, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.part-", suffix=path.suffix[:20], dir=path.parent)
         part = Path(name)
         os.close(handle)
@@ -146,6 +151,17 @@ def check_writable(folder: Path, what: str) -> None:
         raise UserError(f"{shown} cannot be used: {why}") from error
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(f"{shown} cannot be written to: check the permissions of {escaped(nearest, 1000)}")
+
+
+def remove_abandoned(path: Path) -> None:
+    """Delete files and folders beside `path` that were to become it, and that nobody has touched for a day."""
+    import shutil
+
+    for entry in path.parent.iterdir():
+        if PART.fullmatch(entry.name) and entry.name.startswith(f".{path.name[:100]}.part-"):
+            with suppress(OSError):
+                if time.time() - entry.stat().st_mtime > ABANDONED:
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 def remove_leftovers(folder: Path, also: Callable[[str], bool] = lambda name: False) -> None:

@@ -230,6 +230,7 @@ class _Lora:
     def __init__(self, tensors: Mapping[str, Tensor], networks: Networks) -> None:
         layers = keys.modules(networks)
         adapted = {tagged.layer for key in tensors if (tagged := keys.tag(key)) is not None}
+        self._networks = list(keys.by_network(list(adapted)))
         self._weights: list[Any] = [layers[name].weight for name in adapted]
         self._originals: list[Tensor] | None = None  # of these weights, while merged
         self._pipeline = diffusers_loader.pipeline({name: network.module for name, network in specs(networks).items()})
@@ -249,7 +250,7 @@ class _Lora:
         if self._originals is None:
             self._originals = [weight.detach().clone() for weight in self._weights]
             with diffusers_loader.quiet():
-                self._pipeline.fuse_lora()
+                self._pipeline.fuse_lora(components=self._networks)
                 self._pipeline.unload_lora_weights()
 
     def detach(self) -> None:

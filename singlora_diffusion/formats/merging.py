@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..errors import UserError
-from ..files import reason
+from ..files import reason, remove_abandoned
 from ..models import Family
 from ..terminal import escaped
 from . import diffusers_loader
@@ -39,6 +39,7 @@ def merge_into(family: Family, adapter: Adapter, folder: str | Path) -> Path:
     adapter.merge()
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(folder)
         with diffusers_loader.quiet():
             family.pipeline().save_pretrained(part, safe_serialization=True)
             for name, network in adapter.networks.items():
