@@ -16,8 +16,9 @@ from typing import Any
 from .errors import UserError
 from .terminal import escaped
 
-PART = re.compile(r"\..+\.part-[A-Za-z0-9_]+(\.\w+)?")
-"""Names of files that are being written; what carries one and belongs to no live writer is a leftover."""
+PART = re.compile(r"\..+\.(part-[A-Za-z0-9_]+|\d+\.part)(\.\w+)?")
+"""Names of files that are being written, the second form by version 0.1.0; one that belongs to no live writer is a
+leftover."""
 ABANDONED = 24 * 3600
 """Seconds after which a file that is still being written belongs to no live writer."""
 
@@ -26,8 +27,7 @@ ABANDONED = 24 * 3600
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a new empty file beside `path`; when the block ends well it is flushed to disk and takes that name.
 
-    However the block ends, nothing half-written stays. The parent folders are made. What a writer of the same path left
-    that was killed more than a day ago is removed.
+    However the block ends, nothing half-written stays. The parent folders are made.
 
     Raises:
         UserError: the file cannot be written: a full disk, a read-only folder, a name that is too long.
@@ -38,7 +38,6 @@ def replacing(path: Path) -> Iterator[Path]:
         if path.is_dir():
             raise UserError(f"{path}: is a folder; name a file")
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(path)
         handle, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.part-", suffix=path.suffix[:20], dir=path.parent)
         part = Path(name)
         os.close(handle)
@@ -157,7 +156,7 @@ def remove_abandoned(path: Path) -> None:
     """Delete files and folders beside `path` that were to become it, and that nobody has touched for a day."""
     import shutil
 
-    for entry in path.parent.iterdir():
+    for entry in path.parent.iterdir() if path.parent.is_dir() else ():
         if PART.fullmatch(entry.name) and entry.name.startswith(f".{path.name[:100]}.part-"):
             with suppress(OSError):
                 if time.time() - entry.stat().st_mtime > ABANDONED:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import device
 from ..errors import UserError
-from ..files import reason, replacing
+from ..files import reason, remove_abandoned, replacing
 from ..terminal import escaped
 
 DTYPES = {
@@ -193,6 +193,7 @@ def write(
     path = Path(path)
     if path.exists() and not path.is_dir() and not overwrite:
         raise UserError(f"{path}: exists already; name another file, or pass --overwrite")
+    remove_abandoned(path)
     with replacing(path) as part:
         with part.open("wb") as file:
             file.writelines(serialized(tensors, metadata))
