@@ -2,7 +2,7 @@
 
     python -m benchmarks.make_stable_diffusion --output_dir runs/sd15-random
 
-2.1 GB in bfloat16, about 3 GB of memory. Its pictures are noise; speed, memory and code paths are the real model's.
+2.1 GB in bfloat16, about 3 GB of memory. Its images are noise; speed, memory and code paths are the real model's.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from singlora_diffusion.errors import UserError
+from singlora_diffusion.settings import Seed, parse
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
@@ -37,12 +38,12 @@ class Settings:
     """A folder that does not exist yet."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Of the weights on disk."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the weights."""
 
 
 def unet() -> UNet2DConditionModel:
-    """Latents (N, 4, 64, 64) for pictures of 512 pixels."""
+    """Latents (N, 4, 64, 64) for images of 512 pixels."""
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
@@ -188,11 +189,9 @@ def count(network: nn.Module) -> int:
 
 def main() -> int:
     """The program; exit code 2 with one line for what the user can mend."""
-    import tyro
-
-    settings = tyro.cli(Settings, prog="python -m benchmarks.make_stable_diffusion", use_underscores=True)
     began = time.monotonic()
     try:
+        settings = parse(Settings, sys.argv[1:], "python -m benchmarks.make_stable_diffusion", __doc__ or "")
         out = make(settings)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

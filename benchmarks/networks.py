@@ -33,7 +33,7 @@ class Bench:
     text: Tensor  # (N, 77, D) in the compute dtype, standing for cached ones
     extra: dict[str, Any]  # further arguments of the UNet
     shapes: list[tuple[int, int]]  # (out, in) of the adapted layers
-    encoders: tuple[Any, Any] | None = None  # autoencoder and text encoder
+    encoders: tuple[Any, Any] | None = None  # autoencoder, and text encoder or None
 
     @property
     def device(self) -> torch.device:
@@ -44,7 +44,7 @@ class Bench:
         return self.text.dtype
 
     def rank(self, method: str, budget: int) -> int:
-        """The rank at which a line of budget.PER_LAYER trains as many parameters as LoRA does at rank `budget`."""
+        """The rank at which a line of budget.rows trains as many parameters as LoRA does at rank `budget`."""
         from singlora_diffusion.adapters import budget as budgets
 
         return budgets.match(budgets.count("lora", budget, self.shapes), method, self.shapes).rank
@@ -107,10 +107,10 @@ def random_weights(build: Callable[[], nn.Module], dtype: torch.dtype, device: s
 
 
 def prepare(model: Model, resolution: int, batch: int, precision: Precision, *, encoders: bool = False) -> Bench:
-    """Networks and inputs for `batch` pictures of `resolution` pixels per side, on the accelerator where there is one.
+    """Networks and inputs for `batch` images of `resolution` pixels per side, on the accelerator where there is one.
 
     Args:
-        encoders: make Stable Diffusion 1.5's autoencoder and text encoder as well.
+        encoders: make what encodes images and prompts as well.
     """
     import torch
 
@@ -136,10 +136,49 @@ def prepare(model: Model, resolution: int, batch: int, precision: Precision, *, 
         torch.randn(batch, 77, width).to(device, dtype),
         extra,
         budget.shapes({"unet": unet}, TARGETS),
-        _encoders(dtype, device) if encoders else None,
+        ENCODERS[model](dtype, device) if encoders else None,
     )
 
 
-def _encoders(dtype: torch.dtype, device: str) -> tuple[Any, Any]:
+def _sd15_encoders(dtype: torch.dtype, device: str) -> tuple[Any, Any]:
     text_encoder = full.text_encoder(full.tokenizer()).to(device, dtype).requires_grad_(False).eval()
     return random_weights(full.vae, dtype, device), text_encoder
+
+
+def _sdxl_encoders(dtype: torch.dtype, device: str) -> tuple[Any, None]:
+    """The autoencoder alone, which has SD 1.5's shapes and overflows in half precision: float32."""
+    import torch
+
+    return random_weights(full.vae, torch.float32, device), None
+
+
+def _tiny_encoders(dtype: torch.dtype, device: str) -> tuple[Any, Any]:
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    text = CLIPTextConfig(
+        vocab_size=1000,
+        hidden_size=768,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        norm_num_groups=8,
+    )
+    text_encoder = CLIPTextModel(text)
+    for network in (vae, text_encoder):
+        network.to(device=device, dtype=dtype).requires_grad_(False).eval()
+    return vae, text_encoder
+
+
+ENCODERS: dict[str, Callable[[torch.dtype, str], tuple[Any, Any]]] = {
+    "sd15": _sd15_encoders,
+    "sdxl": _sdxl_encoders,
+    "tiny": _tiny_encoders,
+}

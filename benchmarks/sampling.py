@@ -1,8 +1,8 @@
-"""What an adapter costs while pictures are made: base, attached, merged, two adapters, and switching between two.
+"""What an adapter costs while images are made: base, attached, merged, two adapters, and switching between two.
 
     python -m benchmarks.sampling --model sd15 --resolution 256 --dtype bfloat16
 
-One call is one UNet forward for a prompt and its negative, as guidance asks for: a picture is as many of them as it has
+One call is one UNet forward for a prompt and its negative, as guidance asks for: an image is as many of them as it has
 steps, whatever the sampler. `base` is as this package loads it, `stock base` as diffusers does. `two added` is two
 adapters at once, as one whose factors are set side by side: the rank of their exact sum is the sum of their ranks.
 Switching puts another adapter's tensors in the place of those attached.
@@ -11,12 +11,15 @@ Switching puts another adapter's tensors in the place of those attached.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+
+from singlora_diffusion.errors import UserError
+from singlora_diffusion.settings import Count, Side, parse
 
 from . import timing
 from .networks import TARGETS, Bench, Model, Precision, prepare
@@ -31,11 +34,11 @@ class Settings:
 
     model: Model = "sd15"
     """Whose shapes."""
-    resolution: int = 256
+    resolution: Side = 256
     """Pixels per side."""
     dtype: Precision = "bfloat16"
     """Of the frozen networks."""
-    rounds: int = 3
+    rounds: Count = 3
     """Times each variant is measured."""
     clock: Literal["wall", "cpu"] = "wall"
     """As of benchmarks.train_step."""
@@ -84,10 +87,13 @@ def switching(bench: Bench) -> Iterator[Callable[[], None]]:
     adapter.detach()
 
 
-def main() -> int:
-    import tyro
-
-    settings = tyro.cli(Settings, description=__doc__)
+def main(words: Sequence[str] | None = None) -> int:
+    words = sys.argv[1:] if words is None else words
+    try:
+        settings = parse(Settings, words, "python -m benchmarks.sampling", __doc__ or "")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     bench = prepare(settings.model, settings.resolution, 2, settings.dtype)
     clock = timing.CLOCKS[settings.clock]
     variants: dict[str, timing.Job] = {
@@ -108,7 +114,7 @@ def main() -> int:
     )
     print(f"switching adapters: {timing.spread([1000 * s for s in switch])} ms")
     if settings.output is not None:
-        command = ["python", "-m", "benchmarks.sampling", *sys.argv[1:]]
+        command = ["python", "-m", "benchmarks.sampling", *words]
         timing.write(settings.output, command, seconds=seconds, ratio_to_base=to_base, switching_seconds=switch)
     return 0
 

@@ -1,10 +1,10 @@
-"""What scoring costs beyond the encoders' own work: pictures a second, the first time and when the vectors are stored.
+"""What scoring costs beyond the encoders' own work: images a second, the first time and when the vectors are stored.
 
     OMP_NUM_THREADS=1 taskset -c 0 python -m benchmarks.scoring --clock cpu
 
-The yardstick is `bare`: the libraries' forward passes alone, encoders in memory, pictures preprocessed, each text once
+The yardstick is `bare`: the libraries' forward passes alone, encoders in memory, images preprocessed, each text once
 and tokenised. Scoring can undercut it, for dreambooth-v1 leaves out the texts' padding, which the libraries compute.
-`bare + decode` opens and preprocesses the pictures as well. `script` also loads the encoders by the libraries' own
+`bare + decode` opens and preprocesses the images as well. `script` also loads the encoders by the libraries' own
 calls, which is all that a plain script does. `scored` is `eval.score.score` on an empty store, `scored again` on a full
 one. `full` encoders have the architectures and files of protocol dreambooth-v1 with random weights: their scores mean
 nothing, their cost is real.
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from eval.encoders import Preprocessing
     from eval.score import ScoreSettings
 
-SEEDS = 4  # pictures per prompt, as in DreamBooth's evaluation
+SEEDS = 4  # images per prompt, as in DreamBooth's evaluation
 REFERENCES = 5
 CLIP, DINO = "ViT-B-32-quickgelu", "vit_small_patch16_224.dino"
 
@@ -45,7 +45,7 @@ class Settings:
 
     encoders: Literal["full", "toyworld"] = "full"
     """full: CLIP ViT-B/32 and DINO ViT-S/16. toyworld: the small ones that come with the package."""
-    pictures: int = 64
+    images: int = 64
     """To score, besides 5 references. 4 share a prompt."""
     rounds: int = 3
     """Times each variant is measured."""
@@ -70,7 +70,7 @@ class Encoders:
     """A row of `ENCODERS`."""
 
     protocol: Literal["dreambooth-v1", "toyworld"]
-    side: int  # pixels of the pictures that it is for
+    side: int  # pixels of the images that it is for
     make: Callable[[Path], dict[str, Path]]  # puts the files into a folder where they are not at hand; says where
     load: Callable[[dict[str, Path]], Loaded]
 
@@ -102,9 +102,9 @@ def load_full(files: dict[str, Path]) -> Loaded:
 
 
 def find_toyworld(folder: Path) -> dict[str, Path]:
-    from eval.encoder_files import packaged
+    from singlora_diffusion.models.hub import WEIGHTS
 
-    return {"clip": Path(packaged("clip")), "dino": Path(packaged("dino"))}
+    return {role: WEIGHTS / role for role in ("clip", "dino")}
 
 
 def load_toyworld(folders: dict[str, Path]) -> Loaded:
@@ -130,15 +130,15 @@ class Bench:
     encoders: Encoders
     files: dict[str, Path]
     settings: ScoreSettings
-    paths: list[Path]  # the pictures, then the references
+    paths: list[Path]  # the images, then the references
     texts: list[str]  # each once
     preprocess: dict[str, Preprocessing]
 
 
 def prepare(settings: Settings, folder: Path) -> Bench:
-    """Write encoders, pictures and references, and the manifest that gives each picture its prompts."""
+    """Write encoders, images and references, and the manifest that gives each image its prompts."""
     from eval.encoders import encoder
-    from eval.score import ScoreSettings
+    from eval.score import EncoderSources, ScoreSettings
     from singlora_diffusion.data import prompts
 
     encoders = ENCODERS[settings.encoders]
@@ -146,14 +146,14 @@ def prepare(settings: Settings, folder: Path) -> Bench:
     templates = prompts.load("object")
     images, references = folder / "samples", folder / "references"
     lines: list[dict[str, str]] = []
-    for number in range(settings.pictures):
+    for number in range(settings.images):
         prompt = templates[number // SEEDS % len(templates)]
         line = {"file": f"{number:04d}.png", "prompt": prompt.text("sks", "dog")}
         lines.append({**line, "prompt_without_token": prompt.without_token("dog")})
     paths = [images / line["file"] for line in lines] + [references / f"{number}.png" for number in range(REFERENCES)]
     for number, path in enumerate(paths):
         path.parent.mkdir(exist_ok=True)
-        picture(number, encoders.side).save(path)
+        painted(number, encoders.side).save(path)
     (images / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return Bench(
         encoders,
@@ -162,8 +162,7 @@ def prepare(settings: Settings, folder: Path) -> Bench:
             images,
             references,
             encoders.protocol,
-            clip=str(files["clip"]),
-            dino=str(files["dino"]),
+            encoders=EncoderSources(**{role: str(path) for role, path in files.items()}),
             cache_dir=folder / "stored",
         ),
         paths,
@@ -172,7 +171,7 @@ def prepare(settings: Settings, folder: Path) -> Bench:
     )
 
 
-def picture(seed: int, side: int) -> Image.Image:
+def painted(seed: int, side: int) -> Image.Image:
     """Smooth random colours: a PNG of 0.17 MB at 512 pixels, for a photograph has more detail and a drawing less."""
     import numpy as np
     from PIL import Image
@@ -185,7 +184,7 @@ Inputs = dict[str, Any]  # clip, dino: (N, 3, H, W) per batch; texts: (N, L) per
 
 
 def decode(bench: Bench, loaded: Loaded) -> Inputs:
-    """Every picture as each encoder wants it, and the tokens, in batches of the size that scoring has."""
+    """Every image as each encoder wants it, and the tokens, in batches of the size that scoring has."""
     import numpy as np
     import torch
     from PIL import Image
@@ -268,10 +267,10 @@ def main() -> int:
     rates = {name: timing.spread([number / s for s in seconds[name]]) for name in variants}
     to_bare = {name: timing.ratios(seconds, name, "bare") for name in variants}
     again = timing.ratios(seconds, "scored again", "scored")
-    where = f"{settings.encoders} encoders, {number} pictures of {bench.encoders.side} px, {len(bench.texts)} texts"
+    where = f"{settings.encoders} encoders, {number} images of {bench.encoders.side} px, {len(bench.texts)} texts"
     timing.show(
         f"scoring: {where}",
-        ("variant", f"{settings.clock} seconds", "pictures a second", "/ bare"),
+        ("variant", f"{settings.clock} seconds", "images a second", "/ bare"),
         [(name, str(timing.spread(seconds[name])), str(rates[name]), str(to_bare[name])) for name in variants],
     )
     print(f"scored again / scored: {again}")
@@ -282,7 +281,7 @@ def main() -> int:
             setting=where,
             clock=settings.clock,
             seconds=seconds,
-            pictures_per_second=rates,
+            images_per_second=rates,
             ratio_to_bare=to_bare,
             again_to_scored=again,
         )

@@ -14,6 +14,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from singlora_diffusion.errors import UserError
+from singlora_diffusion.settings import Count, parse
+
 from . import timing
 
 HELP = "import sys; sys.argv = ['singlora', '--help']; from singlora_diffusion.cli import main; main()"
@@ -49,7 +52,7 @@ print(json.dumps({"wall": time.perf_counter() - wall, "cpu": time.process_time()
 class Settings:
     """Time the start of the command, of the package and of an adapter."""
 
-    rounds: int = 5
+    rounds: Count = 5
     """Processes per figure."""
     model: str = "sd15"
     """As of benchmarks.train_step: what the adapter is loaded onto."""
@@ -72,9 +75,11 @@ def children() -> float:
 
 
 def main() -> int:
-    import tyro
-
-    settings = tyro.cli(Settings, description=__doc__)
+    try:
+        settings = parse(Settings, sys.argv[1:], "python -m benchmarks.startup", __doc__ or "")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     figures: dict[str, dict[str, list[float]]] = {}
     for name, code in {"interpreter alone": "", "singlora --help": HELP, "import singlora_diffusion": IMPORT}.items():
         kinds: dict[str, list[float]] = {"wall": [], "cpu": []}

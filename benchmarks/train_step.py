@@ -9,7 +9,8 @@ Every variant does a whole step: noise, forward, loss, backward, clipping, AdamW
 backward pass goes exactly as far as theirs. Ours run on the base as this package loads it, which on a CPU is quicker
 than as diffusers does; `floor, prepared` and `singlora, stock base` take the two effects apart. `PEFT ...` are attached
 by diffusers' `add_adapter` to the stock base. `script` is the step as diffusers' train_dreambooth_lora.py performs it:
-picture and prompt encoded each time, PEFT's LoRA in the base's precision, the UNet under autocast, the loss read back.
+image and prompt encoded each time, PEFT's LoRA in the base's precision, the UNet under autocast, the loss read back.
+For SDXL it is train_dreambooth_lora_sdxl.py's: the image is encoded each time, in float32, the prompt once.
 
 On one core that other programs use too, `--clock cpu` with OMP_NUM_THREADS=1 leaves their share out.
 """
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from singlora_diffusion.errors import UserError
+from singlora_diffusion.settings import Count, Side, parse
 
 from . import timing
 from .networks import TARGETS, Bench, Model, Precision, prepare
@@ -43,15 +45,15 @@ class Settings:
 
     model: Model = "sd15"
     """Whose shapes."""
-    resolution: int = 256
+    resolution: Side = 256
     """Pixels per side."""
-    batch: int = 1
-    """Pictures per step."""
+    batch: Count = 1
+    """Images per step."""
     dtype: Precision = "bfloat16"
     """Of the frozen networks."""
-    rounds: int = 3
+    rounds: Count = 3
     """Times each variant is measured; one more goes before, unmeasured."""
-    budget: int = 8
+    budget: Count = 8
     """The rank of LoRA whose number of trained parameters the others get as near as they can."""
     variants: tuple[str, ...] = ()
     """Some of the table in this file; empty: all of them."""
@@ -59,12 +61,15 @@ class Settings:
     """Measure peak memory too, each variant in a process of its own."""
     mode: Literal["eager", "compiled", "captured"] = "eager"
     """How the UNet runs with the adapter inside: torch.compile, or that with its passes captured in CUDA graphs."""
+    backend: Literal["inductor", "aot_eager", "eager"] = "inductor"
+    """What torch.compile makes of the traced UNet; all but inductor only try the tracing."""
     clock: Literal["wall", "cpu"] = "wall"
     """cpu: the process's own time, for one thread on a core that others use too."""
     output: Path | None = None
     """A JSON file for the figures."""
     only: str = ""
-    """One variant, a few steps, and its peak memory as JSON on the last line."""
+    """One variant in this process: some untimed steps, then the rounds; figures and peak memory as JSON at the end.
+    It compiles once, where the interleaved rounds compile in each: the way to time --mode compiled and captured."""
 
 
 Attached = Iterator[tuple[list[Any], list[Any]]]
@@ -108,8 +113,8 @@ def script_step(bench: Bench, unet: Any, parameters: list[Any], optimizer: torch
     pixels = torch.rand(count, 3, 8 * height, 8 * width).to(bench.device, bench.dtype) * 2 - 1
     ids = torch.randint(1000, (count, 77), device=bench.device)
     with torch.no_grad():
-        latents = vae.encode(pixels).latent_dist.sample() * vae.config.scaling_factor
-        text = text_encoder(ids)[0]
+        latents = vae.encode(pixels.to(vae.dtype)).latent_dist.sample() * vae.config.scaling_factor
+        text = bench.text if text_encoder is None else text_encoder(ids)[0]
     mixed = bench.dtype != torch.float32
     with torch.autocast(bench.device.type, dtype=bench.dtype) if mixed else nullcontext():
         answer, noise = predict(bench, unet, latents, text)
@@ -123,9 +128,12 @@ def floor(bench: Bench, unet: Any, budget: int) -> Attached:
     """Trains one vector behind the first adapted layer."""
     import torch
 
-    from singlora_diffusion.adapters.inject import projections
+    from singlora_diffusion.adapters.config import AdapterConfig
+    from singlora_diffusion.adapters.targets import chosen
+    from singlora_diffusion.models.network import bare
 
-    first = next(iter(projections(unet, TARGETS).values()))
+    layers = chosen({"unet": bare("unet", unet)}, AdapterConfig(targets=TARGETS))["unet"]
+    first = next(iter(layers.values()))
     vector = torch.nn.Parameter(torch.zeros(first.out_features, device=bench.device))
     hook = first.register_forward_hook(lambda module, args, output: output + vector.to(output.dtype))
     yield [vector], [vector]
@@ -134,7 +142,7 @@ def floor(bench: Bench, unet: Any, budget: int) -> Attached:
 
 @contextmanager
 def ours(bench: Bench, unet: Any, budget: int, method: str, row: str = "", **options: Any) -> Attached:
-    """An adapter as users of this package attach it; `row` is its line in budget.PER_LAYER if not the method's."""
+    """An adapter as users of this package attach it; `row` is its line in budget.rows if not the method's."""
     from singlora_diffusion import adapters
     from singlora_diffusion.adapters.config import AdapterConfig
 
@@ -197,8 +205,6 @@ def chosen(settings: Settings) -> list[str]:
         if name not in VARIANTS:
             raise UserError(f"unknown variant {name!r}; there are {', '.join(VARIANTS)}")
     names = [name for name in VARIANTS if name in settings.variants or not settings.variants]
-    if settings.model != "sd15" and "script" in names:
-        names.remove("script")
     return ["floor", *(name for name in names if name != "floor")]
 
 
@@ -221,7 +227,8 @@ def job(bench: Bench, settings: Settings, name: str) -> Iterator[Callable[[], No
         optimizer.zero_grad()
         if settings.mode != "eager":
             torch.compiler.reset()
-            unet.compile(mode="reduce-overhead" if settings.mode == "captured" else None)
+            captured = settings.mode == "captured" and settings.backend == "inductor"
+            unet.compile(backend=settings.backend, mode="reduce-overhead" if captured else None)
         yield partial(variant.step, bench, unet, parameters, optimizer)
     unet._compiled_call_impl = None  # what Module.compile() set
 
@@ -232,30 +239,42 @@ def trained(bench: Bench, settings: Settings, name: str) -> int:
         return sum(p.numel() for p in parameters)
 
 
-def one(settings: Settings) -> None:
-    """A few steps of one variant in this process, until its peak memory stands still; prints it."""
+def one(settings: Settings, words: Sequence[str]) -> None:
+    """One variant in this process: seconds of each round and peak memory, printed as JSON and written to `output`.
+
+    The steps before the timed ones are as many as compiling and capturing take: memory takes its shape in them too.
+    """
     bench = networks(settings, [settings.only])
+    count = trained(bench, settings, settings.only)
     if bench.device.type == "cuda":
         import torch
 
         torch.cuda.reset_peak_memory_stats()
+    clock = timing.CLOCKS[settings.clock]
+    seconds = []
     with job(bench, settings, settings.only) as step:
-        for _ in range(5):
+        for _ in range(2 if settings.mode == "eager" else 4):
             step()
-    print(json.dumps({"peak_bytes": timing.peak_memory()}))
+        for _ in range(settings.rounds):
+            began = clock()
+            step()
+            seconds.append(clock() - began)
+    figures = {"peak_bytes": timing.peak_memory(), "seconds": seconds, "trained": count}
+    if settings.output is not None:
+        timing.write(settings.output, ["python", "-m", "benchmarks.train_step", *words], **figures)
+    print(json.dumps(figures))
 
 
-def main() -> int:
-    import tyro
-
-    settings = tyro.cli(Settings, description=__doc__)
+def main(words: Sequence[str] | None = None) -> int:
+    words = sys.argv[1:] if words is None else words
     try:
+        settings = parse(Settings, words, "python -m benchmarks.train_step", __doc__ or "")
         names = chosen(settings)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if settings.only:
-        one(settings)
+        one(settings, words)
         return 0
     peaks: dict[str, int] = {}
     if settings.memory:
@@ -290,7 +309,7 @@ def main() -> int:
     if settings.output is not None:
         timing.write(
             settings.output,
-            ["python", "-m", "benchmarks.train_step", *sys.argv[1:]],
+            ["python", "-m", "benchmarks.train_step", *words],
             setting=where,
             clock=settings.clock,
             trained=counts,

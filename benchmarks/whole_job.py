@@ -1,11 +1,11 @@
-"""From a folder of pictures to a verified adapter, its pictures and their scores, as a user does it: three commands.
+"""From a folder of images to a verified adapter, its images and their scores, as a user does it: three commands.
 
     OMP_NUM_THREADS=1 taskset -c 0 python -m benchmarks.whole_job
 
 Every command is a process of its own, so its start-up counts. The yardstick is the optimizer steps alone: their number
 times the median seconds of one, from the run's own log.jsonl. What else the log's clock saw, `between steps`, is the
 first step's slowness and previews; what it did not see, `start and end`, is the rest of the training command: imports,
-models, encoded pictures, the last preview, the adapter saved and verified.
+models, encoded images, the last preview, the adapter saved and verified.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from singlora_diffusion.errors import UserError
+from singlora_diffusion.settings import Count, parse
 
 from . import timing
 from .startup import children
@@ -32,24 +33,24 @@ class Settings:
 
     subject: str = "dog-1"
     """A held-out subject of toyworld; an unknown name lists them all."""
-    steps: int = 300
+    steps: Count = 300
     """Optimizer steps of the training."""
     seeds: str = "0-1"
-    """Pictures of each of toyworld's twelve prompts."""
-    rounds: int = 1
+    """Images of each of toyworld's twelve prompts."""
+    rounds: Count = 1
     """Whole jobs, one after the other."""
     output: Path | None = None
     """A JSON file for the figures."""
 
 
 def commands(settings: Settings, folder: Path, class_noun: str) -> dict[str, list[str]]:
-    """The three verbs with the flags of the README, all else as it comes."""
+    """The three commands with the flags of the README, all else as it comes."""
     run = folder / "run"
-    train = ["--instance_data_dir", f"{folder / 'pictures'}", "--instance_prompt", f"a photo of sks {class_noun}"]
+    train = ["--instance_data_dir", f"{folder / 'images'}", "--instance_prompt", f"a photo of sks {class_noun}"]
     train += ["--output_dir", f"{run}", "--max_train_steps", f"{settings.steps}"]
     generate = ["--adapter", f"{run}", "--prompts", "toyworld", "--seeds", settings.seeds]
     generate += ["--output_dir", f"{run / 'samples'}"]
-    score = ["--images", f"{run / 'samples'}", "--references", f"{folder / 'pictures'}"]
+    score = ["--images", f"{run / 'samples'}", "--references", f"{folder / 'images'}"]
     return {"train": ["train", *train], "generate": ["generate", *generate], "score": ["score", *score]}
 
 
@@ -85,10 +86,10 @@ def whole_job(settings: Settings) -> tuple[dict[str, float], dict[str, float]]:
     chosen = subject(settings.subject)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        write_subject(chosen.name, folder / "pictures")
-        spent = {verb: spend(words) for verb, words in commands(settings, folder, chosen.class_noun).items()}
+        write_subject(chosen.name, folder / "images")
+        spent = {name: spend(words) for name, words in commands(settings, folder, chosen.class_noun).items()}
         step, loop = steps_alone(folder / "run" / "log.jsonl")
-    wall, cpu = ({verb: both[clock] for verb, both in spent.items()} for clock in (0, 1))
+    wall, cpu = ({name: both[clock] for name, both in spent.items()} for clock in (0, 1))
     alone = settings.steps * step
     parts = {"steps alone": alone, "between steps": loop - alone, "start and end": wall["train"] - loop}
     rows = {"train": wall["train"], **parts, **wall, "whole": sum(wall.values())}
@@ -96,10 +97,8 @@ def whole_job(settings: Settings) -> tuple[dict[str, float], dict[str, float]]:
 
 
 def main() -> int:
-    import tyro
-
-    settings = tyro.cli(Settings, description=__doc__)
     try:
+        settings = parse(Settings, sys.argv[1:], "python -m benchmarks.whole_job", __doc__ or "")
         jobs = [whole_job(settings) for _ in range(settings.rounds)]
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,117 +1,156 @@
-"""Where an encoder's files are: named by the user, packaged, in the hub's local cache, or on the hub.
+"""Where an encoder's files are: a folder or file that the user named, the hub's local cache, or the hub.
 
 Files are safetensors, JSON and text: nothing is unpickled.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import importlib.util
-import json
-import re
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Protocol
 
 from singlora_diffusion.errors import UserError
+from singlora_diffusion.files import read_json
+from singlora_diffusion.models import hub
 
-Role = Literal["clip", "dino"]
+from . import preprocessing
+from .preprocessing import Preprocessing
 
 
-def weights_file(source: str | None, role: Role, repository: str, name: str) -> Path:
-    """One safetensors file: of the hub repository, of a folder, or the file itself."""
+@dataclass(frozen=True)
+class Found:
+    """An encoder's files, looked at and not loaded."""
+
+    path: Path  # what is loaded: a file or a folder
+    architecture: str
+    hashed: dict[str, Path]
+    preprocessing: Preprocessing
+
+
+class Files(Protocol):
+    """Where an encoder's files come from."""
+
+    def find(self, source: str | None, role: str) -> Found:
+        """`source`: a path or a hub name; None: the encoder's own place. Raises UserError for what is not there."""
+        ...
+
+
+@dataclass(frozen=True)
+class Published:
+    """The weights of one known model: a safetensors file."""
+
+    repository: str  # on the Hugging Face hub
+    name: str
+    architecture: str
+    preprocessing: Preprocessing
+
+    def find(self, source: str | None, role: str) -> Found:
+        path = _weights_file(source, role, self.repository, self.name)
+        return Found(path, self.architecture, {"weights": path}, self.preprocessing)
+
+
+@dataclass(frozen=True)
+class OpenClipFolder:
+    """Any open_clip model: a folder or hub repository with open_clip_config.json, safetensors and its tokenizer."""
+
+    config = "open_clip_config.json"
+    weights = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
+    tokenizer = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
+
+    def find(self, source: str | None, role: str) -> Found:
+        folder = _encoder_folder(_named(source, role), role, [self.config, *self.weights, *self.tokenizer])
+        described = read_json(folder / self.config)
+        weights = _weights_in(folder, role, self.weights)
+        way = preprocessing.of_open_clip(described, folder / self.config)
+        try:
+            width = int(described["model_cfg"]["embed_dim"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{folder / self.config}: describes no open_clip model (embed_dim is missing)") from error
+        hashed = {name: folder / name for name in (self.config, *self.tokenizer) if (folder / name).is_file()}
+        return Found(folder, f"CLIP of {width} dimensions", {"weights": weights, **hashed}, way)
+
+
+@dataclass(frozen=True)
+class TimmFolder:
+    """Any timm model: a folder or hub repository with config.json and model.safetensors."""
+
+    config, weights = "config.json", "model.safetensors"
+
+    def find(self, source: str | None, role: str) -> Found:
+        folder = _encoder_folder(_named(source, role), role, [self.config, self.weights])
+        described = read_json(folder / self.config)
+        weights = _weights_in(folder, role, [self.weights])
+        architecture = described.get("architecture")
+        if not isinstance(architecture, str):
+            raise UserError(f"{folder / self.config}: describes no timm model (architecture is missing)")
+        way = preprocessing.of_timm(described, folder / self.config)
+        files = {"weights": weights, self.config: folder / self.config}
+        return Found(folder, architecture, files, way)
+
+
+def _named(source: str | None, role: str) -> str:
+    if source is None:
+        raise UserError(f"the protocol has no {role} encoder of its own; name one with --{role}")
+    return source
+
+
+def _weights_file(source: str | None, role: str, repository: str, name: str) -> Path:
+    """One safetensors file: of the hub repository, of a folder, or the file itself.
+
+    Raises:
+        UserError: there is none; it says what to get, from where, and the flag to name it with.
+    """
     if source is None:
         return _from_hub(repository, [name], f"--{role}") / name
+    get = f"get {name} from https://huggingface.co/{repository} for --{role}"
     path = Path(source).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path.is_dir, False for a name that is too long
         path = path / name
-    elif not path.exists() and _is_hub_name(source):
+    elif hub.is_hub_id(source):
         return _from_hub(source, [name], f"--{role}") / name
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; get {name} from https://huggingface.co/{repository} for --{role}")
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such file; {get}")
     if path.suffix != ".safetensors":
-        raise UserError(
-            f"{path}: is no safetensors file, and pickled weights are not read; "
-            f"get {name} from https://huggingface.co/{repository} for --{role}"
-        )
+        raise UserError(f"{path}: is not a safetensors file, and pickled weights are not read; {get}")
     return path
 
 
-def encoder_folder(source: str, role: Role, names: list[str]) -> Path:
-    """A folder that holds the first of these names; a hub name is fetched, these files only."""
+def _encoder_folder(source: str, role: str, names: list[str]) -> Path:
+    """A folder that holds the first of these names; a hub name is fetched, these files only.
+
+    Raises:
+        UserError: as `_weights_file`.
+    """
     path = Path(source).expanduser()
-    if not path.exists() and _is_hub_name(source):
+    if hub.is_hub_id(source):
         return _from_hub(source, names, f"--{role}")
-    if path.is_file():
+    if os.path.isfile(path):
         raise UserError(f"{path}: is a file; name the folder that holds {names[0]} and the weights")
-    if not (path / names[0]).is_file():
-        raise UserError(
-            f"{path}: no {names[0]} there; name the folder of an encoder with --{role}, or reinstall if it is ours"
-        )
+    if not os.path.isfile(path / names[0]):
+        raise UserError(f"{path}: no {names[0]} there; name the folder of an encoder with --{role}")
     return path
 
 
-def packaged(role: Role) -> str:
-    """Where the package keeps toyworld's encoders; found without importing it."""
-    spec = importlib.util.find_spec("singlora_diffusion")
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(
-            f"toyworld's encoders come with singlora-diffusion, which is not installed; name one with --{role}"
-        )
-    return str(Path(next(iter(spec.submodule_search_locations))) / "toyworld" / "weights" / role)
+def _weights_in(folder: Path, role: str, names: Sequence[str]) -> Path:
+    """The first of these safetensors files that a folder has.
 
-
-def _is_hub_name(source: str) -> bool:
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None and not source.startswith(".")
+    Raises:
+        UserError: it has none.
+    """
+    for name in names:
+        if os.path.isfile(folder / name):
+            return folder / name
+    raise UserError(f"{folder}: has no {names[0]}, the weights of the --{role} encoder; pickled ones are not read")
 
 
 def _from_hub(repository: str, names: list[str], instead: str) -> Path:
-    """The folder with those of the named files that a hub repository has. The local cache goes before the network."""
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.utils import get_session
-
-    where = f"https://huggingface.co/{repository}"
-    with contextlib.suppress(Exception):  # whatever is wrong with the cache, the network can mend
-        cached = Path(snapshot_download(repository, allow_patterns=names, local_files_only=True))
-        if _is_complete(cached, names):
-            return cached
-    try:
-        get_session().head(constants.ENDPOINT, timeout=10)  # the hub's own client retries for half a minute
-    except Exception as error:
-        raise UserError(
-            f"{repository}: not on this machine, and the Hugging Face hub cannot be reached; "
-            f"get {names[0]} from {where} and name it with {instead}"
-        ) from error
-    try:
-        folder = Path(snapshot_download(repository, allow_patterns=names))
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{repository}: cannot be fetched from the Hugging Face hub ({reason}); see {where}") from error
-    if not _is_complete(folder, names):
-        raise UserError(f"{repository}: the hub repository lacks {names[0]} or weights as safetensors; see {where}")
-    return folder
+    """The folder with those of the named files that a hub repository has."""
+    get = f"get {names[0]} from {hub.url(repository)} and name it with {instead}"
+    return hub.files(repository, names, lambda folder: _is_complete(folder, names), instead=get)
 
 
 def _is_complete(folder: Path, names: list[str]) -> bool:
     weights = [name for name in names if name.endswith(".safetensors")]
     return (folder / names[0]).is_file() and any((folder / name).is_file() for name in weights)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: is no readable JSON file ({error})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: is no JSON object")
-    return content
-
-
-def sha256(path: Path) -> str:
-    """Of a file's bytes, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

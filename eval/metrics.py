@@ -1,15 +1,18 @@
 """Scores as pure functions of unit vectors, and the one table of them.
 
-A metric gives one number per generated picture. Cosines are dot products in float32, means are in float64, and nothing
-is rescaled or clamped: a score is a raw cosine. Averages go from pictures to prompts to the subject, so that a prompt
-counts once however many pictures it has.
+A metric gives one number for each generated image, or one for all of them. Cosines are dot products in float32, means
+are in float64, and nothing is rescaled or clamped. Averages go from images to prompts to the subject, so that a prompt
+counts once however many images it has.
+
+To add a metric: a function and a row in `METRICS`. The function is given the images' vectors, then one argument for
+each of the row's `needs`, in that order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,62 +20,159 @@ from numpy.typing import NDArray
 Vectors = NDArray[np.float32]  # (N, D), rows of unit length
 Scores = NDArray[np.float64]  # (N,)
 
+Need = Literal["references", "prompt", "prompt_without_token", "base_images", "prompt_groups"]
+"""What a metric is given beside the N images' vectors, all from the same encoder:
+
+- `references`: (M, D) vectors of the real images of the subject.
+- `prompt`, `prompt_without_token`: (N, D) vectors of each image's own prompt, with and without the identifier.
+- `base_images`: (N, D) vectors of what the base model makes of each image's prompt and seed.
+- `prompt_groups`: N values, equal for images of one prompt.
+"""
+
+T = TypeVar("T")
+
 
 def mean_cosine(images: Vectors, references: Vectors) -> Scores:
-    """Mean cosine of each picture with all references: (N, D), (M, D) -> (N,)."""
+    """Mean cosine of each image with all references: (N, D), (M, D) -> (N,)."""
     cosines: Vectors = images @ references.T
     return np.asarray(cosines.mean(axis=1, dtype=np.float64))
 
 
-def paired_cosine(images: Vectors, texts: Vectors) -> Scores:
-    """Cosine of each picture with its own text: (N, D), (N, D) -> (N,)."""
-    cosines: Vectors = np.einsum("nd,nd->n", images, texts)
+def paired_cosine(images: Vectors, others: Vectors) -> Scores:
+    """Cosine of each image with its own text or image: (N, D), (N, D) -> (N,)."""
+    cosines: Vectors = np.einsum("nd,nd->n", images, others)
     return cosines.astype(np.float64)
 
 
-def real_to_real(references: Vectors) -> float | None:
-    """What real pictures of the subject score: mean cosine of all their M (M - 1) pairs, a picture never with itself.
+def paired_distance(images: Vectors, others: Vectors) -> Scores:
+    """1 - cosine of each image with its own counterpart: (N, D), (N, D) -> (N,)."""
+    return 1.0 - paired_cosine(images, others)
 
-    None for a single reference.
-    """
-    count = len(references)
+
+def pairwise_cosine(vectors: Vectors) -> float | None:
+    """Mean cosine of all N (N - 1) pairs, an image never with itself: (N, D) -> a number; None for a single image."""
+    count = len(vectors)
     if count < 2:
         return None
-    cosines = (references @ references.T).astype(np.float64)
+    cosines = (vectors @ vectors.T).astype(np.float64)
     return float((cosines.sum() - np.trace(cosines)) / (count * (count - 1)))
 
 
+def diversity(images: Vectors, prompts: Sequence[Hashable]) -> float | None:
+    """1 - mean pairwise cosine of the images of one prompt, averaged over prompts; None where none has two images."""
+    groups = by_prompt(range(len(images)), prompts).values()
+    within = [pairwise_cosine(images[group]) for group in groups]
+    known = [1.0 - value for value in within if value is not None]
+    return float(np.mean(known)) if known else None
+
+
 def mean_over_prompts(scores: Scores, prompts: Sequence[Hashable]) -> float:
-    """One subject's score: the mean over its prompts of the mean over each prompt's pictures.
+    """One subject's score: the mean over its prompts of the mean over each prompt's images.
 
     Args:
-        scores: (N,) one number per picture.
-        prompts: what tells the prompt of each picture.
+        scores: (N,) one number per image.
+        prompts: what tells the prompt of each image.
     """
     if len(scores) == 0 or len(scores) != len(prompts):
         raise ValueError(f"{len(scores)} scores for {len(prompts)} prompts")
-    groups: dict[Hashable, list[float]] = {}
-    for score, prompt in zip(scores, prompts, strict=True):
-        groups.setdefault(prompt, []).append(float(score))
+    groups = by_prompt([float(score) for score in scores], prompts)
     return float(np.mean([np.mean(group, dtype=np.float64) for group in groups.values()], dtype=np.float64))
+
+
+def by_prompt(items: Sequence[T], prompts: Sequence[Hashable]) -> dict[Hashable, list[T]]:
+    """The items of each prompt, in order of first appearance."""
+    groups: dict[Hashable, list[T]] = {}
+    for item, prompt in zip(items, prompts, strict=True):
+        groups.setdefault(prompt, []).append(item)
+    return groups
 
 
 @dataclass(frozen=True)
 class Metric:
     """One row of `METRICS`."""
 
-    encoder: Literal["clip", "dino"]
-    against: Literal["references", "prompt_without_token", "prompt"]
-    function: Callable[[Vectors, Vectors], Scores]
-    higher_is_better: bool
-    about: str
+    label: str
+    description: str  # of what it measures, to follow the label and a colon
+    encoder: str  # a role of eval.encoders.ROLES
+    needs: tuple[Need, ...]
+    per: Literal["image", "set"]
+    function: Callable[..., Scores] | Callable[..., float | None]
+    """Vectors and what it needs -> (N,) for `per` image, one number or None for `per` set."""
+    unit: str = "cosine"
+    higher_is_better: bool = True
+    of_references: Callable[[Vectors], float | None] | None = None
+    """What the real images score among themselves; None: that means nothing."""
+    on_request: bool = False
+    """Computed only when --metrics names it."""
+    variant_of: str | None = None
+    """The row that stands for both where there is little room."""
 
 
 METRICS: dict[str, Metric] = {
-    "clip_i": Metric("clip", "references", mean_cosine, True, "likeness to the references, by CLIP"),
-    "dino": Metric("dino", "references", mean_cosine, True, "likeness to the references, by DINO"),
-    "clip_t": Metric(
-        "clip", "prompt_without_token", paired_cosine, True, "agreement with the prompt, identifier left out"
+    "clip_i": Metric(
+        "CLIP-I",
+        "likeness to the references, by CLIP",
+        "clip",
+        ("references",),
+        "image",
+        mean_cosine,
+        of_references=pairwise_cosine,
     ),
-    "clip_t_token": Metric("clip", "prompt", paired_cosine, True, "agreement with the prompt, identifier kept"),
+    "dino": Metric(
+        "DINO",
+        "likeness to the references, by DINO",
+        "dino",
+        ("references",),
+        "image",
+        mean_cosine,
+        of_references=pairwise_cosine,
+    ),
+    "clip_t": Metric(
+        "CLIP-T",
+        "agreement with the prompt, identifier left out",
+        "clip",
+        ("prompt_without_token",),
+        "image",
+        paired_cosine,
+    ),
+    "clip_t_token": Metric(
+        "CLIP-T, identifier kept",
+        "agreement with the whole prompt",
+        "clip",
+        ("prompt",),
+        "image",
+        paired_cosine,
+        variant_of="clip_t",
+    ),
+    "dinov2": Metric(
+        "DINOv2",
+        "likeness to the references, by DINOv2",
+        "dinov2",
+        ("references",),
+        "image",
+        mean_cosine,
+        of_references=pairwise_cosine,
+        on_request=True,
+    ),
+    "drift": Metric(
+        "Drift",
+        "distance from the base model's image of the same prompt and seed, by DINO",
+        "dino",
+        ("base_images",),
+        "image",
+        paired_distance,
+        unit="1 - cosine",
+        higher_is_better=False,
+        on_request=True,
+    ),
+    "diversity": Metric(
+        "Diversity",
+        "mean distance between images of one prompt, by DINO",
+        "dino",
+        ("prompt_groups",),
+        "set",
+        diversity,
+        unit="1 - cosine",
+        on_request=True,
+    ),
 }

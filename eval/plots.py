@@ -3,84 +3,90 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from html import escape
 from typing import Any
+from warnings import catch_warnings, simplefilter
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .results import Column, Loaded
+from singlora_diffusion.terminal import escaped
+
+from .results import ScoredSet, ScoreKey
 
 INK, SOFT, FAINT, GRID = "#1c1e21", "#4a4f57", "#d8dbe0", "#eceef1"
-WIDTH = 11.6  # inches, at 72 CSS pixels each on a page of that width
+WIDTH = 4.2  # inches, at 96 CSS pixels each: three panels side by side on a page, one on a phone
 
 
 def scores(
-    loaded: Sequence[Loaded],
+    sets: Sequence[ScoredSet],
     colours: Mapping[str, str],
-    titles: Mapping[Column, str],
-    ceilings: Mapping[Column, float | None],
-) -> str | None:
-    """A panel per score, a line per prompt, a dot per run; the dashed line is what real pictures score.
+    titles: Mapping[ScoreKey, str],
+    real_scores: Mapping[ScoreKey, float | None],
+) -> list[str]:
+    """A panel per score, a line per prompt, a dot per set; the dashed line is what real images score.
 
     Args:
-        loaded: the runs, real pictures left out.
-        colours: by the run's name.
+        sets: real images left out.
+        colours: by the set's name.
         titles: the scores to show, each with the heading of its panel.
 
     Returns:
-        None where there is nothing to see: no scores, one prompt, or too many.
+        SVG, one per score; none where there is nothing to see: no scores, one prompt, or too many.
     """
-    prompts = list(dict.fromkeys(prompt for one in loaded for column in titles for prompt in one.per_prompt(column)))
+    prompts = list(dict.fromkeys(prompt for one in sets for key in titles for prompt in one.per_prompt(key)))
     if not 1 < len(prompts) <= 60:
-        return None
-    figure, panels = _figure(len(titles), 0.9 + 0.29 * len(prompts), sharey=True)
-    for panel, (column, title) in zip(panels, titles.items(), strict=True):
-        means = [one.per_prompt(column) for one in loaded]
-        for row, prompt in enumerate(prompts):
-            here = [by_prompt[prompt] for by_prompt in means if prompt in by_prompt]
-            panel.plot(here, [row] * len(here), color=FAINT, linewidth=3, solid_capstyle="round", zorder=1)
-        for one, by_prompt in zip(loaded, means, strict=True):
-            rows = [row for row, prompt in enumerate(prompts) if prompt in by_prompt]
-            values = [by_prompt[prompts[row]] for row in rows]
-            panel.plot(
-                values, rows, "o", color=colours[one.run.name], markersize=6.5, markeredgecolor="white", zorder=3
-            )
-        if (real := ceilings[column]) is not None:
-            panel.axvline(real, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=2)
-        panel.set_title(title, loc="left", fontsize=10.5, color=INK)
-        panel.set_ylim(len(prompts) - 0.4, -0.6)
-        panel.set_yticks(range(len(prompts)), shortened([_words(prompt, loaded) for prompt in prompts]))
-        panel.grid(axis="x", color=GRID, linewidth=0.8)
-    return _svg(figure, "Scores, prompt by prompt")
+        return []
+    labels = shortened([_words(prompt, sets) for prompt in prompts], limit=28)
+    drawn = []
+    for key, title in titles.items():
+        with _panel(title, 0.9 + 0.29 * len(prompts)) as (panel, finish):
+            means = [one.per_prompt(key) for one in sets]
+            for row, prompt in enumerate(prompts):
+                here = [by_prompt[prompt] for by_prompt in means if prompt in by_prompt]
+                panel.plot(here, [row] * len(here), color=FAINT, linewidth=3, solid_capstyle="round", zorder=1)
+            for one, by_prompt in zip(sets, means, strict=True):
+                rows = [row for row, prompt in enumerate(prompts) if prompt in by_prompt]
+                values = [by_prompt[prompts[row]] for row in rows]
+                panel.plot(
+                    values, rows, "o", color=colours[one.name], markersize=6.5, markeredgecolor="white", zorder=3
+                )
+            if (real := real_scores[key]) is not None:
+                panel.axvline(real, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=2)
+            panel.set_ylim(len(prompts) - 0.4, -0.6)
+            panel.set_yticks(range(len(prompts)), labels)
+            panel.grid(axis="x", color=GRID, linewidth=0.8)
+            drawn.append(finish(f"{title}, prompt by prompt"))
+    return drawn
 
 
-def curves(loaded: Sequence[Loaded], colours: Mapping[str, str]) -> str | None:
+def curves(sets: Sequence[ScoredSet], colours: Mapping[str, str]) -> list[str]:
     """Loss and gradient norm over the steps: faint as logged, strong the running mean. None without a log."""
-    trained = [one for one in loaded if len(one.log) > 1]
+    trained = [one for one in sets if len(one.log) > 1]
     known = {key for one in trained for row in one.log for key in row}
-    shown = {key: label for key, label in (("loss", "loss"), ("grad_norm", "gradient norm")) if key in known}
-    if not shown:
-        return None
-    figure, panels = _figure(len(shown), 3.0)
-    for panel, (key, label) in zip(panels, shown.items(), strict=True):
-        for one in trained:
-            steps = np.array([row["step"] for row in one.log if key in row], dtype=float)
-            values = np.array([row[key] for row in one.log if key in row], dtype=float)
-            window = max(1, len(values) // 12)
-            colour = colours[one.run.name]
-            panel.plot(steps, values, color=colour, linewidth=0.6, alpha=0.22)
-            panel.plot(steps, running_mean(values, window), color=colour, linewidth=1.8)
-        over = f", and its mean over {window} steps" if window > 1 else ""
-        panel.set_title(f"{label}{over}", loc="left", fontsize=10.5, color=INK)
-        panel.xaxis.get_major_locator().set_params(integer=True)
-        panel.set_xlabel("step", fontsize=9, color=SOFT)
-        panel.set_yscale("log")
-        panel.minorticks_off()
-        ticks = round_numbers(*panel.get_ylim())
-        panel.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-        panel.grid(axis="y", color=GRID, linewidth=0.8)
-    return _svg(figure, "Loss and gradient norm over the steps of training")
+    drawn = []
+    for key, label in (("loss", "loss"), ("grad_norm", "gradient norm")):
+        if key not in known:
+            continue
+        window = max(max(1, sum(key in row for row in one.log) // 12) for one in trained)
+        title = f"{label}, and its mean over {window} steps" if window > 1 else label
+        with _panel(title, 3.0) as (panel, finish):
+            for one in trained:
+                rows = [row for row in one.log if key in row]
+                steps, values = np.array([[row["step"], row[key]] for row in rows], dtype=float).reshape(-1, 2).T
+                panel.plot(steps, values, color=colours[one.name], linewidth=0.6, alpha=0.22)
+                panel.plot(steps, running_mean(values, window), color=colours[one.name], linewidth=1.8)
+            panel.xaxis.get_major_locator().set_params(integer=True)
+            panel.set_xlabel("step", fontsize=9, color=SOFT)
+            panel.set_yscale("log")
+            panel.minorticks_off()
+            ticks = round_numbers(*panel.get_ylim())
+            panel.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+            panel.grid(axis="y", color=GRID, linewidth=0.8)
+            drawn.append(finish(f"{label} over the steps of training"))
+    return drawn
 
 
 def running_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
@@ -100,7 +106,7 @@ def round_numbers(low: float, high: float) -> list[float]:
     return found[:: -(-len(found) // 7)] if found else []
 
 
-def shortened(texts: Sequence[str], limit: int = 40) -> list[str]:
+def shortened(texts: Sequence[str], limit: int) -> list[str]:
     """Without the words that all begin with, and no longer than the margin of a plot."""
     words = [text.split() for text in texts]
     shortest = min(map(len, words))
@@ -109,29 +115,33 @@ def shortened(texts: Sequence[str], limit: int = 40) -> list[str]:
     return [text if len(text) <= limit else text[: limit - 1] + "\N{HORIZONTAL ELLIPSIS}" for text in kept]
 
 
-def _words(prompt: Hashable, loaded: Sequence[Loaded]) -> str:
+def _words(prompt: Hashable, sets: Sequence[ScoredSet]) -> str:
     """The prompt without its identifier, as far as it is known."""
-    same = (picture for one in loaded for picture in one.pictures if picture.prompt == prompt)
-    return str(next(same).about.get("prompt_without_token") or prompt)
+    same = (image for one in sets for image in one.images if image.prompt == prompt)
+    return escaped(" ".join(str(next(same).about.get("prompt_without_token") or prompt).split()), 400)
 
 
-def _figure(count: int, height: float, **options: Any) -> tuple[Any, Any]:
+@contextmanager
+def _panel(title: str, height: float) -> Iterator[tuple[Any, Callable[[str], str]]]:
+    """Axes to draw on, and what makes an SVG of them, given the words for those who cannot see it."""
+    import matplotlib
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    panels = figure.subplots(1, count, squeeze=False, **options)[0]
-    for panel in panels:
+    # Text is text, not LaTeX; a salt of its own, for the ids of all panels share a page.
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": title, "text.parse_math": False}
+    with matplotlib.rc_context(settings), catch_warnings():
+        simplefilter("ignore")  # of glyphs that only matplotlib's own font lacks
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        panel = figure.subplots()
         panel.spines[["top", "right", "left"]].set_visible(False)
         panel.spines["bottom"].set_color(FAINT)
         panel.tick_params(length=0, labelsize=9, labelcolor=SOFT)
-    return figure, panels
+        panel.set_title(title, loc="left", fontsize=10.5, color=INK)
 
+        def finish(says: str) -> str:
+            stream = io.StringIO()
+            figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+            text = stream.getvalue()
+            return text[text.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{escape(says)}" ', 1)
 
-def _svg(figure: Any, says: str) -> str:
-    import matplotlib
-
-    stream = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": says}):
-        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = stream.getvalue()
-    return text[text.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{says}" ', 1)
+        yield panel, finish

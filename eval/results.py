@@ -1,58 +1,80 @@
-"""What generating, scoring and training leave behind, read: pictures with prompts and scores, recipes, logs."""
+"""What generating, scoring and training leave behind, read: images with prompts and scores, recipes, logs."""
 
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from singlora_diffusion.data.images import check
 from singlora_diffusion.errors import UserError
-from singlora_diffusion.sampling.manifest import read_manifest
+from singlora_diffusion.files import read_json, reason
+from singlora_diffusion.sampling.manifest import MANIFEST, check_line, read_manifest
+from singlora_diffusion.terminal import escaped
 
-from .metrics import METRICS, mean_over_prompts
+from .encoders import ROLES
+from .metrics import METRICS, by_prompt, mean_over_prompts
+
+ReferenceMode = Literal["train", "heldout", "all"]
+
+REFERENCES = {"heldout": "held-out images", "all": "all real images", "train": "training images"}
+"""Label of each kind of references, the most telling one first."""
 
 
 @dataclass(frozen=True)
-class Run:
-    """A folder of pictures, and where to find what belongs to it."""
+class ImageSet:
+    """A folder of images, and where to find what belongs to it."""
 
     name: str
     images: Path
-    """Folder of the pictures; a manifest.jsonl in it says what each was made from."""
+    """Folder of the images; a manifest.jsonl in it says what each was made from."""
     scores: tuple[Path, ...] | None = None
-    """Results of eval.score, one per kind of references. None: every scores*.json among the pictures."""
+    """Results of scoring, one per kind of references. None: every scores*.json among the images."""
     training: Path | None = None
     """Folder with recipe.json and log.jsonl. None: where the manifest says the adapter is."""
     real: bool = False
-    """Real pictures of the subject: a ceiling, not a competitor."""
+    """Real images of the subject: what to be compared with, not a competitor."""
     facts: Mapping[str, str] = field(default_factory=dict)
     """What else to say about it, such as {"parameters": "45,056"}."""
 
 
-@dataclass(frozen=True)
-class Column:
-    """One score."""
+class ScoreKey(NamedTuple):
+    """Which score: a metric, and what it compares with."""
 
     metric: str  # a row of METRICS
-    mode: str | None  # what the references were: train, heldout, all; None for scores that need none
+    mode: str | None  # a row of REFERENCES; None for scores that need none
+
+    @property
+    def label(self) -> str:
+        """As in "CLIP-I"."""
+        return METRICS[self.metric].label
+
+    @property
+    def against(self) -> str:
+        """What the images are compared with, as in "held-out images"; empty where that goes without saying."""
+        if self.mode is not None:
+            return REFERENCES[self.mode]
+        return "the prompt" if {"prompt", "prompt_without_token"} & set(METRICS[self.metric].needs) else ""
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One generated picture: its line of the manifest and its scores."""
+class ScoredImage:
+    """One image: its line of the manifest and its scores."""
 
     path: Path
     about: dict[str, Any]
-    scores: dict[Column, float]
+    scores: dict[ScoreKey, float]
 
     @property
     def prompt(self) -> Hashable:
-        """What it shares with other pictures of its prompt; a picture of unknown prompt is known by its name."""
+        """What it shares with other images of its prompt; an image of unknown prompt is known by its name."""
         for name in ("template", "prompt_without_token", "prompt"):
             if self.about.get(name):
                 return str(self.about[name])
@@ -60,158 +82,240 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A run, read."""
+class EncoderRecord:
+    """What a result says of an encoder."""
 
-    run: Run
+    architecture: str
+    fingerprint: str
+    files: dict[str, str]  # name -> sha256
+    preprocessing: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a result says of a real image."""
+
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a result says of a metric, as far as it is read here."""
+
+    value: float | None = None  # of a metric per set
+    real_to_real: float | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """A scores.json, checked. Results of the first version say "pictures" for "images"."""
+
+    protocol: str
+    reference_mode: ReferenceMode | None
+    metrics: dict[str, Summary]
+    images: list[dict[str, Any]]
+    references: list[Reference]
+    encoders: dict[str, EncoderRecord]
+    blank: int = 0
+    copies: int = 0
+
+    def key(self, metric: str) -> ScoreKey:
+        """The score of a metric in this result."""
+        return ScoreKey(metric, self.reference_mode if "references" in METRICS[metric].needs else None)
+
+
+@dataclass(frozen=True)
+class ScoredSet:
+    """An image set, read."""
+
+    source: ImageSet
     trained: bool
-    pictures: list[Picture]
-    results: list[dict[str, Any]]  # of eval.score
+    images: list[ScoredImage]
+    results: list[Result]
     recipe: dict[str, Any]
-    log: list[dict[str, Any]]  # one row per step
+    log: list[dict[str, float]]  # one row per step
 
-    def mean(self, column: Column) -> float | None:
-        """The subject's score: over pictures, then over prompts."""
-        known = [picture for picture in self.pictures if column in picture.scores]
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    def mean(self, key: ScoreKey) -> float | None:
+        """The subject's score: over images, then over prompts; of a metric per set its one value."""
+        if METRICS[key.metric].per == "set":
+            return self.set_scores().get(key)
+        known = [image for image in self.images if key in image.scores]
         if not known:
             return None
-        scores = np.array([picture.scores[column] for picture in known])
-        return mean_over_prompts(scores, [picture.prompt for picture in known])
+        return mean_over_prompts(np.array([image.scores[key] for image in known]), [image.prompt for image in known])
 
-    def per_prompt(self, column: Column) -> dict[Hashable, float]:
-        """Prompt -> mean over its pictures."""
-        groups: dict[Hashable, list[float]] = {}
-        for picture in self.pictures:
-            if column in picture.scores:
-                groups.setdefault(picture.prompt, []).append(picture.scores[column])
+    def per_prompt(self, key: ScoreKey) -> dict[Hashable, float]:
+        """Prompt -> mean over its images; empty for a metric per set."""
+        known = [image for image in self.images if key in image.scores]
+        groups = by_prompt([image.scores[key] for image in known], [image.prompt for image in known])
         return {prompt: float(np.mean(scores)) for prompt, scores in groups.items()}
 
+    def set_scores(self) -> dict[ScoreKey, float]:
+        """Values of the metrics per set."""
+        return {
+            result.key(name): summary.value
+            for result in self.results
+            for name, summary in result.metrics.items()
+            if name in METRICS and METRICS[name].per == "set" and summary.value is not None
+        }
 
-def load(run: Run) -> Loaded:
-    """Read what there is of a run.
+
+def load(source: ImageSet) -> ScoredSet:
+    """Read what there is of an image set.
 
     Raises:
-        UserError: no pictures, or a manifest, result, recipe or log that cannot be read.
+        UserError: no images, or a manifest, result, recipe or log that cannot be read.
     """
-    folder = run.images.expanduser()
-    manifest = folder / "manifest.jsonl"
+    folder = source.images.expanduser()
+    manifest = folder / MANIFEST
+    report = check(folder, decode=False)
     lines = read_manifest(manifest) if manifest.is_file() else {}
-    results = [_result(path) for path in (sorted(folder.glob("scores*.json")) if run.scores is None else run.scores)]
+    results = [
+        _result(path) for path in (sorted(folder.glob("scores*.json")) if source.scores is None else source.scores)
+    ]
     scores = _scores(results)
-    pictures = [
-        Picture(path, {**known, **lines.get(path.name, {})}, values)
-        for path in check(folder, decode=False).pictures
+    images = [
+        ScoredImage(path, {**known, **lines.get(path.name, {})}, values)
+        for path in report.pictures
         if not lines or path.name in lines
         for known, values in [scores.get(path.name, ({}, {}))]
     ]
-    if not pictures:
-        raise UserError(f"{manifest}: lists no picture that is in {folder}; generate again")
-    recipe, log = _training(run.training or _adapter_folder(lines.values()))
+    if not images:
+        raise UserError(f"{manifest}: lists no image that is in {folder}; generate again")
+    recipe, log = _training(source.training or _adapter_folder(lines.values()))
     trained = bool(recipe or log) or any(row.get("adapter") for row in lines.values())
-    return Loaded(run, trained, pictures, results, recipe, log)
+    return ScoredSet(source, trained, images, results, recipe, log)
 
 
-def scored(loaded: Iterable[Loaded]) -> list[Column]:
-    """Every score that some run has: likeness to held-out pictures first, agreement with the prompt last."""
-    found = {column for one in loaded for picture in one.pictures for column in picture.scores}
-    modes: Sequence[str | None] = ("heldout", "all", "train", None)
-    metrics = ("dino", "clip_i", *METRICS)
-    return sorted(found, key=lambda column: (modes.index(column.mode), metrics.index(column.metric)))
+def scored(sets: Iterable[ScoredSet]) -> list[ScoreKey]:
+    """Every score that some set has: likeness to held-out images first, the metrics without references last."""
+    found: set[ScoreKey] = set()
+    for one in sets:
+        found.update(one.set_scores(), *(image.scores for image in one.images))
+    modes: Sequence[str | None] = (*REFERENCES, None)
+    metrics = ("dino", *METRICS)  # the headline of a subject's likeness first
+    return sorted(found, key=lambda key: (modes.index(key.mode), metrics.index(key.metric)))
 
 
-def ceiling(loaded: Sequence[Loaded], column: Column) -> float | None:
-    """What real pictures score: those of a real run, else the references among themselves."""
-    for one in loaded:
-        if one.run.real and (mean := one.mean(column)) is not None:
+def real_score(sets: Sequence[ScoredSet], key: ScoreKey) -> float | None:
+    """What real images score: those of a real set, else the references among themselves."""
+    for one in sets:
+        if one.source.real and (mean := one.mean(key)) is not None:
             return mean
-    for result in (result for one in loaded for result in one.results):
-        if column.mode is not None and result["reference_mode"] == column.mode:
-            value = result["metrics"].get(column.metric, {}).get("real_to_real")
+    for result in (result for one in sets for result in one.results):
+        if key.mode is not None and result.reference_mode == key.mode and key.metric in result.metrics:
+            value = result.metrics[key.metric].real_to_real
             if value is not None:
-                return float(value)
+                return value
     return None
 
 
-def warnings(loaded: Sequence[Loaded]) -> Iterator[str]:
+def warnings(sets: Sequence[ScoredSet]) -> Iterator[str]:
     """What forbids or disturbs reading the numbers side by side."""
-    generated = [one for one in loaded if not one.run.real]
+    generated = [one for one in sets if not one.source.real]
     results = [result for one in generated for result in one.results]
-    for role in ("clip", "dino"):
-        encoders = {result["encoders"][role]["fingerprint"] for result in results if role in result["encoders"]}
+    for role, label in ROLES.items():
+        encoders = {result.encoders[role].fingerprint for result in results if role in result.encoders}
         if len(encoders) > 1:
-            yield f"The {role.upper()} scores come from {len(encoders)} different encoders: they cannot be compared."
+            yield f"The {label} scores come from {len(encoders)} different encoders: they cannot be compared."
     references: dict[str, set[frozenset[str]]] = {}
     for result in results:
-        if result["reference_mode"]:
-            keys = frozenset(reference["sha256"] for reference in result["references"])
-            references.setdefault(result["reference_mode"], set()).add(keys)
+        if result.reference_mode:
+            keys = frozenset(reference.sha256 for reference in result.references)
+            references.setdefault(result.reference_mode, set()).add(keys)
     if any(len(kinds) > 1 for kinds in references.values()):
-        yield "The runs were scored against different real pictures: likeness to them cannot be compared."
-    if len({frozenset(picture.prompt for picture in one.pictures) for one in generated}) > 1:
-        yield "The runs do not have the same prompts: their means are over different ones."
+        yield "The sets were scored against different real images: likeness to them cannot be compared."
+    if len({frozenset(image.prompt for image in one.images) for one in generated}) > 1:
+        yield "The sets do not have the same prompts: their means are over different ones."
     for one in generated:
         for key, what in (("blank", "black or of one colour"), ("copies", "pixel for pixel equal to a reference")):
-            count = max((int(result.get(key, 0)) for result in one.results), default=0)
+            count = max((getattr(result, key) for result in one.results), default=0)
             if count:
-                yield f"{one.run.name}: {count} of {len(one.pictures)} pictures {'is' if count == 1 else 'are'} {what}."
+                yield f"{one.name}: {count} of {len(one.images)} images {'is' if count == 1 else 'are'} {what}."
 
 
-def _scores(results: Iterable[dict[str, Any]]) -> dict[str, tuple[dict[str, Any], dict[Column, float]]]:
+def _scores(results: Iterable[Result]) -> dict[str, tuple[dict[str, Any], dict[ScoreKey, float]]]:
     """File name -> what the results know of its prompt, and its scores."""
-    found: dict[str, tuple[dict[str, Any], dict[Column, float]]] = {}
+    found: dict[str, tuple[dict[str, Any], dict[ScoreKey, float]]] = {}
     for result in results:
-        for row in result["pictures"]:
+        for row in result.images:
             about, scores = found.setdefault(row["file"], ({}, {}))
             about.update({key: value for key, value in row.items() if key not in METRICS})
-            for name, metric in METRICS.items():
-                if name in row:
-                    mode = result["reference_mode"] if metric.against == "references" else None
-                    scores[Column(name, mode)] = row[name]
+            for name in METRICS:
+                if (value := _finite(row.get(name))) is not None:
+                    scores[result.key(name)] = value
     return found
 
 
-def _result(path: Path) -> dict[str, Any]:
-    content = _json(path)
-    needed = {"pictures", "metrics", "reference_mode", "references", "encoders", "protocol"}
-    if not needed <= content.keys():
-        raise UserError(f"{path}: is no result of eval.score (it lacks {min(needed - content.keys())}); score again")
-    return content
+def _result(path: Path) -> Result:
+    from pydantic import ValidationError
+
+    content = read_json(path)
+    if "pictures" in content:
+        content = {"images": content["pictures"], **content}
+    try:
+        result: Result = _validator().validate_python(content)
+        for row in result.images:
+            check_line(row)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(
+            f"{path}: is not a result of scoring ({escaped(where)}: {escaped(first['msg'])}); score again"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is not a result of scoring (images: {escaped(error)}); score again") from None
+    return result
+
+
+@cache
+def _validator() -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Result)
 
 
 def _adapter_folder(lines: Iterable[Mapping[str, Any]]) -> Path | None:
-    """The folder of the training run that made these pictures."""
-    adapters = {row["adapter"] for row in lines if isinstance(row.get("adapter"), str)}
+    """The folder of the training run that made these images."""
+    adapters = {row["adapter"] for row in lines if row.get("adapter")}
     if len(adapters) != 1:
         return None
     path = Path(adapters.pop())
-    return path if path.is_dir() else path.parent if path.is_file() else None
+    return path if os.path.isdir(path) else path.parent if os.path.isfile(path) else None
 
 
-def _training(folder: Path | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _training(folder: Path | None) -> tuple[dict[str, Any], list[dict[str, float]]]:
     if folder is None:
         return {}, []
     recipe, log = folder / "recipe.json", folder / "log.jsonl"
-    return _json(recipe) if recipe.is_file() else {}, _log(log) if log.is_file() else []
+    return read_json(recipe) if recipe.is_file() else {}, _log(log) if log.is_file() else []
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _log(path: Path) -> list[dict[str, float]]:
+    """The numbers of each step. A line that is no row of numbers, as a crash may leave, does not count."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}); make it again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: is no JSON object; make it again")
-    return content
-
-
-def _log(path: Path) -> list[dict[str, Any]]:
-    """Its rows; what a crash left of the last line does not count."""
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {reason(error)}") from error
     rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in text.split("\n"):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(row, dict) and "step" in row:
-            rows.append(row)
+        if isinstance(row, dict):
+            numbers = {key: number for key, value in row.items() if (number := _finite(value)) is not None}
+            if "step" in numbers:
+                rows.append(numbers)
     return rows
+
+
+def _finite(value: object) -> float | None:
+    """A number that can be drawn; None for everything else that JSON may hold."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e300:
+        return None
+    return float(value) if math.isfinite(value) else None

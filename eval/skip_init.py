@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 _RANDOM = ("normal_", "uniform_", "kaiming_uniform_")  # what the others, Xavier's and truncated ones, are made of
 
 
-class ZeroStart(TorchFunctionMode):
+class SkipInit(TorchFunctionMode):
     """Inside, in this thread: a tensor that would be filled with random numbers is filled with zeros.
 
     For architectures known beforehand, all of whose weights are then loaded. Zero, and not what memory happens to

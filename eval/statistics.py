@@ -1,7 +1,7 @@
 """Is method A better than method B? Paired differences over subjects.
 
-The unit of replication is the subject: d_s is the mean over seeds, prompts and pictures of (A - B) on subject s, with
-the same prompts, noise seeds and references on both sides. Pictures of one subject are no independent evidence.
+The unit of replication is the subject: d_s is the mean over seeds, prompts and images of (A - B) on subject s, with
+the same prompts, noise seeds and references on both sides. Images of one subject are no independent evidence.
 """
 
 from __future__ import annotations
@@ -45,18 +45,18 @@ def compare(differences: ArrayLike, *, bound: float | None = None, level: float 
         seed: of the bootstrap, and of the permutations where they are drawn.
     """
     d = _checked(differences)
-    interval = t_interval(d, level)
+    interval, p = t_interval(d, level), sign_flip_p(d, seed=seed)
     return Comparison(
         n=len(d),
         mean=float(d.mean()),
         sd=float(d.std(ddof=1)) if len(d) > 1 else None,
         t_interval=interval,
         bootstrap_interval=studentised_bootstrap(d, level, seed=seed),
-        p=sign_flip_p(d, seed=seed),
+        p=p,
         wins=int((d > 0).sum()),
         losses=int((d < 0).sum()),
         bound=bound,
-        verdict=verdict(interval, bound),
+        verdict=verdict(interval, p, bound, level),
     )
 
 
@@ -127,17 +127,28 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     return {name: adjusted[name] for name in p_values}
 
 
-def verdict(interval: Interval | None, bound: float | None = None) -> Verdict:
-    """What an interval for A - B says.
+def verdict(interval: Interval | None, p: float, bound: float | None = None, level: float = 0.95) -> Verdict:
+    """What the differences A - B say.
+
+    "better" and "worse" take both: an interval that leaves out zero, and a sign-flip p of at most 1 - level. The
+    interval alone is not enough for a handful of subjects: two equal differences have an interval of no width and
+    p = 0.5. Of n subjects the exact p is at least 2^(1 - n), so at 95 % nothing is better or worse with fewer than
+    six: five give 0.0625 at best.
 
     "tie" takes an interval that lies wholly inside (-bound, bound), even one that leaves out zero: a difference known
     to be smaller than what matters does not matter. A large p is no tie, it is "undecided".
+
+    Args:
+        interval: of `t_interval`, at `level`.
+        p: of `sign_flip_p`.
     """
     if interval is None:
         return "undecided"
     low, high = interval
     if bound is not None and -bound < low and high < bound:
         return "tie"
+    if p > 1 - level + 1e-12:  # 1 - 0.95 is a little more than 0.05 in binary, 1 - 0.9 a little less than 0.1
+        return "undecided"
     return "better" if low > 0 else "worse" if high < 0 else "undecided"
 
 

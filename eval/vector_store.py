@@ -1,6 +1,6 @@
 """Vectors kept from run to run, known by what was embedded and by which encoder.
 
-Neither file names nor dates count: a picture is its pixels.
+Neither file names nor dates count: an image is its pixels.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from singlora_diffusion.files import write_bytes
+
 Vectors = NDArray[np.float32]  # (N, D)
-Thing = TypeVar("Thing")  # a picture or a text
+Thing = TypeVar("Thing")  # an image or a text
 
 
-def picture_key(picture: Image.Image) -> str:
-    """sha256 of an RGB picture's size and pixels: what the store knows it by."""
-    digest = hashlib.sha256(repr(picture.size).encode())
-    digest.update(picture.tobytes())
+def image_key(image: Image.Image) -> str:
+    """sha256 of an RGB image's size and pixels: what the store knows it by."""
+    digest = hashlib.sha256(repr(image.size).encode())
+    digest.update(image.tobytes())
     return digest.hexdigest()
 
 
@@ -43,11 +45,13 @@ class VectorStore:
         self.path = None if folder is None else folder / f"{fingerprint[:16]}.safetensors"
         self._vectors: dict[str, Vectors] = {}
         self._changed = False
-        if self.path is not None and self.path.is_file():
+        if self.path is not None and os.path.isfile(self.path):
             from safetensors.numpy import load_file
 
             with contextlib.suppress(Exception):  # a damaged cache is an empty one
-                self._vectors = load_file(self.path)
+                stored = load_file(self.path)
+                if len({(vector.shape, str(vector.dtype)) for vector in stored.values()}) == 1:
+                    self._vectors = stored
 
     def vectors(
         self, keys: Sequence[str], things: Sequence[Thing], encode: Callable[[list[Thing]], Vectors]
@@ -60,16 +64,14 @@ class VectorStore:
         return np.stack([self._vectors[key] for key in keys])
 
     def save(self) -> None:
-        """Writes what is new, atomically."""
+        """Write what is new, whole or not at all.
+
+        Raises:
+            UserError: it cannot be written.
+        """
         if self.path is None or not self._changed:
             return
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(f".{os.getpid()}.part")
-        try:
-            save_file(self._vectors, part)
-            part.replace(self.path)
-        finally:
-            part.unlink(missing_ok=True)
+        write_bytes(self.path, save(self._vectors))
         self._changed = False

@@ -4,10 +4,16 @@ The command is `singlora`. From Python, with `import singlora_diffusion as sd`:
 
     family = sd.models.load("toyworld")  # or a diffusers folder, or a hub id
     adapter = sd.attach(family.networks, sd.AdapterConfig(rank=16, text_targets=("q_proj", "v_proj")))
-    optimizer = torch.optim.AdamW(adapter.param_groups(lr=1e-3))  # ... train; adapter.set_step(t) after each step
+    optimizer = torch.optim.AdamW(adapter.param_groups(lr=1e-3))
+    for step in range(400):
+        adapter.set_step(step + 1)  # before the forward pass, from 1 on: a ramp has u(0) = 0
+        ...  # loss, backward, optimizer.step()
     sd.save(adapter, "dog.safetensors", about={"identifier": "sks", "class_noun": "dog"})
     adapter.detach()  # bit for bit the networks that were loaded
     sd.load("dog.safetensors", family.networks).set_scale(0.8)  # family.pipeline() and family.sample(...) follow it
+
+To save a whole pipeline, first write the adapter into its weights with `adapter.merge()`, or take it out with
+`adapter.detach()`; then `family.pipeline().save_pretrained(folder)`.
 
 `sd.formats` has the rest of the adapter files: export, import_, inspect, add, merge_into. Nothing heavy is imported
 before it is first used.

@@ -1,72 +1,89 @@
-"""The `singlora` command: one verb per job. Nothing heavy is imported before a verb runs, so help answers at once."""
+"""The `singlora` command: one command per job. Nothing heavy is imported before one runs, so help answers at once.
+
+Exit codes: 0; 2 for what the user can mend, with one line on stderr; 130 after Ctrl-C, 143 after SIGTERM. Any other
+exception is a bug and keeps its traceback.
+"""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, NamedTuple
 
 from . import __version__
 from .errors import UserError
+from .terminal import escaped
+
+LONGEST = 2000
+"""Characters of a message: enough for two long paths, not for a file's contents."""
 
 
-class Verb(NamedTuple):
-    """Where a verb's settings (a dataclass, free of torch) and its work are found, as module:name."""
+class Command(NamedTuple):
+    """Where a command's settings (a dataclass, free of torch) and its work are found, as module:name."""
 
     settings: str
     work: str
     line: str
 
 
-VERBS = {
-    "train": Verb(
+COMMANDS = {
+    "train": Command(
         "singlora_diffusion.training.recipe:Recipe",
         "train_dreambooth:main",
-        "learn a subject from a folder of pictures",
+        "learn a subject from a folder of images",
     ),
-    "generate": Verb(
-        "singlora_diffusion.sampling.generate:GenerateSettings",
+    "generate": Command(
+        "singlora_diffusion.sampling.settings:GenerateSettings",
         "singlora_diffusion.sampling.generate:generate",
-        "make pictures with an adapter, prompts x seeds",
+        "make images with an adapter, prompts x seeds",
     ),
-    "score": Verb("eval.score:ScoreSettings", "eval.score:run", "CLIP-I, CLIP-T and DINO of a folder of pictures"),
-    "demo": Verb(
-        "singlora_diffusion.demo:DemoSettings",
-        "singlora_diffusion.demo:demo",
+    "score": Command("eval.score:ScoreSettings", "eval.score:run", "CLIP-I, CLIP-T and DINO of a folder of images"),
+    "report": Command("eval.report:ReportSettings", "eval.report:run", "show scored folders side by side on one page"),
+    "demo": Command(
+        "singlora_diffusion.demo.settings:DemoSettings",
+        "singlora_diffusion.demo.flow:demo",
         "all of it on a toyworld subject, with a report",
     ),
-    "toyworld": Verb(
+    "toyworld": Command(
         "singlora_diffusion.toyworld.command:SubjectSettings",
         "singlora_diffusion.toyworld.command:write",
-        "write a toyworld subject's pictures: singlora toyworld subject --name dog-1",
+        "write a toyworld subject's images: singlora toyworld subject --name dog-1",
     ),
-    "budget": Verb(
+    "budget": Command(
         "singlora_diffusion.adapters.budget:BudgetSettings",
         "singlora_diffusion.adapters.budget:budget",
         "ranks of equal numbers of parameters",
     ),
-    "export": Verb(
+    "export": Command(
         "singlora_diffusion.formats.settings:ExportSettings",
-        "singlora_diffusion.formats.verbs:export",
+        "singlora_diffusion.formats.commands:export",
         "write an adapter as an ordinary LoRA for other tools",
     ),
-    "import": Verb(
+    "import": Command(
         "singlora_diffusion.formats.settings:ImportSettings",
-        "singlora_diffusion.formats.verbs:import_",
+        "singlora_diffusion.formats.commands:import_",
         "read other tools' SingLoRA files",
     ),
-    "inspect": Verb(
+    "inspect": Command(
         "singlora_diffusion.formats.settings:InspectSettings",
-        "singlora_diffusion.formats.verbs:inspect",
+        "singlora_diffusion.formats.commands:inspect",
         "say what an adapter file is, layer by layer",
     ),
-    "add": Verb(
+    "add": Command(
         "singlora_diffusion.formats.settings:AddSettings",
-        "singlora_diffusion.formats.verbs:add",
+        "singlora_diffusion.formats.commands:add",
         "add SingLoRAs up, exactly",
     ),
 }
+
+
+class Terminated(BaseException):
+    """SIGTERM came; like KeyboardInterrupt, it unwinds what is being done."""
 
 
 def main() -> None:
@@ -83,12 +100,12 @@ def main() -> None:
 
 def usage() -> str:
     """What `singlora --help` says."""
-    lines = [f"  {name:<10}{verb.line}" for name, verb in VERBS.items()]
+    lines = [f"  {name:<10}{command.line}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
-            "Teach Stable Diffusion one subject from a handful of pictures, with SingLoRA.",
+            "Teach Stable Diffusion one subject from a handful of images, with SingLoRA.",
             "",
-            "usage: singlora VERB [flags]        singlora VERB --help lists a verb's flags",
+            "usage: singlora COMMAND [flags]     singlora COMMAND --help lists a command's flags",
             "",
             *lines,
             "",
@@ -98,29 +115,51 @@ def usage() -> str:
     )
 
 
-def run(name: str, arguments: list[str]) -> int:
-    """Run a verb; returns the exit code: 0, 2 for a user's mistake (one line on stderr), 130 when interrupted."""
-    if name not in VERBS:
-        print(f"singlora: no verb {name!r}; there are {', '.join(VERBS)}", file=sys.stderr)
+def run(name: str, arguments: Sequence[str]) -> int:
+    """Run a command; returns its exit code. Help and misspelt flags are a SystemExit."""
+    if name not in COMMANDS:
+        print(f"singlora: no command {escaped(repr(name))}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    import tyro
+    from .settings import parse
 
-    verb = VERBS[name]
+    command = COMMANDS[name]
     try:
-        settings = tyro.cli(
-            _find(verb.settings), args=arguments, prog=f"singlora {name}", description=verb.line, use_underscores=True
-        )
-        quiet_libraries()
-        _find(verb.work)(settings)
-    except UserError as error:
-        print(f"singlora {name}: {error}", file=sys.stderr)
-        return 2
+        with _sigterm():
+            chosen = parse(_find(command.settings), arguments, f"singlora {name}", command.line)
+            quiet_libraries()
+            _find(command.work)(chosen)
     except BrokenPipeError:  # whoever read our output has seen enough, as in `singlora inspect FILE | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or flushing at exit would complain again
     except KeyboardInterrupt:
         print(f"singlora {name}: interrupted", file=sys.stderr)
         return 130
+    except Terminated:
+        print(f"singlora {name}: terminated", file=sys.stderr)
+        return 143
+    except Exception as error:
+        line = in_one_line(error)
+        if line is None:
+            raise
+        print(f"singlora {name}: {escaped(line, LONGEST)}", file=sys.stderr)
+        return 2
     return 0
+
+
+def in_one_line(error: Exception) -> str | None:
+    """What to tell the user, for errors that are no bugs; None for all others."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):
+        from .files import reason
+
+        names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        return ": ".join([" -> ".join(names), reason(error)] if names else [reason(error)])
+    if type(error).__name__ == "SafetensorError" and "(os error " in str(error):  # what is no OSError only in Rust
+        return str(error)
+    if isinstance(error, MemoryError) or _is_torch_out_of_memory(error):
+        said = str(error).strip().partition("\n")[0]
+        return f"out of memory{f' ({said})' if said else ''}; make batches, resolution or rank smaller"
+    return None
 
 
 def quiet_libraries() -> None:
@@ -129,6 +168,29 @@ def quiet_libraries() -> None:
         os.environ.setdefault(name, "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+def _is_torch_out_of_memory(error: Exception) -> bool:
+    torch = sys.modules.get("torch")
+    on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return on_cpu or (torch is not None and isinstance(error, torch.OutOfMemoryError))
+
+
+@contextmanager
+def _sigterm() -> Iterator[None]:
+    """Inside, SIGTERM raises `Terminated`. Only a program's main thread can be told of signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def terminated(*_: object) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminated)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _find(place: str) -> Any:

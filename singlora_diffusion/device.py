@@ -1,6 +1,8 @@
-"""Which device to compute on, and in which dtype."""
+"""Which device to compute on, in which dtype, and whether its memory suffices."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from . import terminal
 from .errors import UserError
@@ -17,7 +19,7 @@ def choose(name: str | None) -> str:
     if name is None:
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        torch.zeros(1, device=name).item()  # torch's "meta" device makes tensors and cannot say what is in them
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises each of them
         raise UserError(
             f"--device {name} is not available here ({str(error).strip().splitlines()[0][:120]}); "
@@ -60,3 +62,52 @@ def _has_bfloat16() -> bool:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     except (AttributeError, RuntimeError):
         return True
+
+
+def require(needed: int, device: str, what: str) -> None:
+    """Refuse, before it is allocated, what cannot fit.
+
+    Args:
+        needed: bytes.
+        what: the request as the user made it, such as "--height 16384 --batch_size 4".
+
+    Raises:
+        UserError: the device has less free memory.
+    """
+    free = free_memory(device)
+    if needed > free:
+        raise UserError(f"{what}: would need about {_size(needed)}, {_size(free)} are free on {device}")
+
+
+def free_memory(device: str) -> int:
+    """Bytes that can still be allocated: on a CUDA GPU its own, elsewhere the machine's or the container's."""
+    import torch
+
+    if torch.device(device).type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0] + cached)
+    import psutil
+
+    return min(int(psutil.virtual_memory().available), *(_free_in(Path(group), *names) for group, *names in _CGROUPS))
+
+
+_CGROUPS = (
+    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+"""Where Linux keeps a container's limit, its use, and how much of that is cached files: versions 2 and 1."""
+
+
+def _free_in(group: Path, limit: str, use: str, cache: str) -> int:
+    """Bytes left in a control group; as good as endless where there is none, or none with a limit."""
+    try:
+        cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())[cache]
+        return max(0, int((group / limit).read_text()) - int((group / use).read_text()) + int(cached))
+    except (OSError, ValueError, KeyError):
+        return 1 << 62
+
+
+def _size(count: int) -> str:
+    if count < 1e9:
+        return f"{count / 1e6:.0f} MB"
+    return f"{count / 1e9:.1f} GB" if count < 10e9 else f"{count / 1e9:,.0f} GB"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+from .terminal import escaped
 
 PART = re.compile(r"\..+\.part-[A-Za-z0-9_]+(\.\w+)?")
 """Names of files that are being written; what carries one and belongs to no live writer is a leftover."""
@@ -121,6 +122,30 @@ def locked(folder: Path, what: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def check_writable(folder: Path, what: str) -> None:
+    """Find out before the work, not after it, whether a folder can be written to or made; nothing is made here.
+
+    Args:
+        what: how the message begins, as in "--output_dir".
+
+    Raises:
+        UserError: it is a file or lies below one, its name cannot be, or permissions forbid it.
+    """
+    shown = f"{what} {escaped(folder, 1000)}"
+    try:
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise UserError(f"{shown} is a file: name a folder")
+        folder.stat()
+        nearest = folder
+    except FileNotFoundError:
+        nearest = next(parent for parent in folder.absolute().parents if parent.exists())
+    except (OSError, ValueError) as error:
+        why = reason(error) if isinstance(error, OSError) else error
+        raise UserError(f"{shown} cannot be used: {why}") from error
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"{shown} cannot be written to: check the permissions of {escaped(nearest, 1000)}")
 
 
 def remove_leftovers(folder: Path, also: Callable[[str], bool] = lambda name: False) -> None:

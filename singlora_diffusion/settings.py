@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 from annotated_types import Ge, Gt, Interval, Le
 
@@ -38,10 +38,11 @@ def parse(kind: type[Settings], words: Sequence[str], prog: str, description: st
     """Settings from a command line, every value in its range. Help and misspelt flags exit as tyro does.
 
     Raises:
-        UserError: a value out of its range.
+        UserError: a value out of its range, or two values for one setting.
     """
     import tyro
 
+    _refuse_two_values(kind, words)
     flat = (tyro.conf.OmitArgPrefixes,)
     found = tyro.cli(kind, args=words, prog=prog, description=description, use_underscores=True, config=flat)
     check(found)
@@ -62,6 +63,60 @@ def check(settings: Any) -> None:
     except ValidationError as error:
         found = dict.fromkeys(_complaint(one) for one in error.errors())
         raise UserError("; ".join(found)) from None
+
+
+def build(kind: type[Settings], **values: Any) -> Settings:
+    """Settings from values named as the flags are, whichever group they stand in; the rest by default.
+
+    Raises:
+        TypeError: there is no such field, or one without a default is missing.
+    """
+    hints: dict[str, Any] = get_type_hints(kind)
+    own: dict[str, Any] = {}
+    for one in fields(kind):  # type: ignore[arg-type]
+        if is_dataclass(hints[one.name]):
+            inside = {key: values.pop(key) for key in _flags(hints[one.name]) if key in values}
+            if inside or _default(one) is MISSING:
+                own[one.name] = build(hints[one.name], **inside)
+    return kind(**own, **values)
+
+
+def _refuse_two_values(kind: Any, words: Sequence[str]) -> None:
+    """Raise a UserError where a flag, or a flag and its alias, have different values: one would be ignored."""
+    names = dict(_spellings(kind))
+    given: dict[str, tuple[str, list[str]]] = {}  # flag -> as it was written first, with its values
+    for start, word in enumerate(words):
+        written, _, value = word.partition("=")
+        flag = names.get(written.replace("-", "_"))
+        if flag is None:
+            continue
+        values = [value] if value else []
+        for other in words[start + 1 :]:
+            if other.startswith("--"):
+                break
+            values.append(other)
+        before, other_values = given.setdefault(flag, (written, values))
+        if other_values != values:
+            same = f"{before} and {written} are one setting" if before != written else f"{written} is given twice"
+            raise UserError(f"{same}: give one value")
+
+
+def _spellings(kind: Any) -> Iterator[tuple[str, str]]:
+    """(as it may be written, with underscores for dashes; the field) for every flag and its aliases."""
+    hints = get_type_hints(kind, include_extras=True)
+    for one in fields(kind):
+        if is_dataclass(hints[one.name]):
+            yield from _spellings(hints[one.name])
+            continue
+        yield f"__{one.name}", one.name
+        for extra in getattr(hints[one.name], "__metadata__", ()):
+            yield from ((alias.replace("-", "_"), one.name) for alias in getattr(extra, "aliases", None) or ())
+
+
+def _flags(kind: Any) -> Iterator[str]:
+    hints = get_type_hints(kind)
+    for one in fields(kind):
+        yield from _flags(hints[one.name]) if is_dataclass(hints[one.name]) else (one.name,)
 
 
 def replaced(settings: Settings, **values: Any) -> Settings:

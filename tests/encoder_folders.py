@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def clip_folder(folder: Path, seed: int = 0) -> Path:
-    """A CLIP of 32-pixel pictures, 24 tokens and 16 dimensions, with its own tokenizer."""
+    """A CLIP of 32-pixel images, 24 tokens and 16 dimensions, with its own tokenizer."""
     import torch
     from open_clip.model import CLIP
     from safetensors.torch import save_file
@@ -31,15 +31,15 @@ def clip_folder(folder: Path, seed: int = 0) -> Path:
             "hf_tokenizer_name": "tokenizer",
         },
     }
-    picture = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3], "interpolation": "bicubic", "resize_mode": "shortest"}
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model, "preprocess_cfg": picture}))
+    image = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3], "interpolation": "bicubic", "resize_mode": "shortest"}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model, "preprocess_cfg": image}))
     torch.manual_seed(seed)
     save_file(CLIP(**model).state_dict(), folder / "open_clip_model.safetensors")  # type: ignore[arg-type]
     return folder
 
 
 def timm_folder(folder: Path, seed: int = 0) -> Path:
-    """A vision transformer of 32-pixel pictures and 24 dimensions."""
+    """A vision transformer of 32-pixel images and 24 dimensions."""
     import timm
     import torch
     from safetensors.torch import save_file

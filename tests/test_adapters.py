@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
-from dataclasses import replace
-from typing import Any
+from dataclasses import asdict, replace
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import T5Config, T5EncoderModel
 
 from singlora_diffusion import adapters
-from singlora_diffusion.adapters.config import AdapterConfig
+from singlora_diffusion.adapters import config as config_module
+from singlora_diffusion.adapters.adapter import start_seed
+from singlora_diffusion.adapters.config import AdapterConfig, from_json
 from singlora_diffusion.adapters.singlora import SingLoRA
 from singlora_diffusion.errors import UserError
+from singlora_diffusion.models.network import NetworkSpec, bare
 
 pytestmark = pytest.mark.numerical
 
@@ -142,7 +147,8 @@ def test_changes_while_merged_take_effect(networks, make_networks) -> None:
         assert torch.equal(answer(networks), full)
         adapter.load_state_dict(other.state_dict())
         other.set_step(4)
-        torch.testing.assert_close(answer(networks), answer(dict(other.networks)), rtol=1e-4, atol=1e-5)
+        twins = {name: network.module for name, network in other.networks.items()}
+        torch.testing.assert_close(answer(networks), answer(twins), rtol=1e-4, atol=1e-5)
         adapter.detach()
         assert torch.equal(answer(networks), answer(make_networks()))
 
@@ -205,7 +211,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(config, networks) -> No
 def count_calls(adapter: adapters.Adapter):
     calls = []
     for network in adapter.networks.values():
-        for module in network.modules():
+        for module in network.module.modules():
             if isinstance(module, SingLoRA):
                 module.register_forward_hook(lambda *_: calls.append(1))
     return lambda: len(calls)
@@ -318,7 +324,7 @@ def networks_without(networks: dict[str, nn.Module], adapter: adapters.Adapter) 
 
 
 def test_rates(networks) -> None:
-    config = replace(VARIANTS["dora"], loraplus_ratio=5.0, rate_by_width=True)
+    config = replace(VARIANTS["dora"], magnitude_lr_ratio=5.0, rate_by_width=True)
     adapter = adapters.attach(networks, config)
     rates = {id(p): group["lr"] for group in adapter.param_groups(1e-3, 1e-4) for p in group["params"]}
     assert sum(len(group["params"]) for group in adapter.param_groups(1e-3)) == len(rates) == len(adapter.parameters())
@@ -372,8 +378,8 @@ def test_refusals_leave_the_networks_alone(networks) -> None:
         (replace(CONFIG, targets=("to_nothing",)), "to_nothing"),
         (replace(CONFIG, text_targets=("to_q",)), "to_q"),  # although the UNet has it
         (replace(CONFIG, targets=(), text_targets=()), "nothing to adapt"),
-        (replace(CONFIG, rank=0), "at least 1, not 0"),
-        (replace(CONFIG, text_rank=0), "at least 1, not 0"),
+        (replace(CONFIG, rank=0), "--rank 0: must be at least 1"),
+        (replace(CONFIG, text_rank=0), "--text_rank 0: must be at least 1"),
         (replace(CONFIG, init="zeros"), "zeros"),
         (replace(CONFIG, signature="negative"), "negative"),
     ):
@@ -406,3 +412,158 @@ def test_every_method_obeys_the_contract(method, networks) -> None:
         assert sum(p.numel() for p in adapter.parameters()) == adapter.num_parameters()
         adapter.detach()
     assert bits(networks) == before
+
+
+def test_settings_are_read_back_from_a_header() -> None:
+    for config in (AdapterConfig(), *VARIANTS.values(), AdapterConfig("lora+", loraplus_ratio=4, targets=("to_q",))):
+        assert from_json(json.loads(json.dumps(asdict(config)))) == config
+    for wrong, reason in (
+        ([], "lacks its configuration"),
+        ({"evil\n": 1}, "unknown entry evil"),
+        ({"method": "magic"}, "unknown method magic"),
+        ({"method": ["lora"]}, "unknown method"),
+        ({"rank": 0}, "value 0 for rank"),
+        ({"rank": 5000}, "value 5000 for rank"),
+        ({"rank": True}, "value True for rank"),
+        ({"alpha": 0.0}, "value 0.0 for alpha"),
+        ({"alpha": float("nan")}, "value nan for alpha"),
+        ({"targets": "to_q"}, "value to_q for targets"),
+        ({"targets": [1]}, "value 1 for targets"),
+        ({"init": "zeros"}, "value zeros for init"),
+        ({"ramp_steps": -1}, "value -1 for ramp_steps"),
+        ({"dora": 1}, "value 1 for dora"),
+    ):
+        with pytest.raises(ValueError, match=reason) as error:
+            from_json(wrong)
+        assert "\n" not in str(error.value)
+
+
+def test_a_header_of_before_means_what_it_meant(networks) -> None:
+    """Magnitudes learned at `loraplus_ratio`, and what a method does not take was ignored."""
+    old = {"method": "singlora", "rank": 4, "targets": ["to_q"], "ramp_steps": 7, "loraplus_ratio": 5.0}
+    dora = from_json({**old, "dora": True})
+    assert (dora.magnitude_lr_ratio, dora.loraplus_ratio, dora.ramp_steps) == (5.0, 16.0, 7)
+    assert from_json(old) == AdapterConfig(rank=4, targets=("to_q",), ramp_steps=7)
+    lora = from_json({**old, "method": "lora", "rate_by_width": True, "alpha": None})
+    assert lora == AdapterConfig("lora", rank=4, targets=("to_q",))
+    assert from_json({**old, "method": "lora+"}).loraplus_ratio == 5.0
+    for config in (dora, lora):
+        adapters.attach(networks, config).detach()
+
+
+def test_magnitudes_stay_norms_in_training(networks) -> None:
+    """Far above any sensible rate; without `settle` hundreds of them would be negative."""
+    config = replace(VARIANTS["dora"], magnitude_lr_ratio=500.0)
+    adapter = moved(adapters.attach(networks, config))
+    optimizer = torch.optim.Adam(adapter.param_groups(1e-3))
+    below = 0
+    for _ in range(4):
+        optimizer.zero_grad()
+        (answer(networks) * torch.linspace(-9, 9, 2 * 4 * 8 * 8).reshape(2, 4, 8, 8)).sum().backward()
+        optimizer.step()
+        below += sum(int((m < 0).sum()) for m in adapter.magnitudes().values())
+        adapter.settle()
+        assert all(bool((m >= 0).all()) for m in adapter.magnitudes().values())
+    assert below > 0
+    assert answer(networks).isfinite().all()
+
+
+def test_stored_magnitudes_below_zero_still_mean_what_they_meant(networks, make_networks) -> None:
+    adapter = moved(adapters.attach(networks, VARIANTS["dora"]), size=0.02)
+    state = clones(adapter.state_dict())
+    flipped = {key: -tensor if key.endswith("magnitude") else tensor for key, tensor in state.items()}
+    straight = dict(adapter.delta_weights())
+    adapter.load_state_dict(flipped)
+    adapter.set_step(3)
+    for name, change in adapter.delta_weights():
+        w0 = adapter.layers()[name].weight
+        torch.testing.assert_close(w0 + change, -(w0 + straight[name]))
+
+
+@pytest.mark.parametrize("name", ["dora", "all", "peft"])
+def test_pairs_with_their_magnitudes_are_the_change(name, networks) -> None:
+    """W' = m (W0 + up down) / ||W0 + up down||, at scale 1 whatever the scale is."""
+    config = replace(CONFIG, method="dora", alpha=3.0) if name == "peft" else replace(VARIANTS[name], alpha=3.0)
+    adapter = moved(adapters.attach(networks, config), size=0.05)
+    changes = dict(adapter.delta_weights())
+    adapter.set_scale(0.5)
+    magnitudes = adapter.magnitudes()
+    for layer, (up, down, magnitude) in adapter.pairs():
+        w0 = adapter.layers()[layer].weight
+        direction = w0 + up @ down
+        whole = magnitude[:, None] * direction / direction.norm(dim=1, keepdim=True)
+        torch.testing.assert_close(whole - w0, changes.pop(layer), rtol=1e-4, atol=1e-6)
+        assert torch.equal(magnitudes[layer], magnitude)
+    assert not changes
+    adapter.detach()
+    assert not adapters.attach(networks, CONFIG).magnitudes()
+
+
+def encoders(networks: dict[str, nn.Module]) -> dict[str, NetworkSpec]:
+    """Like SDXL or FLUX: a denoiser with presets, one CLIP and another text encoder with names of its own."""
+    config = T5Config(vocab_size=11, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    second = T5EncoderModel(config).requires_grad_(False).eval()
+    unet = bare("unet", networks["unet"])
+    presets = {"attention": ("to_q", "to_k"), "attention+mlp": ("to_q", "to_k", "ff.net.2")}
+    return {
+        "unet": replace(unet, presets=presets),
+        "text_encoder": bare("text_encoder", networks["text_encoder"]),
+        "text_encoder_2": NetworkSpec("text_encoder_2", second, "text", ("q", "v"), presets={"values": ("v",)}),
+    }
+
+
+def test_targets_by_default_by_preset_and_by_name(networks) -> None:
+    specs = encoders(networks)
+
+    def resolved(**names: Any) -> tuple[Any, ...]:
+        adapter = adapters.attach(specs, AdapterConfig(rank=1, **names))
+        adapter.detach()
+        adapted = {name.rpartition(".")[2] for name in adapter.layers()}
+        return adapter.config.targets, adapter.config.text_targets, set(adapter.networks), adapted
+
+    attention, four = ("to_q", "to_k", "to_v", "to_out.0"), ("q_proj", "k_proj", "v_proj", "out_proj")
+    assert resolved() == (attention, (), {"unet"}, {"to_q", "to_k", "to_v", "0"})
+    assert resolved(targets=(), text_targets=None) == (
+        (),
+        (*four, "q", "v"),
+        {"text_encoder", "text_encoder_2"},
+        {*four, "q", "v"},
+    )
+    mixed = resolved(targets=("attention+mlp", "attn2.to_v"), text_targets=("values",))
+    assert mixed[:3] == (("to_q", "to_k", "ff.net.2", "attn2.to_v"), ("v",), {"unet", "text_encoder_2"})
+    for wrong, message in (
+        ({"targets": ("to_q", "to_q")}, "'to_q' is named twice"),
+        ({"targets": ("attention", "to_k")}, "'to_k' is named twice"),
+        ({"targets": ("attention", "attention+mlp")}, "'to_q' is named twice"),
+        ({"targets": ("",)}, "no layer ''"),
+        ({"targets": ("attentions",)}, r"no layer 'attentions' in UNet.*; it has attention, attention\+mlp, "),
+        ({"text_targets": ("q", "w")}, "no layer 'w' in CLIPTextModel and T5EncoderModel"),
+    ):
+        with pytest.raises(UserError, match=message):
+            resolved(**wrong)
+
+
+def test_all_of_a_long_seed_counts() -> None:
+    starts = [start_seed(seed, "unet.to_q") for seed in (0, 1, 1 << 32, 1 << 33, (1 << 32) + 1, (1 << 63) - 1)]
+    assert len(set(starts)) == len(starts) and all(0 <= start < 1 << 32 for start in starts)
+
+
+def test_options_go_with_the_method_that_takes_them(networks) -> None:
+    for config, message in (
+        (replace(CONFIG, method="lora", rate_by_width=True), "rate_by_width is an option of singlora, not of lora"),
+        (replace(CONFIG, loraplus_ratio=2.0), r"loraplus_ratio is an option of lora\+, not of singlora"),
+        (replace(CONFIG, magnitude_lr_ratio=2.0), "no magnitudes without dora"),
+        (replace(CONFIG, alpha=-1.0), "--alpha -1.0: must be greater than 0"),
+        (replace(CONFIG, rank=5000), "--rank 5000: must be at most 4096"),
+    ):
+        with pytest.raises(UserError, match=message):
+            adapters.attach(networks, config)
+    assert adapters.attach(networks, replace(CONFIG, method="lora", ramp_steps=5)).config.ramp_steps == 0
+
+
+def test_the_choices_of_the_flag_are_the_table() -> None:
+    assert get_args(config_module.MethodName) == tuple(adapters.METHODS)
+    labels = {name: method.label for name, method in adapters.METHODS.items()}
+    assert labels["singlora"] == "SingLoRA" and len(set(labels.values())) == len(labels)
+    with_magnitude = [name for name, method in adapters.METHODS.items() if method.has_magnitude(VARIANTS["dora"])]
+    assert with_magnitude == ["singlora", "dora"] and not adapters.METHODS["singlora"].has_magnitude(CONFIG)

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-import tyro
 
-from benchmarks import scoring, whole_job
+from benchmarks import gpu, gpu_stages, sampling, scoring, train_step, whole_job
+from benchmarks.gpu_stages import Stage
 from eval import encoders
 from eval.score import ScoreSettings, score
 from singlora_diffusion.errors import UserError
-from singlora_diffusion.sampling.generate import GenerateSettings
+from singlora_diffusion.sampling.settings import GenerateSettings
+from singlora_diffusion.settings import parse
 from singlora_diffusion.training.recipe import Recipe
 
 
 def test_the_floor_of_scoring_gives_the_scores(tmp_path: Path) -> None:
-    bench = scoring.prepare(scoring.Settings(encoders="toyworld", pictures=6), tmp_path)
+    bench = scoring.prepare(scoring.Settings(encoders="toyworld", images=6), tmp_path)
     loaded = bench.encoders.load(bench.files)
     vectors = scoring.forward(loaded, scoring.decode(bench, loaded))
     assert [len(vectors[kind]) for kind in ("clip", "dino", "texts")] == [11, 11, 4]  # 6 + 5 pictures, 2 x 2 texts
@@ -26,7 +30,7 @@ def test_the_floor_of_scoring_gives_the_scores(tmp_path: Path) -> None:
         rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     text = dict(zip(bench.texts, vectors["texts"], strict=True))
 
-    for number, row in enumerate(score(bench.settings)["pictures"]):
+    for number, row in enumerate(score(bench.settings)["images"]):
         for name, role in (("clip_i", "clip"), ("dino", "dino")):
             expected = (vectors[role][number] @ vectors[role][6:].T).mean()
             assert row[name] == pytest.approx(expected, abs=1e-5)
@@ -35,7 +39,7 @@ def test_the_floor_of_scoring_gives_the_scores(tmp_path: Path) -> None:
 
 
 def test_scoring_starts_with_an_empty_or_a_full_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = scoring.prepare(scoring.Settings(encoders="toyworld", pictures=4), tmp_path)
+    bench = scoring.prepare(scoring.Settings(encoders="toyworld", images=4), tmp_path)
     with scoring.scored(bench, stored=True):
         pass
 
@@ -58,18 +62,109 @@ def test_steps_alone_is_the_median_between_the_ends_of_steps(tmp_path: Path) -> 
         whole_job.steps_alone(log)
 
 
-def test_the_whole_job_speaks_the_verbs_language() -> None:
+def test_the_whole_job_speaks_the_commands_language() -> None:
     words = whole_job.commands(whole_job.Settings(steps=7), Path("here"), "dog")
-    assert [verb[0] for verb in words.values()] == list(words) == ["train", "generate", "score"]
+    assert [one[0] for one in words.values()] == list(words) == ["train", "generate", "score"]
     recipe, generation, scoring_of = (
-        tyro.cli(kind, args=verb[1:], use_underscores=True)
-        for kind, verb in zip((Recipe, GenerateSettings, ScoreSettings), words.values(), strict=True)
+        parse(kind, one[1:], one[0], "")
+        for kind, one in zip((Recipe, GenerateSettings, ScoreSettings), words.values(), strict=True)
     )
-    assert recipe.max_train_steps == 7 and recipe.instance_prompt == "a photo of sks dog"
-    assert generation.adapter == (recipe.output_dir,) and generation.output_dir == scoring_of.images
-    assert scoring_of.references == recipe.instance_data_dir
+    assert recipe.optimization.max_train_steps == 7 and recipe.data.instance_prompt == "a photo of sks dog"
+    assert generation.adapters.adapter == (recipe.output.output_dir,)
+    assert generation.output.output_dir == scoring_of.images
+    assert scoring_of.references == recipe.data.instance_data_dir
 
 
 def test_a_command_that_fails_says_why() -> None:
     with pytest.raises(UserError, match="nowhere"):
         whole_job.spend(["score", "--images", "nowhere"])
+
+
+def in_this_process(stage: Stage, log: Path, limit: float, device: str) -> int | None:
+    """`gpu.launch` without the seconds that importing torch takes."""
+    if stage.module == "pytest":
+        return launch(stage, log, limit, device)
+    with log.open("w") as out, contextlib.redirect_stdout(out):
+        return importlib.import_module(stage.module).main(list(stage.words)) or 0
+
+
+launch = gpu.launch
+
+
+def test_the_day_at_the_gpu_at_a_tiny_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command that it runs; then once more, where nothing is left to do."""
+    import torch._dynamo
+
+    monkeypatch.setattr(torch._dynamo.config, "disable", True)  # tests/test_speed_forms.py traces a step
+    monkeypatch.setattr(gpu, "launch", in_this_process)
+    words = ["--device", "cpu", "--tiny", "--output_dir", str(tmp_path)]
+    code = gpu.main(words)
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert {one["stage"]: one.get("reason") for one in report["stages"] if one["status"] != "done"} == {}
+    assert code == 0 and report["not_reached"] == []
+    assert report["machine"]["device"] == "CPU" and report["machine"]["torch"]
+    assert {one["part"] for one in report["stages"]} == {"tests", "step", "sampling", "pretraining"}
+    table = (tmp_path / "gpu.md").read_text()
+    for variant in gpu_stages.STEPS:
+        (row,) = [line for line in table.splitlines() if f"eager {variant} |" in line]
+        assert all(float(cell.split()[0]) > 0 for cell in row.split("|")[2:7])
+    (row,) = [line for line in table.splitlines() if "eager PEFT lora |" in line]
+    assert [row.split("|")[place].strip() for place in (4, 6)] == ["1.000", "1.000"]
+    assert "autoencoder: " in table and "denoiser: step 1/1" in table
+
+    monkeypatch.setattr(gpu, "launch", None)
+    assert gpu.main(words) == 0
+    assert json.loads((tmp_path / "gpu.json").read_text())["stages"] == report["stages"]
+    with pytest.raises(UserError, match="another --output_dir"):
+        gpu.same_machine(tmp_path / "machine.json", {"device": "a GPU", "size": "full", "torch": "2"})
+
+
+def test_the_day_at_the_gpu_passes_flags_that_there_are(tmp_path: Path) -> None:
+    from singlora_diffusion.toyworld import pretrain
+
+    plan = gpu_stages.stages(tmp_path, "cuda", tiny=False)
+    assert len({stage.file for stage in plan}) == len(plan)
+    kinds = {"train_step": train_step.Settings, "sampling": sampling.Settings, "pretrain": pretrain.Pretraining}
+    for stage in plan:
+        if kind := kinds.get(stage.module.rpartition(".")[2]):
+            settings = parse(kind, stage.words, "", "")
+            assert stage.output == getattr(settings, "output", None)
+            if isinstance(settings, train_step.Settings):
+                assert train_step.chosen(settings)
+    assert {stage.module.rpartition(".")[2] for stage in plan} == {*kinds, "pytest"}
+
+
+def test_a_stage_that_fails_takes_nothing_else_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def fails(stage: Stage, log: Path, limit: float, device: str) -> int | None:
+        asked.append(stage.name)
+        log.write_text("Traceback\n  line 3\ntorch.OutOfMemoryError: \x1b[31mout of memory\n")
+        if stage.output is not None:
+            stage.output.write_text('{"seconds": [1.0], "peak_bytes": 5, "trained": 1}')
+        return None if stage.part == "pretraining" else 1 if "PEFT" in stage.name or stage.part == "sampling" else 0
+
+    monkeypatch.setattr(gpu, "launch", fails)
+    words = ["--device", "cpu", "--tiny", "--output_dir", str(tmp_path)]
+    assert gpu.main(words) == 1
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    failed = {one["stage"]: one["reason"] for one in report["stages"] if one["status"] == "failed"}
+    assert len(report["stages"]) == len(asked) and len(failed) == 4
+    assert failed["pretraining toyworld"].startswith("not finished after")
+    assert "OutOfMemoryError" in failed["step tiny 64 px batch 1 eager PEFT dora"]
+    assert "\x1b" not in (tmp_path / "gpu.md").read_text()
+    asked.clear()
+    gpu.main(words)  # those that failed are tried again
+    assert set(asked) == set(failed)
+
+
+def test_a_stage_that_hangs_is_ended(tmp_path: Path) -> None:
+    began = time.monotonic()
+    words = ("-n", "1", "-r", "1", "print(1, flush=True); import time; time.sleep(60)")
+    assert gpu.launch(Stage("sleep", "tests", "timeit", words, 1), tmp_path / "log.txt", 0.3, "cpu") is None
+    assert time.monotonic() - began < 30
+
+
+def test_full_size_needs_a_gpu(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert gpu.main(["--device", "cpu", "--output_dir", str(tmp_path / "out")]) == 2
+    assert "--tiny" in capsys.readouterr().err and not (tmp_path / "out").exists()

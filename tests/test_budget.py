@@ -15,17 +15,17 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from singlora_diffusion import adapters
 from singlora_diffusion.adapters.budget import (
-    PER_LAYER,
     BudgetSettings,
     budget,
     comparison,
     count,
     match,
-    meta_networks,
+    rows,
     shapes,
 )
 from singlora_diffusion.adapters.config import AdapterConfig
 from singlora_diffusion.errors import UserError
+from singlora_diffusion.models import meta_networks
 
 ALL = ("to_q", "to_k", "to_v", "to_out.0")
 TEXT = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -57,6 +57,7 @@ TEXT_15 = {
 def sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers folder of Stable Diffusion 1.5 that holds config files and no weights."""
     folder = tmp_path_factory.mktemp("stable-diffusion-v1-5")
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
     for part, config in (("unet", UNET_15), ("text_encoder", TEXT_15)):
         (folder / part).mkdir()
         (folder / part / "config.json").write_text(json.dumps(config))
@@ -69,9 +70,9 @@ def layers(sd15: Path) -> list[tuple[int, int]]:
 
 
 def test_the_config_is_stable_diffusion_15_and_no_weight_exists(sd15: Path) -> None:
-    networks = meta_networks(sd15, ["unet", "text_encoder"])
-    assert sum(p.numel() for p in networks["unet"].parameters()) == 859_520_964
-    assert all(p.is_meta for network in networks.values() for p in network.parameters())
+    networks = meta_networks(sd15)
+    assert sum(p.numel() for p in networks["unet"].module.parameters()) == 859_520_964
+    assert all(p.is_meta for network in networks.values() for p in network.module.parameters())
 
 
 @pytest.mark.parametrize(
@@ -120,7 +121,7 @@ def test_equal_budgets_on_stable_diffusion_15(sd15: Path, layers: list[tuple[int
 
 
 def test_match_is_the_nearest_rank_and_the_smallest_of_equals(layers: list[tuple[int, int]]) -> None:
-    for method in PER_LAYER:
+    for method in rows():
         found = match(1_594_368, method, layers)
         assert found.parameters == count(method, found.rank, layers)
         assert found.deviation == pytest.approx(found.parameters / 1_594_368 - 1)
@@ -160,25 +161,24 @@ def tiny(request: pytest.FixtureRequest) -> dict[str, torch.nn.Module]:
     return networks_of(*request.param)
 
 
-OPTIONS = {
-    "singlora": AdapterConfig(),
-    "offset": AdapterConfig(init="offset"),
-    "balanced": AdapterConfig(signature="balanced"),
-    "singlora+dora": AdapterConfig(dora=True),
-}
-
-
 @pytest.mark.filterwarnings("ignore:Invalid `oft_block_size`")  # PEFT's, where the rank divides no width
 @pytest.mark.parametrize("rank", [2, 5, 8, 40])
-@pytest.mark.parametrize("method", PER_LAYER)
+@pytest.mark.parametrize("method", rows())
 def test_closed_forms_are_what_an_attached_adapter_trains(method: str, rank: int, tiny) -> None:
-    config = OPTIONS.get(method, AdapterConfig(method=method))
-    adapter = adapters.attach(tiny, replace(config, rank=rank, text_targets=TEXT))
+    config = replace(rows()[method], rank=rank, text_targets=TEXT)
+    adapter = adapters.attach(tiny, config)
     try:
         trained = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
     finally:
         adapter.detach()
     assert count(method, rank, shapes(tiny, ALL, TEXT)) == trained == adapter.num_parameters()
+    form = adapters.METHODS[config.method].tensors  # what is stored, key by key
+    kept = {key: tuple(tensor.shape) for key, tensor in adapter.state_dict().items()}
+    assert kept == {
+        f"{name}.{key}": shape
+        for name, base in adapter.layers().items()
+        for key, shape in form(config, rank, base.out_features, base.in_features).items()
+    }
 
 
 def test_printed_table(sd15: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -187,7 +187,7 @@ def test_printed_table(sd15: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "1,584,000" in lines["singlora"] and "15" in lines["singlora"] and "over" not in lines["singlora"]
     assert "1,594,368" in lines["lora"] and "+0.00%" in lines["lora"]
     assert "over 2%" in lines["dora"] and "over 2%" in lines["oft"]
-    assert set(PER_LAYER) <= set(lines)
+    assert set(rows()) <= set(lines)
 
 
 def test_a_number_is_a_budget_too(sd15: Path) -> None:
@@ -198,23 +198,27 @@ def test_a_number_is_a_budget_too(sd15: Path) -> None:
 
 def test_refusals(sd15: Path, tmp_path: Path) -> None:
     good = BudgetSettings(str(sd15))
-    (tmp_path / "unet").mkdir()
-    (tmp_path / "broken" / "unet").mkdir(parents=True)
-    (tmp_path / "broken" / "unet" / "config.json").write_text("{")
-    (tmp_path / "flux" / "unet").mkdir(parents=True)
-    (tmp_path / "flux" / "unet" / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
+    for name, text in (("empty", None), ("broken", "{"), ("flux", '{"_class_name": "FluxTransformer2DModel"}')):
+        (tmp_path / name / "unet").mkdir(parents=True)
+        (tmp_path / name / "model_index.json").write_bytes((sd15 / "model_index.json").read_bytes())
+        if text is not None:
+            (tmp_path / name / "unet" / "config.json").write_text(text)
     for settings, message in (
         (replace(good, match="lora"), "--match lora"),
         (replace(good, match="lora:0"), "--match lora:0"),
         (replace(good, match="oft:1"), "trains nothing"),
         (replace(good, match="lara:8"), "unknown method 'lara'"),
         (replace(good, targets=("to_nothing",)), "to_nothing"),
-        (replace(good, targets=()), "no targets"),
-        (replace(good, pretrained_model_name_or_path=str(tmp_path)), "unet/config.json"),
+        (replace(good, targets=()), "nothing to adapt: no targets"),
+        (replace(good, targets=("to_q", "to_q")), "named twice"),
+        (replace(good, match="lora:5000"), "rank 1 to 4096"),
+        (replace(good, match="9" * 5000), "1 to 1,000,000,000,000"),
+        (replace(good, pretrained_model_name_or_path=str(tmp_path)), "no model_index.json"),
+        (replace(good, pretrained_model_name_or_path=str(tmp_path / "empty")), "unet/config.json"),
         (replace(good, pretrained_model_name_or_path=str(tmp_path / "broken")), "JSON"),
         (replace(good, pretrained_model_name_or_path=str(tmp_path / "flux")), "FluxTransformer2DModel"),
-        (replace(good, pretrained_model_name_or_path=str(tmp_path / "absent")), "no such folder"),
-        (replace(good, pretrained_model_name_or_path="absent"), "no such folder"),
+        (replace(good, pretrained_model_name_or_path=str(tmp_path / "absent")), "no model at"),
+        (replace(good, pretrained_model_name_or_path="absent"), "no model at"),
     ):
         with pytest.raises(UserError, match=message) as caught:
             comparison(settings)
@@ -224,3 +228,19 @@ def test_refusals(sd15: Path, tmp_path: Path) -> None:
 def test_settings_import_without_torch() -> None:
     code = "import sys, singlora_diffusion.adapters.budget as b; b.BudgetSettings(); print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+
+
+def test_any_family_and_its_presets(tiny_flux: Path, tiny_sdxl: Path) -> None:
+    """By its config files alone, layers by default, by preset and by name."""
+    for folder, text_encoders in ((tiny_flux, 1), (tiny_sdxl, 2)):
+        networks = meta_networks(folder)
+        denoiser = next(iter(networks.values()))
+        default = shapes(folder)
+        assert default == shapes(folder, denoiser.targets) == shapes(folder, ("attention",))
+        assert len(shapes(folder, ("attention+mlp",))) > len(default)
+        every = shapes(folder, None, None)
+        assert len(every) == len(default) + text_encoders * 4 * 2  # two layers of four projections each
+        adapter = adapters.attach(networks, AdapterConfig(rank=3, text_targets=None))
+        assert count("singlora", 3, every) == adapter.num_parameters()
+        found = comparison(BudgetSettings(str(folder), targets=("attention+mlp",), text_targets=None))
+        assert found.layers > len(every) and set(found.rows) == set(rows())

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 from PIL import Image
 
-from singlora_diffusion.cli import VERBS
+from singlora_diffusion import cli
+from singlora_diffusion.cli import COMMANDS, Command
+from singlora_diffusion.errors import UserError
 
 if TYPE_CHECKING:
     from conftest import MakeNetworks
@@ -52,29 +58,29 @@ def program(*words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_help_names_every_verb() -> None:
+def test_help_names_every_command() -> None:
     done = program("-m", "singlora_diffusion.cli", "--help")
     assert (done.returncode, done.stderr) == (0, "")
-    for name, verb in VERBS.items():
-        assert f"  {name:<10}{verb.line}" in done.stdout
+    for name, command in COMMANDS.items():
+        assert f"  {name:<10}{command.line}" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 120
 
 
-def test_help_of_every_verb_imports_nothing_heavy() -> None:
+def test_help_of_every_command_imports_nothing_heavy() -> None:
     done = program(
         "-c",
         "import sys\n"
-        "from singlora_diffusion.cli import VERBS, run\n"
-        "for verb in VERBS:\n"
+        "from singlora_diffusion.cli import COMMANDS, run\n"
+        "for command in COMMANDS:\n"
         "    try:\n"
-        "        run(verb, ['--help'])\n"
+        "        run(command, ['--help'])\n"
         "    except SystemExit as error:\n"
-        "        assert error.code == 0, verb\n"
+        "        assert error.code == 0, command\n"
         f"assert not (found := {HEAVY!r} & set(sys.modules)), found\n",
     )
     assert (done.returncode, done.stderr) == (0, "")
-    for verb in VERBS:
-        assert f"usage: singlora {verb} " in done.stdout
+    for command in COMMANDS:
+        assert f"usage: singlora {command} " in done.stdout
     for flag in ("--instance_data_dir", "--adapter", "--references", "--subject"):
         assert flag in done.stdout
 
@@ -86,10 +92,10 @@ def test_scripts_are_the_same_programs() -> None:
 
 
 @pytest.mark.parametrize("words", [[], ["trian", "--rank", "8"]])
-def test_no_verb(words: list[str]) -> None:
+def test_no_command(words: list[str]) -> None:
     done = program("-m", "singlora_diffusion.cli", *words)
     assert done.returncode == 2
-    assert "train, generate, score" in done.stderr or "usage: singlora VERB" in done.stdout
+    assert "train, generate, score" in done.stderr or "usage: singlora COMMAND" in done.stdout
     assert "Traceback" not in done.stderr
 
 
@@ -101,7 +107,7 @@ class Case(NamedTuple):
     untouched: Path | None = None
 
 
-def picture_folder(folder: Path, count: int = 3) -> Path:
+def image_folder(folder: Path, count: int = 3) -> Path:
     folder.mkdir()
     for number in range(count):
         Image.new("RGB", (40, 32), (80 * number, 40, 90)).save(folder / f"{number}.png")
@@ -127,13 +133,13 @@ def foreign_adapter(path: Path, make_networks: MakeNetworks, base_model: Path) -
 def cases(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, make_networks: MakeNetworks) -> dict[str, Case]:
     """Mistakes that people make, by name."""
     here = tmp_path_factory.mktemp("mistakes")
-    good = picture_folder(here / "good")
+    good = image_folder(here / "good")
     (here / "empty").mkdir()
     junk = here / "junk"
     (junk / "folder.png").mkdir(parents=True)
     (junk / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
-    (junk / "notes.txt").write_text("no picture")
-    torn = picture_folder(here / "torn")
+    (junk / "notes.txt").write_text("no image")
+    torn = image_folder(here / "torn")
     whole = (torn / "1.png").read_bytes()
     (torn / "1.png").write_bytes(whole[: len(whole) // 2])
     trained = here / "trained"
@@ -141,10 +147,17 @@ def cases(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, make_netwo
     (trained / "adapter.safetensors").write_bytes(b"precious")
     foreign = foreign_adapter(here / "foreign.safetensors", make_networks, tiny_model)
 
-    def train(folder: Path, *more: str, prompt: str = "a photo of sks dog", model: str | None = None) -> list[str]:
+    def train(
+        folder: Path,
+        *more: str,
+        prompt: str = "a photo of sks dog",
+        model: str | None = None,
+        run: str = "out",
+        steps: int = 1,
+    ) -> list[str]:
         return [
             *("train", "--instance_data_dir", str(folder), "--instance_prompt", prompt, "--device", "cpu"),
-            *("--output_dir", str(here / "out"), "--max_train_steps", "1", "--report_to", "none"),
+            *("--report_to", "none", "--max_train_steps", str(steps), "--output_dir", str(here / run)),
             *("--pretrained_model_name_or_path", model or str(tiny_model), *more),
         ]
 
@@ -156,16 +169,14 @@ def cases(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, make_netwo
         "missing folder": Case(train(here / "nowhere"), [str(here / "nowhere")], out),
         "empty folder": Case(train(here / "empty"), [str(here / "empty")], out),
         "only junk": Case(train(junk), [str(junk)], out),
-        "unreadable picture": Case(train(torn), ["1.png"], out),
+        "unreadable image": Case(train(torn, "--strict"), ["1.png"], out),
         "no identifier": Case(train(good, prompt="a photo of a dog"), ["identifier", "a photo of sks dog"], out),
         "no model": Case(train(good, model=str(good)), [str(good), "model_index.json"], out),
         "no such model": Case(train(good, model=str(here / "nowhere")), ["nowhere"], out),
         "hub id offline": Case(train(good, model="someone/some-model"), ["someone/some-model"], out),
         "too many targets": Case(train(good, "--targets", "to_x"), ["to_x"], out),
-        "no steps": Case(train(good, "--max_train_steps", "0"), ["--max_train_steps"], out),
-        "old adapter in the way": Case(
-            train(good, "--output_dir", str(trained)), ["adapter.safetensors", "--overwrite"]
-        ),
+        "no steps": Case(train(good, steps=0), ["--max_train_steps"], out),
+        "old adapter in the way": Case(train(good, run="trained"), ["adapter.safetensors", "--overwrite"]),
         "other architecture": Case(
             generate(foreign, "--output_dir", str(others)), [foreign.name], others / "000-0.png"
         ),
@@ -178,10 +189,11 @@ def cases(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, make_netwo
             ["no.txt"],
             samples,
         ),
+        "nothing to report": Case(["report", "--runs", str(here / "nowhere")], ["nowhere"]),
         "nothing to score": Case(["score", "--images", str(here / "empty")], [str(here / "empty")]),
         "no references": Case(["score", "--images", str(good), "--references", str(here / "nowhere")], ["nowhere"]),
         "no encoders offline": Case(
-            ["score", "--images", str(good), "--references", str(picture_folder(here / "real")), "--metrics", "dino"],
+            ["score", "--images", str(good), "--references", str(image_folder(here / "real")), "--metrics", "dino"],
             ["--dino"],
             good / "scores.json",
         ),
@@ -221,14 +233,14 @@ def test_mistakes_end_in_one_line(cases: dict[str, Case], answers: dict[str, lis
 def test_mistakes_leave_nothing_behind(cases: dict[str, Case], answers: dict[str, list[Any]]) -> None:
     assert answers.keys() == cases.keys()
     assert not [name for name, case in cases.items() if case.untouched and case.untouched.exists()]
-    trained = Path(cases["old adapter in the way"].words[-1])
+    trained = Path(cases["old adapter in the way"].words[-3])
     assert (trained / "adapter.safetensors").read_bytes() == b"precious"
     assert [path.name for path in trained.iterdir()] == ["adapter.safetensors"]
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
     script = (
-        "import sys; from singlora_diffusion import cli; cli.VERBS['x'] = cli.Verb("
+        "import sys; from singlora_diffusion import cli; cli.COMMANDS['x'] = cli.Command("
         "'singlora_diffusion.formats.settings:InspectSettings', 'os:abort', ''); "
         "cli._find = lambda place, find=cli._find: find(place) if 'Settings' in place else "
         "(lambda settings: [print('line ' * 20) for _ in range(100_000)]); sys.exit(cli.run('x', ['file']))"
@@ -238,3 +250,93 @@ def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
         ["bash", "-c", command], capture_output=True, text=True, timeout=60, env={**os.environ, "SCRIPT": script}
     )
     assert done.stdout.splitlines()[-1] == "0" and done.stderr == ""
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Any], object]], None]:
+    """command(work) -> `singlora x FILE` does that work."""
+
+    def make(work: Callable[[Any], object]) -> None:
+        find = cli._find
+        settings = "singlora_diffusion.formats.settings:InspectSettings"
+        monkeypatch.setitem(COMMANDS, "x", Command(settings, "work", ""))
+        monkeypatch.setattr(cli, "_find", lambda place: work if place == "work" else find(place))
+
+    return make
+
+
+def raising(error: BaseException) -> Callable[[Any], object]:
+    def work(settings: Any) -> None:
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (UserError("a.png: torn; remove it"), "a.png: torn; remove it"),
+        (OSError(errno.ENOSPC, "No space left on device", "a/b.png"), "a/b.png: No space left on device"),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (PermissionError(errno.EROFS, "Read-only file system", "x", None, "y"), "x -> y: Read-only file system"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "n" * 5000), "n" * (cli.LONGEST - 1) + "\u2026"),
+        (UserError("evil\x1b[2J\nname[/bold]\u202e"), "evil\ufffd[2J\ufffdname[/bold]\ufffd"),
+        (MemoryError(), "out of memory; make batches, resolution or rank smaller"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes\nmore"), None),
+    ],
+)
+def test_what_is_no_bug_is_one_line(
+    error: Exception, said: str | None, command: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command(raising(error))
+    assert cli.run("x", ["file"]) == 2
+    shown = capsys.readouterr().err
+    assert shown == f"singlora x: {said}\n" if said else shown.startswith("singlora x: out of memory (")
+    assert shown.count("\n") == 1
+
+
+def test_what_the_system_refuses_safetensors_is_one_line(
+    command: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.numpy import save_file
+
+    command(lambda settings: save_file({}, tmp_path / "nowhere" / "x.safetensors"))
+    assert cli.run("x", ["file"]) == 2
+    said = capsys.readouterr().err
+    assert "No such file or directory" in said and said.count("\n") == 1
+
+
+def test_a_bug_keeps_its_traceback(command: Any) -> None:
+    command(raising(KeyError("unexpected")))
+    with pytest.raises(KeyError, match="unexpected"):
+        cli.run("x", ["file"])
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "said"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_signals_unwind_and_have_their_exit_codes(
+    number: int, code: int, said: str, command: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unwound = []
+
+    def work(settings: Any) -> None:
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(30)
+        finally:
+            unwound.append(True)
+
+    before = signal.getsignal(signal.SIGTERM)
+    command(work)
+    assert cli.run("x", ["file"]) == code
+    assert unwound and capsys.readouterr().err == f"singlora x: {said}\n"
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_every_command_holds_its_flags_to_their_ranges(capsys: pytest.CaptureFixture[str]) -> None:
+    """From the fields' declarations, before anything is imported that works."""
+    for words in (["demo", "--max_train_steps", "0"], ["demo", "--learning_rate", "nan"], ["demo", "--seed", "-1"]):
+        assert cli.run(words[0], words[1:]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"singlora {words[0]}: {words[1]} ") and said.count("\n") == 1

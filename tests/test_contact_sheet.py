@@ -23,7 +23,7 @@ def area(sheet: Image.Image, colour: tuple[int, int, int]) -> tuple[int, int, in
     return int(xs.min()), int(ys.min()), width, height
 
 
-def test_each_picture_stands_in_its_row_and_column() -> None:
+def test_each_image_stands_in_its_row_and_column() -> None:
     sheet = grid([[plain(RED), plain(GREEN)], [plain(BLUE), plain(GOLD)]], ["one", "two"], ["seed 0", "seed 1"])
     assert sheet.size == (GAP + 2 * (150 + GAP), GAP + LINE + 2 * (150 + LINE + GAP))
     first, second = GAP, GAP + 150 + GAP
@@ -35,8 +35,8 @@ def test_each_picture_stands_in_its_row_and_column() -> None:
 
 
 def test_labels_are_written_where_they_belong() -> None:
-    pictures = [[plain(RED)], [plain(BLUE)]]
-    unlabelled, labelled = grid(pictures), grid(pictures, ["", "a dog"], ["seed 7"])
+    images = [[plain(RED)], [plain(BLUE)]]
+    unlabelled, labelled = grid(images), grid(images, ["", "a dog"], ["seed 7"])
     assert (np.asarray(unlabelled) == INK).all(-1).sum() == 0
     assert labelled.height == unlabelled.height + 2 * LINE  # an empty label takes no room
     dark = np.nonzero((np.asarray(labelled).astype(int).sum(-1) < 300) & (np.asarray(labelled).max(-1) < 150))[0]
@@ -46,7 +46,7 @@ def test_labels_are_written_where_they_belong() -> None:
     assert not ((dark >= red_top) & (dark < blue_top)).any()
 
 
-def test_pictures_of_unequal_sizes_and_rows_of_unequal_lengths() -> None:
+def test_images_of_unequal_sizes_and_rows_of_unequal_lengths() -> None:
     sheet = grid([[plain(RED, 200, 100), plain(GREEN, 50, 160)], [plain(BLUE, 20, 30)]])
     assert sheet.size == (GAP + 2 * (200 + GAP), GAP + 2 * (160 + GAP))
     assert area(sheet, RED) == (GAP, GAP + 30, 200, 100)
@@ -54,7 +54,7 @@ def test_pictures_of_unequal_sizes_and_rows_of_unequal_lengths() -> None:
     assert area(sheet, BLUE) == (GAP + 90, GAP + 160 + GAP + 65, 20, 30)
 
 
-def test_large_pictures_are_reduced_by_one_factor_and_small_ones_enlarged_by_a_whole_one() -> None:
+def test_large_images_are_reduced_by_one_factor_and_small_ones_enlarged_by_a_whole_one() -> None:
     sheet = grid([[plain(RED, 1000, 500), plain(BLUE, 200, 200)]], largest=250)
     assert area(sheet, RED)[2:] == (250, 125) and area(sheet, BLUE)[2:] == (50, 50)
     checker = Image.fromarray((np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8))

@@ -332,7 +332,7 @@ def test_a_loaded_model_is_prepared_and_keeps_its_names(dtype, tiny_model, monke
         adapter.detach()
         assert family.unet.attn_processors == before
     with torch.inference_mode():
-        text, t = model.encode_prompts(["a dog"]), torch.tensor([500])
+        text, t = model.encode_prompts(["a dog"])["text"], torch.tensor([500])
         exact = copy.deepcopy(stock.unet).double()(x.double(), t, text.double()).sample
         far = [(family.unet(x, t, text).sample.double() - exact).norm() for family in (stock, model)]
     assert far[1] <= 2 * far[0] and far[0] > 0  # as near to the truth as the stock model is

@@ -1,4 +1,4 @@
-"""The demo on a tiny random model: equal budgets, the verbs' own results, nothing done twice, nothing overwritten."""
+"""The demo on a tiny random model: equal budgets, the commands' own results, nothing twice, nothing overwritten."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ import shlex
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
-import tyro
 from encoder_folders import clip_folder, timm_folder
 
-from eval.results import Column, Loaded, Picture, Run
-from singlora_diffusion import demo
-from singlora_diffusion.data.images import open_picture, pictures
-from singlora_diffusion.demo import DemoSettings
+from eval.results import ImageSet, ScoredImage, ScoredSet, ScoreKey
+from singlora_diffusion.adapters.config import MethodName as Method
+from singlora_diffusion.data.folders import image_files
+from singlora_diffusion.data.images import open_image
+from singlora_diffusion.demo import flow, plan, words
+from singlora_diffusion.demo.settings import RATES, DemoSettings
+from singlora_diffusion.demo.world_images import write_references
 from singlora_diffusion.errors import UserError
-from singlora_diffusion.sampling.generate import GenerateSettings
+from singlora_diffusion.settings import as_json, command_line, parse
 from singlora_diffusion.toyworld import command as toyworld_command
 from singlora_diffusion.toyworld.captions import PLACES
 from singlora_diffusion.toyworld.subjects import HELD_OUT, references, subject
@@ -34,7 +36,7 @@ def settings(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Demo
     prompts.write_text("a {token} {class} in the snow\na red {token} {class}\n")
     return DemoSettings(
         subject="cat-1",
-        output_dir=folder / "out",
+        output_dir=folder / "out [v]",
         match="lora:4",
         max_train_steps=2,
         prompts=str(prompts),
@@ -53,7 +55,7 @@ def done(settings: DemoSettings) -> SimpleNamespace:
 
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
-        page = demo.demo(settings)
+        page = flow.demo(settings)
     return SimpleNamespace(out=settings.output_dir, page=page, said=said.getvalue())
 
 
@@ -78,7 +80,7 @@ def test_adapters_of_equal_size_on_the_same_terms(done: SimpleNamespace) -> None
     differing = {key for key, value in headers["lora"].recipe.items() if value != headers["singlora"].recipe[key]}
     assert differing == {"method", "rank", "output_dir", "learning_rate"}
     rates = {method: header.recipe["learning_rate"] for method, header in headers.items()}
-    assert rates == {"singlora": demo.RATES["singlora"], "lora": demo.RATE}  # each at its own tuned one
+    assert rates == {"singlora": RATES["singlora"], "lora": RATES["lora"]}  # each at its own
 
 
 def test_same_prompts_and_seeds_for_every_column(done: SimpleNamespace) -> None:
@@ -112,13 +114,13 @@ def test_the_page_shows_all_of_it(done: SimpleNamespace) -> None:
         assert command in html
 
 
-def test_held_out_pictures_are_none_of_the_training_ones(done: SimpleNamespace) -> None:
-    held_out = {path.stem: np.asarray(open_picture(path)) for path in pictures(done.out / "heldout")}
-    training = [np.asarray(open_picture(path)) for path in pictures(done.out / "references")]
+def test_held_out_images_are_none_of_the_training_ones(done: SimpleNamespace) -> None:
+    held_out = {path.stem: np.asarray(open_image(path)) for path in image_files(done.out / "heldout")}
+    training = [np.asarray(open_image(path)) for path in image_files(done.out / "references")]
     assert len(held_out) == len(PLACES)
     assert not any(np.array_equal(one, other) for one in held_out.values() for other in training)
-    for picture, _, scene in references(subject("cat-1"), len(PLACES), start=HELD_OUT):
-        assert np.array_equal(held_out[scene.background.replace(" ", "-")], picture)
+    for image, _, scene in references(subject("cat-1"), len(PLACES), start=HELD_OUT):
+        assert np.array_equal(held_out[scene.background.replace(" ", "-")], image)
     (line,) = (done.out / "heldout" / "manifest.jsonl").read_text().splitlines()
     assert json.loads(line)["file"] == "snow.png"
     assert json.loads(line)["prompt_without_token"] == "a cat in the snow"
@@ -136,7 +138,7 @@ def test_nothing_is_done_twice(
     before = contents(done.out)
     monkeypatch.setattr(train_dreambooth, "main", never)
     monkeypatch.setattr(StableDiffusion, "sample", never)
-    demo.demo(settings)
+    flow.demo(settings)
     after = contents(done.out)
     assert before.keys() == after.keys()
     changed = {name for name in before if before[name] != after[name]}
@@ -146,9 +148,9 @@ def test_nothing_is_done_twice(
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "said"),
     [
-        ({"subject": "cat-2"}, "references: holds other pictures"),
+        ({"subject": "cat-2"}, "references: holds other images"),
         ({"max_train_steps": 3}, "max_train_steps 2, now 3"),
         ({"match": "lora:2"}, "rank"),
         ({"subject": "cat-99"}, "no subject 'cat-99'"),
@@ -156,49 +158,95 @@ def test_nothing_is_done_twice(
     ],
 )
 def test_another_demo_is_not_overwritten(
-    done: SimpleNamespace, settings: DemoSettings, change: dict[str, Any], words: str
+    done: SimpleNamespace, settings: DemoSettings, change: dict[str, Any], said: str
 ) -> None:
     before = contents(done.out)
-    with pytest.raises(UserError, match=words) as caught:
-        demo.demo(replace(settings, **change))
+    with pytest.raises(UserError, match=said) as caught:
+        flow.demo(replace(settings, **change))
     assert "\n" not in str(caught.value)
     assert contents(done.out) == before
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"seeds": "7-3"}, "--seeds"),
+        ({"prompts": "nowhere.txt"}, "nowhere.txt"),
+        ({"match": "lora:none"}, "lora:none"),
+        ({"device": "abacus"}, "--device abacus"),
+        ({"pretrained_model_name_or_path": "./nowhere"}, "nowhere"),
+    ],
+)
+def test_what_cannot_work_ends_before_anything_is_written(
+    settings: DemoSettings, tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        flow.demo(replace(settings, output_dir=tmp_path / "out", **change))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_training_goes_on(
+    settings: DemoSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import train_dreambooth
+
+    recipe = plan.recipe(replace(settings, output_dir=tmp_path), subject("cat-1"), "lora", 4)
+    asked: list[Any] = []
+    monkeypatch.setattr(train_dreambooth, "main", lambda recipe, hint: asked.append(as_json(recipe)))
+    assert flow.train(recipe, tmp_path / "lora")
+    (tmp_path / "lora" / "checkpoint-1").mkdir(parents=True)
+    assert flow.train(recipe, tmp_path / "lora")
+    assert [one["resume_from_checkpoint"] for one in asked] == [None, "latest"]
+    (tmp_path / "lora" / "adapter.safetensors").touch()
+    (tmp_path / "lora" / "recipe.json").write_text(json.dumps(asked[-1]))
+    assert not flow.train(recipe, tmp_path / "lora") and len(asked) == 2
+
+
+def test_images_are_completed_after_an_interruption(tmp_path: Path) -> None:
+    write_references(subject("cat-1"), tmp_path)
+    whole = contents(tmp_path)
+    (tmp_path / "03.png").unlink()
+    write_references(subject("cat-1"), tmp_path)
+    assert contents(tmp_path) == whole and len(whole) == 5
+
+
 def test_commands_say_the_same_as_the_settings(settings: DemoSettings) -> None:
     chosen = subject("cat-1")
-    recipe = demo._recipe(settings, chosen, "singlora", 7)
     for name, wanted in [
-        ("train", recipe),
-        *(("generate", one) for one in demo._generations(settings, chosen).values()),
+        ("train", plan.recipe(settings, chosen, "singlora", 7)),
+        *(("generate", one) for one in plan.generations(settings, chosen).values()),
+        *(("score", one) for one in plan.scorings(settings, ("base", "lora"))),
+        ("demo", settings),
     ]:
-        words = shlex.split(demo.command(name, wanted))
-        assert words[:2] == ["singlora", name]
-        kind: type[Recipe | GenerateSettings] = type(wanted)
-        assert tyro.cli(kind, args=words[2:], use_underscores=True) == wanted
+        typed = shlex.split(command_line(name, wanted))
+        assert typed[:2] == ["singlora", name]
+        assert parse(type(wanted), typed[2:], name, "") == wanted
+
+
+def test_every_method_has_a_rate_and_a_label() -> None:
+    assert set(RATES) == set(get_args(Method)) == set(words.LABELS) - {plan.BASE}
 
 
 @pytest.mark.parametrize(
-    ("differences", "words"), [([0.1, -0.1, 0.06], "within noise"), ([0.1, 0.11, 0.12], "no claim rests on it")]
+    ("differences", "said"), [([0.1, -0.1, 0.06], "within noise"), ([0.1, 0.11, 0.12], "no claim rests on it")]
 )
-def test_the_caveat_weighs_the_difference(differences: list[float], words: str) -> None:
-    column = Column("dino", "heldout")
+def test_the_caveat_weighs_the_difference(differences: list[float], said: str) -> None:
+    column = ScoreKey("dino", "heldout")
 
-    def run(name: str, scores: list[float]) -> Loaded:
-        shown = [Picture(Path(f"{i}.png"), {"prompt": f"p{i}"}, {column: score}) for i, score in enumerate(scores)]
-        return Loaded(Run(name, Path()), True, shown, [], {}, [])
+    def run(name: str, scores: list[float]) -> ScoredSet:
+        shown = [ScoredImage(Path(f"{i}.png"), {"prompt": f"p{i}"}, {column: score}) for i, score in enumerate(scores)]
+        return ScoredSet(ImageSet(name, Path()), True, shown, [], {}, [])
 
-    text = demo.caveat([run("A", [0.5 + each for each in differences]), run("B", [0.5] * 3)])
-    assert words in text and f"A minus B: DINO {np.mean(differences):+.3f}" in text
+    text = words.caveat([run("A", [0.5 + each for each in differences]), run("B", [0.5] * 3)])
+    assert said in text and f"A minus B: DINO {np.mean(differences):+.3f}" in text
     assert f"{np.std(differences, ddof=1):.3f}" in text
 
 
 def test_toyworld_subject_writes_a_folder_to_train_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "my dog"
-    toyworld_command.write(toyworld_command.SubjectSettings("subject", "dog-2", folder, pictures=2, masks=True))
-    assert [path.name for path in pictures(folder)] == ["00.png", "01.png"]
-    assert len(pictures(folder / "masks")) == 2
+    toyworld_command.write(toyworld_command.SubjectSettings("subject", "dog-2", folder, images=2, masks=True))
+    assert [path.name for path in image_files(folder)] == ["00.png", "01.png"]
+    assert len(image_files(folder / "masks")) == 2
     last = capsys.readouterr().out.splitlines()[-1]
-    words = shlex.split(last.removeprefix("next: singlora train "))
-    recipe = tyro.cli(Recipe, args=words, use_underscores=True)
-    assert (recipe.instance_data_dir, recipe.instance_prompt) == (folder, "a photo of sks dog")
+    recipe = parse(Recipe, shlex.split(last.removeprefix("next: singlora train ")), "train", "")
+    assert (recipe.data.instance_data_dir, recipe.data.instance_prompt) == (folder, "a photo of sks dog")

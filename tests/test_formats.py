@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from singlora_diffusion import adapters, formats, models
 from singlora_diffusion.adapters.config import AdapterConfig
 from singlora_diffusion.errors import UserError
-from singlora_diffusion.formats import native, outward, verbs
+from singlora_diffusion.formats import commands, exporting, header, verify_export
+
+pytestmark = pytest.mark.numerical
 
 TEXT = ("q_proj", "k_proj", "v_proj", "out_proj")
 SOME = ("to_k",)  # square, wide and tall weights, at a quarter of the layers
@@ -57,6 +59,7 @@ def answers(networks: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """What the networks say to fixed inputs; the UNet is not told what the text encoder says."""
     generator = torch.Generator().manual_seed(5)
     x, text = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 6, 48, generator=generator)
+    x, text = (tensor.to(next(networks["unet"].parameters())) for tensor in (x, text))
     return {
         "unet": networks["unet"](x, 400, text).sample,
         "text_encoder": networks["text_encoder"](torch.tensor([[0, 5, 6, 7, 1]])).last_hidden_state,
@@ -76,6 +79,14 @@ def stock(networks: Mapping[str, nn.Module], *files: Path) -> Any:
     for i, file in enumerate(files):
         pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=f"file_{i}")
     return pipeline
+
+
+@pytest.fixture(scope="session")
+def rounding(make_networks: Any) -> float:
+    """How far apart the stock model's answers may be when the same numbers are added in another order: a multiple of
+    what rounding, measured against float64, does to it on this processor."""
+    single = answers(make_networks())
+    return verify_export.ROUNDINGS * difference(single, answers(make_networks(torch.float64)))
 
 
 def structure(networks: Mapping[str, nn.Module]) -> list[int]:
@@ -158,18 +169,19 @@ def test_what_a_recipe_holds_need_not_be_json(networks: Any, tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("name", "form"),
-    [*(("ramp", form) for form in outward.FORMS), ("offset", "diffusers"), ("balanced", "peft"), ("lora", "kohya")],
+    [*(("ramp", form) for form in exporting.FORMS), ("offset", "diffusers"), ("balanced", "peft"), ("lora", "kohya")],
 )
 def test_stock_diffusers_does_what_the_adapter_does(
-    name: str, form: str, networks: Any, make_networks: Any, tmp_path: Path
+    name: str, form: str, networks: Any, make_networks: Any, tmp_path: Path, rounding: float
 ) -> None:
     adapter = trained(networks, EVERY[name])
-    proof = formats.export(adapter, form, tmp_path / "out.safetensors", about=native.Header(adapter.config))
-    assert proof.layers == len(adapter.layers()) and max(proof.layer_difference, proof.output_difference) < 1e-5
+    found = formats.export(adapter, form, tmp_path / "out.safetensors", about=header.Header(adapter.config))
+    assert found.layers == len(adapter.layers()) and found.layer_difference < 1e-5
+    assert found.output_difference <= verify_export.ROUNDINGS * found.rounding <= 2 * rounding
     base = make_networks()
     plain = answers(base)
     pipeline = stock(base, tmp_path / "out.safetensors")
-    assert difference(answers(base), answers(networks)) < 1e-5 < difference(plain, answers(networks))
+    assert difference(answers(base), answers(networks)) < rounding < difference(plain, answers(networks))
     pipeline.unload_lora_weights()
     assert difference(answers(base), plain) == 0.0
 
@@ -177,27 +189,27 @@ def test_stock_diffusers_does_what_the_adapter_does(
 def test_a_half_precision_base_does_not_blur_the_proof(make_networks: Any, tmp_path: Path) -> None:
     """diffusers rounds a file to the base's precision as it loads it; the file itself is exact."""
     adapter = trained(make_networks(torch.bfloat16), EVERY["ramp"])
-    proof = formats.export(adapter, "kohya", tmp_path / "out.safetensors")
-    assert proof.layer_difference < 1e-5 < proof.output_difference < 0.08
+    found = formats.export(adapter, "kohya", tmp_path / "out.safetensors")
+    assert found.layer_difference < 1e-5 < found.output_difference < 0.08
 
 
 @pytest.mark.parametrize(("name", "form"), [("magnitude", "peft"), ("dora", "diffusers")])
 def test_magnitudes_travel_in_the_forms_that_keep_them(
-    name: str, form: str, networks: Any, make_networks: Any, tmp_path: Path
+    name: str, form: str, networks: Any, make_networks: Any, tmp_path: Path, rounding: float
 ) -> None:
     formats.export(trained(networks, EVERY[name]), form, tmp_path / "out.safetensors")
     fresh = make_networks()
     stock(fresh, tmp_path / "out.safetensors")
-    assert difference(answers(fresh), answers(networks)) < 1e-5
+    assert difference(answers(fresh), answers(networks)) < rounding
 
 
 def test_keys_and_scale_of_the_three_forms(networks: Any, tmp_path: Path) -> None:
     adapter = trained(networks, EVERY["ramp"])  # alpha 1.5, rank 3, u 0.7; text alpha 2, rank 2
     a = adapter.state_dict()
-    header = native.Header(adapter.config, identifier="sks", class_noun="dog", resolution=256, base_model="x/tiny")
-    for form in outward.FORMS:
-        formats.export(adapter, form, tmp_path / f"{form}.safetensors", about=header)
-    kohya, diffusers, peft = (load_file(tmp_path / f"{form}.safetensors") for form in outward.FORMS)
+    about = header.Header(adapter.config, identifier="sks", class_noun="dog", resolution=256, base_model="x/tiny")
+    for form in exporting.FORMS:
+        formats.export(adapter, form, tmp_path / f"{form}.safetensors", about=about)
+    kohya, diffusers, peft = (load_file(tmp_path / f"{form}.safetensors") for form in exporting.FORMS)
     wide, query = WIDE.replace("unet.", "lora_unet_").replace(".", "_"), QUERY.replace("text_encoder.", "lora_te_")
     query = query.replace(".", "_")
     assert torch.allclose(kohya[f"{wide}.lora_up.weight"], a[f"{WIDE}.A"][:32])
@@ -219,7 +231,7 @@ def test_keys_and_scale_of_the_three_forms(networks: Any, tmp_path: Path) -> Non
 
 
 def test_a_kohya_file_without_an_output_projection_still_loads(
-    networks: Any, make_networks: Any, tmp_path: Path
+    networks: Any, make_networks: Any, tmp_path: Path, rounding: float
 ) -> None:
     """diffusers tells this form of text encoder by `out_proj` and raises without one."""
     adapter = trained(networks, EVERY["balanced"])
@@ -228,11 +240,13 @@ def test_a_kohya_file_without_an_output_projection_still_loads(
     assert not load_file(tmp_path / "out.safetensors")[extra].any()
     fresh = make_networks()
     stock(fresh, tmp_path / "out.safetensors")
-    assert difference(answers(fresh), answers(networks)) < 1e-5
+    assert difference(answers(fresh), answers(networks)) < rounding
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
-def test_strength_fusing_and_several_adapters_behave(networks: Any, make_networks: Any, tmp_path: Path) -> None:
+def test_strength_fusing_and_several_adapters_behave(
+    networks: Any, make_networks: Any, tmp_path: Path, rounding: float
+) -> None:
     files = [tmp_path / "one.safetensors", tmp_path / "two.safetensors"]
     updates = []
     for file, name in zip(files, ("ramp", "balanced"), strict=True):
@@ -247,10 +261,10 @@ def test_strength_fusing_and_several_adapters_behave(networks: Any, make_network
         for layer, update in updates[name].items():
             network, path = layer.replace("text_model.", "").split(".", 1)
             want[network].get_submodule(path).weight.data += factor * update
-    assert difference(answers(networks), answers(want)) < 1e-5
+    assert difference(answers(networks), answers(want)) < rounding
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()
-    assert difference(answers(networks), answers(want)) < 1e-5
+    assert difference(answers(networks), answers(want)) < rounding
 
 
 @pytest.mark.parametrize(
@@ -263,12 +277,11 @@ def test_what_would_be_lost_is_refused_with_the_way_out(name: str, form: str, ne
 
 
 def test_a_wrong_export_is_not_written(networks: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    def wrong(found: Any, header: Any, adapter: Any) -> Any:
-        tensors, facts = outward._peft(found, header, adapter)
-        tensors[f"{TALL}.lora_B.weight"] *= 1.001
-        return tensors, facts
+    def wrong(pairs: Any, header: Any, adapter: Any) -> Any:
+        tensors = exporting._peft(pairs, header, adapter)
+        return {**tensors, f"{TALL}.lora_B.weight": tensors[f"{TALL}.lora_B.weight"] * 1.001}
 
-    monkeypatch.setitem(outward.FORMS, "peft", wrong)
+    monkeypatch.setitem(exporting.FORMS, "peft", wrong)
     with pytest.raises(UserError, match=r"mid_block.* differs by 1\.0e-03"):
         formats.export(trained(networks, EVERY["ramp"]), "peft", tmp_path / "out.safetensors")
     assert not any(tmp_path.iterdir())
@@ -297,17 +310,18 @@ def test_exporting_a_file_leaves_the_networks_as_they_were(networks: Any, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["magnitude", "oft"])
-def test_a_merged_pipeline_needs_nothing_of_ours(name: str, tiny_model: Path, tmp_path: Path) -> None:
+def test_a_merged_pipeline_needs_nothing_of_ours(name: str, tiny_model: Path, tmp_path: Path, rounding: float) -> None:
     from diffusers import StableDiffusionPipeline
 
     family = models.load(str(tiny_model))
-    adapter = trained(family.networks, EVERY[name])
-    want = answers(family.networks)
+    networks = {name: network.module for name, network in family.networks.items()}
+    adapter = trained(networks, EVERY[name])
+    want = answers(networks)
     formats.merge_into(family, adapter, tmp_path / "merged")
-    assert difference(answers(family.networks), want) == 0.0
+    assert difference(answers(networks), want) == 0.0
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "merged", local_files_only=True)
     merged = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
-    assert difference(answers(merged), want) < 1e-5
+    assert difference(answers(merged), want) < rounding
     with pytest.raises(UserError, match="not empty"):
         formats.merge_into(family, adapter, tmp_path / "merged")
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
@@ -317,13 +331,14 @@ def test_the_same_picture_through_stock_diffusers(tiny_model: Path, tmp_path: Pa
     from PIL import ImageChops
 
     family = models.load(str(tiny_model))
-    adapter = trained(family.networks, EVERY["ramp"])
+    networks = {name: network.module for name, network in family.networks.items()}
+    adapter = trained(networks, EVERY["ramp"])
     settings: dict[str, Any] = {"steps": 3, "guidance": 4.0}
     ours = family.sample(["a photo of sks dog"], [3], **settings)[0]
     formats.export(adapter, "kohya", tmp_path / "out.safetensors")
     adapter.detach()
     plain = family.sample(["a photo of sks dog"], [3], **settings)[0]
-    stock(family.networks, tmp_path / "out.safetensors")
+    stock(networks, tmp_path / "out.safetensors")
     theirs = family.sample(["a photo of sks dog"], [3], **settings)[0]
     assert max(high for _, high in ImageChops.difference(ours, theirs).getextrema()) <= 1  # of 255
     assert max(high for _, high in ImageChops.difference(ours, plain).getextrema()) > 1
@@ -333,13 +348,11 @@ def test_the_same_picture_through_stock_diffusers(tiny_model: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize(("name", "form"), [("ramp", "kohya"), ("balanced", "kohya"), ("ramp", "diffusers")])
-def test_a_singlora_in_disguise_comes_home(
-    name: str, form: str, networks: Any, make_networks: Any, tmp_path: Path
-) -> None:
+def test_a_tied_lora_comes_home(name: str, form: str, networks: Any, make_networks: Any, tmp_path: Path) -> None:
     adapter = trained(networks, EVERY[name])
-    header = native.Header(adapter.config, identifier="sks", class_noun="dog")
-    formats.export(adapter, form, tmp_path / "out.safetensors", about=header)
-    assert formats.recognise(tmp_path / "out.safetensors").kind == "disguised singlora"
+    about = header.Header(adapter.config, identifier="sks", class_noun="dog")
+    formats.export(adapter, form, tmp_path / "out.safetensors", about=about)
+    assert formats.recognise(tmp_path / "out.safetensors").kind == "tied lora"
     home, about = formats.import_(tmp_path / "out.safetensors", make_networks())
     assert about.trigger() == "sks dog" and home.config.signature == adapter.config.signature
     updates = dict(home.delta_weights())
@@ -392,7 +405,7 @@ def test_a_whole_state_dict_with_bare_a_is_read(networks: Any, make_networks: An
 
 
 def test_ordinary_lora_files_are_taken_as_stock_diffusers_takes_them(
-    networks: Any, make_networks: Any, tmp_path: Path
+    networks: Any, make_networks: Any, tmp_path: Path, rounding: float
 ) -> None:
     adapter = trained(networks, EVERY["lora"])
     files = [tmp_path / f"{form}.safetensors" for form in ("kohya", "diffusers", "peft")]
@@ -405,14 +418,14 @@ def test_ordinary_lora_files_are_taken_as_stock_diffusers_takes_them(
     stock(theirs, files[0])
     for file in files:
         ours = formats.attach_files([file], networks)
-        assert difference(answers(networks), answers(theirs)) < 1e-6
+        assert difference(answers(networks), answers(theirs)) < rounding
         ours.set_scale(0.0)
-        assert difference(answers(networks), before) < 1e-6
+        assert difference(answers(networks), before) < rounding
         ours.set_scale(0.5)
         half = answers(networks)
         ours.merge()
         ours.merge()
-        assert structure(networks) == modules and difference(answers(networks), half) < 1e-6
+        assert structure(networks) == modules and difference(answers(networks), half) < rounding
         ours.detach()
         ours.detach()
         assert structure(networks) == modules and difference(answers(networks), before) == 0.0
@@ -420,7 +433,9 @@ def test_ordinary_lora_files_are_taken_as_stock_diffusers_takes_them(
         formats.import_(files[0], networks)
 
 
-def test_several_adapters_of_any_kind_add_up(networks: Any, make_networks: Any, tmp_path: Path) -> None:
+def test_several_adapters_of_any_kind_add_up(
+    networks: Any, make_networks: Any, tmp_path: Path, rounding: float
+) -> None:
     want = make_networks()
     files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors", tmp_path / "c.safetensors"]
     scales = [0.5, 2.0, -1.0]
@@ -435,7 +450,7 @@ def test_several_adapters_of_any_kind_add_up(networks: Any, make_networks: Any, 
             want[network].get_submodule(path).weight.data += scale * update
         adapter.detach()
     attached = formats.attach_files(files, networks, scales)
-    assert difference(answers(networks), answers(want)) < 1e-5
+    assert difference(answers(networks), answers(want)) < rounding
     attached.detach()
     dora = trained(networks, EVERY["dora"])
     formats.save(dora, tmp_path / "dora.safetensors")
@@ -446,7 +461,7 @@ def test_several_adapters_of_any_kind_add_up(networks: Any, make_networks: Any, 
     assert structure(networks) == modules
 
 
-# --- arithmetic, inspection, verbs ------------------------------------------------------------------------------------
+# --- arithmetic, inspection, commands ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("names", "scales", "signature"), [
@@ -501,11 +516,11 @@ def test_inspection_gives_the_norms_of_the_dense_updates(networks: Any, tmp_path
             bare.update is None if name == "dora" else bare.update == pytest.approx(norm)
         )
     kohya = formats.inspect(tmp_path / "kohya.safetensors")
-    assert kohya.kind == "disguised singlora"
+    assert kohya.kind == "tied lora"
     assert sum(row.update or 0.0 for row in kohya.rows) == pytest.approx(total, rel=1e-5)
     formats.show(formats.inspect(tmp_path / "ramp.safetensors"))
     printed = capsys.readouterr().out
-    assert "sks [red]do?g" in printed and "\x1b" not in printed and "0.7" in printed
+    assert "sks [red]do\ufffdg" in printed and "\x1b" not in printed and "0.7" in printed
 
 
 @pytest.mark.parametrize("form", ["native", "kohya", "peft"])
@@ -527,29 +542,30 @@ def test_the_table_of_layers_is_not_folded(
     found = lines.index(block)
     layer = next(line for line in lines[found:] if line.startswith(f"  attn2{dot}to_k "))
     assert "64x48" in layer and all(len(line) <= 80 for line in lines if line.startswith(("  ", "layer", ours)))
-    names = [line for line in lines if line.startswith("  ")]
+    head = next(i for i, line in enumerate(lines) if line.startswith("layer "))
+    names = [line for line in lines[head:] if line.startswith("  ")]
     assert len(names) == len(adapter.layers()) and not any("W0" in line for line in lines)
 
 
-def test_the_verbs(tiny_model: Path, tmp_path: Path, capsys: Any) -> None:
+def test_the_commands(tiny_model: Path, tmp_path: Path, capsys: Any) -> None:
     family = models.load(str(tiny_model))
     about = {**ABOUT, "base_model": str(tiny_model), "base_hash": family.fingerprint}
     formats.save(trained(family.networks, EVERY["ramp"]), tmp_path / "adapter.safetensors", about=about)
     out = str(tmp_path / "out.safetensors")
-    verbs.export(formats.ExportSettings(adapter=str(tmp_path), output=out, dtype="fp16"))
+    commands.export(formats.ExportSettings(adapter=str(tmp_path), output=out, dtype="fp16"))
     assert "loaded back through diffusers" in capsys.readouterr().out
     home = str(tmp_path / "home.safetensors")
-    verbs.import_(formats.ImportSettings(file=out, output=home, pretrained_model_name_or_path=str(tiny_model)))
+    commands.import_(formats.ImportSettings(file=out, output=home, pretrained_model_name_or_path=str(tiny_model)))
     header = formats.read_header(home)
     assert header.base_hash == family.fingerprint and header.trigger() == "sks dog"
-    verbs.inspect(formats.InspectSettings(file=home))
-    assert f"needs the base model: --pretrained_model_name_or_path {tiny_model}" in capsys.readouterr().out
-    verbs.add(formats.AddSettings(adapters=(home, str(tmp_path)), output=str(tmp_path / "sum.safetensors")))
+    commands.inspect(formats.InspectSettings(file=home))
+    assert f"needs the base model: --pretrained_model_name_or_path {tiny_model}" in capsys.readouterr().err
+    commands.add(formats.AddSettings(adapters=(home, str(tmp_path)), output=str(tmp_path / "sum.safetensors")))
     assert formats.read_header(tmp_path / "sum.safetensors").config.rank == 6
-    verbs.export(formats.ExportSettings(adapter=home, merge_into=str(tmp_path / "merged")))
+    commands.export(formats.ExportSettings(adapter=home, merge_into=str(tmp_path / "merged")))
     assert (tmp_path / "merged" / "model_index.json").is_file()
     with pytest.raises(UserError, match="--output"):
-        verbs.export(formats.ExportSettings(adapter=home))
+        commands.export(formats.ExportSettings(adapter=home))
 
 
 def test_settings_come_without_torch() -> None:

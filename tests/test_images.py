@@ -1,4 +1,4 @@
-"""Picture folders and odd picture files: `pytest tests/test_subjects.py`."""
+"""Image folders and odd image files: `pytest tests/test_images.py`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps
 
+from singlora_diffusion.data import png
 from singlora_diffusion.data.crops import to_square
-from singlora_diffusion.data.images import check, open_picture, pictures
+from singlora_diffusion.data.folders import image_files, read_folder
+from singlora_diffusion.data.images import is_one_colour, open_image
 from singlora_diffusion.errors import UserError
 
 ORANGE = (240, 130, 20)
@@ -23,23 +25,23 @@ ORANGE = (240, 130, 20)
 
 def halves(size: tuple[int, int] = (64, 64)) -> Image.Image:
     """Orange above, dark blue below."""
-    picture = Image.new("RGB", size, ORANGE)
-    picture.paste((10, 20, 90), (0, size[1] // 2, size[0], size[1]))
-    return picture
+    image = Image.new("RGB", size, ORANGE)
+    image.paste((10, 20, 90), (0, size[1] // 2, size[0], size[1]))
+    return image
 
 
 def pixels(path: Path) -> np.ndarray:
-    picture = open_picture(path)
-    assert picture.mode == "RGB"
-    return np.asarray(picture).astype(int)
+    image = open_image(path)
+    assert image.mode == "RGB"
+    return np.asarray(image).astype(int)
 
 
 # --- formats ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix", ["png", "bmp", "tiff", "gif", "webp", "jpg"])
-def test_every_format_gives_the_same_picture(tmp_path: Path, suffix: str) -> None:
-    path = tmp_path / f"picture.{suffix}"
+def test_every_format_gives_the_same_image(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"image.{suffix}"
     halves().save(path, **({"lossless": True} if suffix == "webp" else {"quality": 95} if suffix == "jpg" else {}))
     difference = np.abs(pixels(path) - np.asarray(halves()).astype(int))
     assert difference.max() <= (0 if suffix != "jpg" else 60)  # ringing at the edge
@@ -114,7 +116,7 @@ def test_exif_orientation_is_applied(tmp_path: Path, orientation: int) -> None:
     assert np.array_equal(pixels(tmp_path / "turned.png"), np.asarray(upright))
 
 
-def test_a_damaged_exif_block_does_not_cost_the_picture(tmp_path: Path) -> None:
+def test_a_damaged_exif_block_does_not_cost_the_image(tmp_path: Path) -> None:
     halves().save(tmp_path / "odd.png", exif=b"Exif\0\0nonsense")
     assert np.array_equal(pixels(tmp_path / "odd.png"), np.asarray(halves()))
 
@@ -167,16 +169,18 @@ def noise() -> Image.Image:
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "gif", "bmp", "tiff"])
-def test_a_truncated_picture_is_an_error_that_names_it(tmp_path: Path, suffix: str) -> None:
+def test_a_truncated_image_is_an_error_that_names_it(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"cut.{suffix}"
     noise().save(path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(UserError, match=rf"cut\.{suffix}: cannot be decoded.*save it again or remove it") as error:
-        open_picture(path)
+        open_image(path)
     assert "\n" not in str(error.value)
     halves().save(tmp_path / "good.png")
+    report = read_folder(tmp_path)
+    assert [path.name for path in report.images] == ["good.png"] and report.trouble[0].name == path.name
     with pytest.raises(UserError, match="cut"):
-        check(tmp_path)
+        read_folder(tmp_path, strict=True)
 
 
 def test_too_many_pixels(tmp_path: Path) -> None:
@@ -189,14 +193,14 @@ def test_too_many_pixels(tmp_path: Path) -> None:
     )
     (tmp_path / "bomb.png").write_bytes(bomb)
     with pytest.raises(UserError, match=r"bomb\.png: has too many pixels"):
-        open_picture(tmp_path / "bomb.png")
+        open_image(tmp_path / "bomb.png")
 
 
 def test_heic_without_its_package_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     (tmp_path / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 40)
-    with pytest.raises(UserError, match=r"phone\.heic: is a HEIC picture.*pip install pillow-heif"):
-        open_picture(tmp_path / "phone.heic")
+    with pytest.raises(UserError, match=r"phone\.heic: is a HEIC image.*pip install pillow-heif"):
+        open_image(tmp_path / "phone.heic")
 
 
 # --- folders ---------------------------------------------------------------------------------------------------------
@@ -207,13 +211,13 @@ def test_natural_order_and_content_before_extension(tmp_path: Path) -> None:
         halves().save(tmp_path / name, format="png")
     halves().save(tmp_path / "noname", format="png")
     halves().save(tmp_path / "misnamed.jpg", format="png")
-    assert [path.name for path in pictures(tmp_path)] == ["1.PNG", "2.png", "10.png", "misnamed.jpg", "noname"]
+    assert [path.name for path in image_files(tmp_path)] == ["1.PNG", "2.png", "10.png", "misnamed.jpg", "noname"]
 
 
 def test_junk_is_skipped_and_reported(tmp_path: Path) -> None:
     halves().save(tmp_path / "a.png")
     (tmp_path / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
-    (tmp_path / "._a.png").write_bytes(b"\0\5\x16\7")  # macOS notes, named as a picture
+    (tmp_path / "._a.png").write_bytes(b"\0\5\x16\7")  # macOS notes, named as an image
     (tmp_path / "Thumbs.db").write_bytes(b"\xd0\xcf\x11\xe0")
     (tmp_path / "notes.txt").write_text("BM is how a bitmap begins")
     (tmp_path / "BM.txt").write_text("BMW i3, white, a dozen pictures to come")
@@ -221,51 +225,134 @@ def test_junk_is_skipped_and_reported(tmp_path: Path) -> None:
     (tmp_path / "more").mkdir()
     halves().save(tmp_path / "more" / "b.png")
     (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
-    report = check(tmp_path)
-    assert [path.name for path in report.pictures] == ["a.png"]
+    report = read_folder(tmp_path)
+    assert [path.name for path in report.images] == ["a.png"]
     reasons = dict(report.skipped)
     assert set(reasons) == {".DS_Store", "._a.png", "Thumbs.db", "notes.txt", "BM.txt", "raw.dng", "more", "gone.jpg"}
     assert "raw file" in reasons["raw.dng"] and "sub-folder" in reasons["more"]
-    assert "1 picture in" in str(report) and "skipped notes.txt: not a picture" in str(report)
+    assert "1 image in" in str(report) and "skipped notes.txt: not an image" in str(report)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "complaint"),
     [
-        ("page.jpg", b"<html>404</html>", "is no picture although its name says so"),
+        ("page.jpg", b"<html>404</html>", "is not an image although its name says so"),
         ("empty.png", b"", "is empty"),
     ],
 )
-def test_a_file_named_as_a_picture_must_be_one(tmp_path: Path, name: str, content: bytes, complaint: str) -> None:
+def test_a_file_named_as_an_image_must_be_one(tmp_path: Path, name: str, content: bytes, complaint: str) -> None:
     halves().save(tmp_path / "a.png")
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=f"{name}: {complaint}"):
-        pictures(tmp_path)
+        image_files(tmp_path)
 
 
-def test_folders_without_pictures(tmp_path: Path) -> None:
+def test_folders_without_images(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
-        pictures(tmp_path / "none")
+        image_files(tmp_path / "none")
     with pytest.raises(UserError, match="is empty"):
-        pictures(tmp_path)
+        image_files(tmp_path)
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(UserError, match="is a file"):
-        pictures(tmp_path / "notes.txt")
-    with pytest.raises(UserError, match=r"has no pictures, only notes.txt \(not a picture\)"):
-        pictures(tmp_path)
+        image_files(tmp_path / "notes.txt")
+    with pytest.raises(UserError, match=r"has no images, only notes.txt \(not an image\)"):
+        image_files(tmp_path)
     for name in ("cat", "dog"):
         (tmp_path / name).mkdir()
         halves().save(tmp_path / name / "a.png")
     with pytest.raises(UserError, match=r"one level down, in cat \(1\), dog \(1\); name one of these, such as .*cat"):
-        pictures(tmp_path)
+        image_files(tmp_path)
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="needs a user whose permissions are checked")
-def test_a_picture_that_may_not_be_read(tmp_path: Path) -> None:
+def test_an_image_that_may_not_be_read(tmp_path: Path) -> None:
     halves().save(tmp_path / "mine.png")
     (tmp_path / "mine.png").chmod(0)
     with pytest.raises(UserError, match="permissions"):
-        pictures(tmp_path)
+        image_files(tmp_path)
+
+
+def test_all_trouble_is_listed_at_once_and_the_good_images_are_used(tmp_path: Path) -> None:
+    halves().save(tmp_path / "good.png")
+    noise().save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:500])
+    (tmp_path / "page10.jpg").write_bytes(b"<html>404</html>")
+    (tmp_path / "page9.jpg").write_bytes(b"")
+    (tmp_path / "notes.txt").write_text("hello")
+    report = read_folder(tmp_path)
+    assert [path.name for path in report.images] == ["good.png"]
+    assert [name for name, _ in report.trouble] == ["cut.png", "page9.jpg", "page10.jpg"]
+    assert [name for name, _ in report.skipped] == ["notes.txt"]
+    for line in (
+        "1 image in",
+        "left out cut.png: cannot be decoded",
+        "left out page9.jpg: is empty",
+        "skipped notes.txt",
+    ):
+        assert line in str(report)
+    with pytest.raises(
+        UserError, match=r"3 files cannot be used: cut\.png: .*; page9\.jpg: .*; page10\.jpg: "
+    ) as error:
+        read_folder(tmp_path, strict=True)
+    assert "\n" not in str(error.value)
+    (tmp_path / "good.png").unlink()
+    with pytest.raises(UserError, match="3 files cannot be used"):
+        read_folder(tmp_path)
+
+
+def test_odd_images_are_used_and_noted(tmp_path: Path) -> None:
+    halves((64, 64)).save(tmp_path / "1.png")
+    halves((64, 64)).save(tmp_path / "2.bmp")
+    halves((192, 64)).save(tmp_path / "3.png")
+    halves((193, 64)).save(tmp_path / "4.png")
+    halves((1, 1)).save(tmp_path / "5.png")
+    report = read_folder(tmp_path)
+    assert len(report.images) == 5 and not report.trouble
+    assert report.notes == (
+        ("2.bmp", "has the same pixels as 1.png"),
+        ("4.png", "is 193x64 pixels: most of so long an image is cropped off"),
+        ("5.png", "is 1x1 pixels, which is tiny"),
+    )
+    assert "note on 2.bmp: has the same pixels" in str(report)
+    small = {name for name, why in read_folder(tmp_path, resolution=130).notes if "less than half of 130" in why}
+    assert small == {"1.png", "2.bmp", "3.png", "4.png", "5.png"}
+    assert len(read_folder(tmp_path, resolution=128).notes) == 3
+
+
+def test_only_a_contact_sheet_of_this_program_is_no_image(tmp_path: Path) -> None:
+    halves().save(tmp_path / "contact_sheet.png")
+    assert len(image_files(tmp_path)) == 1
+    png.write(halves(), tmp_path / "contact_sheet.png")
+    png.write(halves(), tmp_path / "made.png")
+    assert [path.name for path in image_files(tmp_path)] == ["made.png"]
+    assert read_folder(tmp_path).skipped == (("contact_sheet.png", "a contact sheet of this program"),)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "nobody\0here", "~nobody-of-this-name/x"])
+def test_folders_that_cannot_be(name: str) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        image_files(name)
+
+
+def test_names_cannot_command_the_terminal(tmp_path: Path) -> None:
+    evil = tmp_path / "a\x1b[31m\nb"
+    evil.mkdir()
+    halves().save(evil / "good.png")
+    (evil / "c\x1b[2J.txt").write_text("")
+    (evil / "d\x1b[2J.png").write_text("")
+    report = str(read_folder(evil))
+    with pytest.raises(UserError) as error:
+        image_files(evil)
+    assert "\x1b" not in report + str(error.value) and "\n" not in str(error.value) and report.count("\n") == 2
+
+
+def test_one_colour() -> None:
+    assert is_one_colour(Image.new("RGB", (9, 9), ORANGE)) and not is_one_colour(halves())
+    almost = Image.new("RGB", (9, 9), (0, 0, 0))
+    almost.putpixel((3, 3), (2, 0, 1))
+    assert is_one_colour(almost)
+    almost.putpixel((3, 3), (0, 3, 0))
+    assert not is_one_colour(almost)
 
 
 # --- squares ---------------------------------------------------------------------------------------------------------
@@ -287,27 +374,27 @@ def test_values_and_channels() -> None:
     assert np.allclose(square[:, 0, 0], [-1.0, 1.0, -0.6], atol=1e-6)
 
 
-def test_small_pictures_are_enlarged_and_long_ones_cost_nothing() -> None:
+def test_small_images_are_enlarged_and_long_ones_cost_nothing() -> None:
     assert to_square(Image.new("RGB", (3, 5)), 64).shape == (3, 64, 64)
     assert to_square(Image.new("RGB", (2, 30000)), 512).shape == (3, 512, 512)  # 512 x 7,680,000 if enlarged whole
 
 
 def test_random_crops_and_flips_are_a_function_of_the_generator() -> None:
-    picture = noise().crop((0, 0, 96, 40))
+    image = noise().crop((0, 0, 96, 40))
 
     def draw(seed: int) -> np.ndarray:
-        return to_square(picture, 40, center_crop=False, random_flip=True, rng=np.random.default_rng(seed))
+        return to_square(image, 40, center_crop=False, random_flip=True, rng=np.random.default_rng(seed))
 
     assert np.array_equal(draw(1), draw(1))
     assert len({draw(seed).tobytes() for seed in range(8)}) == 8
     with pytest.raises(ValueError, match="rng"):
-        to_square(picture, 40, random_flip=True)
+        to_square(image, 40, random_flip=True)
 
 
-def test_flips_mirror_half_of_the_pictures() -> None:
-    picture = noise()
-    plain = to_square(picture, 96)
-    flipped = [to_square(picture, 96, random_flip=True, rng=np.random.default_rng(seed)) for seed in range(60)]
+def test_flips_mirror_half_of_the_images() -> None:
+    image = noise()
+    plain = to_square(image, 96)
+    flipped = [to_square(image, 96, random_flip=True, rng=np.random.default_rng(seed)) for seed in range(60)]
     mirrored = [np.array_equal(square, plain[:, :, ::-1]) for square in flipped]
     assert all(
         np.array_equal(square, plain) for square, is_mirrored in zip(flipped, mirrored, strict=True) if not is_mirrored

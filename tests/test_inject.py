@@ -1,4 +1,4 @@
-"""Adapters into networks and out again: every layer of every choice, bit for bit, on a tiny Stable Diffusion."""
+"""Adapters into networks and out again: every layer of every choice, bit for bit, on tiny networks."""
 
 from __future__ import annotations
 
@@ -6,16 +6,23 @@ import copy
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
+from transformers import CLIPTextModel
 
+from singlora_diffusion import adapters
 from singlora_diffusion.adapters import inject
+from singlora_diffusion.adapters.config import AdapterConfig
 from singlora_diffusion.adapters.singlora import SingLoRA
+from singlora_diffusion.adapters.targets import chosen
 from singlora_diffusion.errors import UserError
+from singlora_diffusion.models.network import NetworkSpec, bare
 
 pytestmark = pytest.mark.numerical
 
@@ -29,10 +36,17 @@ def answer(unet: nn.Module, text: nn.Module, **kwargs: Any) -> Tensor:
     return unet(LATENTS.to(dtype), torch.tensor([3, 500]), states.to(dtype), **kwargs).sample
 
 
+def projections(network: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Linear]:
+    """The layers of a denoiser that these targets mean."""
+    return chosen({"network": NetworkSpec("network", network, "denoiser", ())}, AdapterConfig(targets=targets))[
+        "network"
+    ]
+
+
 def deltas_for(network: nn.Module, targets: tuple[str, ...], size: float = 0.3) -> dict[str, nn.Module]:
     generator = torch.Generator().manual_seed(1)
     deltas = {}
-    for path, base in inject.projections(network, targets).items():
+    for path, base in projections(network, targets).items():
         deltas[path] = SingLoRA(base, 4, 4.0, generator=generator)
         with torch.no_grad():
             deltas[path].A.normal_(0, size, generator=generator)
@@ -55,7 +69,7 @@ def snapshot(network: nn.Module) -> list[tuple[Any, ...]]:
     """Everything attach must give back: modules by identity, keys, flags, bits, processors, hooks."""
     modules = [(name, id(module), type(module)) for name, module in network.named_modules()]
     tensors = [(key, id(p), p.dtype, p.requires_grad, p.detach().clone()) for key, p in network.named_parameters()]
-    processors = [id(m.processor) for m in network.modules() if isinstance(m, Attention)]
+    processors = [id(m.processor) for m in network.modules() if hasattr(m, "processor")]
     hooks = [len(network._forward_pre_hooks), len(network._forward_hooks), len(network._forward_hooks_always_called)]
     return [modules, tensors, list(network.state_dict()), processors, hooks]
 
@@ -69,29 +83,28 @@ def assert_same(network: nn.Module, before: list[tuple[Any, ...]]) -> None:
 
 def test_projections_by_name(networks) -> None:
     unet, text = networks["unet"], networks["text_encoder"]
-    every = inject.projections(unet, ("to_q", "to_k", "to_v", "to_out.0"))
+    every = projections(unet, ("to_q", "to_k", "to_v", "to_out.0"))
     shapes = {(tuple(layer.weight.shape)) for layer in every.values()}
     assert shapes == {(32, 32), (64, 64), (32, 48), (64, 48)}  # square, wide and tall
     attentions = {name for name, module in unet.named_modules() if isinstance(module, Attention)}
     assert set(every) == {f"{name}.{target}" for name in attentions for target in ("to_q", "to_k", "to_v", "to_out.0")}
     order = [name for name, _ in unet.named_modules()]
     assert list(every) == sorted(every, key=order.index)
-    assert list(inject.projections(unet, ("to_out.0", "to_q"))) == [
-        p for p in every if not p.endswith(("to_k", "to_v"))
-    ]
-    assert set(inject.projections(unet, ("attn2.to_k",))) == {p for p in every if p.endswith("attn2.to_k")}
+    assert list(projections(unet, ("to_out.0", "to_q"))) == [p for p in every if not p.endswith(("to_k", "to_v"))]
+    assert set(projections(unet, ("attn2.to_k",))) == {p for p in every if p.endswith("attn2.to_k")}
     assert all(unet.get_submodule(path) is layer for path, layer in every.items())
-    names = [inject.outside_name("text_encoder", path) for path in inject.projections(text, ("q_proj",))]
+    spec = bare("text_encoder", text)
+    names = [spec.layer(path) for path in projections(text, ("q_proj",))]
     assert names == [f"text_encoder.text_model.encoder.layers.{i}.self_attn.q_proj" for i in range(2)]
-    assert inject.outside_name("text_encoder", "text_model.x.q_proj") == "text_encoder.text_model.x.q_proj"
-    assert inject.outside_name("unet", "mid_block.x.to_q") == "unet.mid_block.x.to_q"
+    assert spec.layer("text_model.x.q_proj") == "text_encoder.text_model.x.q_proj"
+    assert bare("unet", unet).layer("mid_block.x.to_q") == "unet.mid_block.x.to_q"
 
 
 def test_an_unknown_target_is_named_with_what_there_is(networks) -> None:
     with pytest.raises(UserError, match=r"no layer 'query' in UNet2DConditionModel; it has .*to_out\.0, to_q, to_v"):
-        inject.projections(networks["unet"], ("to_q", "query"))
+        projections(networks["unet"], ("to_q", "query"))
     with pytest.raises(UserError, match="no layer 'o_q'"):  # whole names only
-        inject.projections(networks["unet"], ("o_q",))
+        projections(networks["unet"], ("o_q",))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -164,9 +177,9 @@ def test_attaching_twice_is_refused(networks) -> None:
     ):
         detach = inject.attach(network, deltas_for(network, (target,)))
         with pytest.raises(UserError, match="already"):
-            inject.projections(network, ("to_k",))
+            projections(network, ("to_k",))
         detach()
-        inject.projections(network, (target,))
+        projections(network, (target,))
 
 
 def test_other_processors_keep_doing_the_attention(networks) -> None:
@@ -208,8 +221,8 @@ def test_fused_projections_are_refused(networks) -> None:
 def test_the_processor_takes_what_diffusers_passes(networks, caplog, monkeypatch) -> None:
     """Attention.forward reads the signature of the processor's call, and drops with a warning what is not in it."""
     wanted = list(inspect.signature(AttnProcessor2_0().__call__).parameters)
-    found = list(inspect.signature(inject.AdaptedAttnProcessor(AttnProcessor2_0(), {}).__call__).parameters)
-    assert found[: len(found) - 1] == wanted[: len(found) - 1]  # all but the last, *args and **kwargs
+    found = list(inspect.signature(inject.adapted_processor(AttnProcessor2_0(), {}).__call__).parameters)
+    assert found == wanted
     unet, text = networks["unet"], networks["text_encoder"]
     inject.attach(unet, deltas_for(unet, ("to_q",)))
     with diffusers_log(caplog, monkeypatch):
@@ -277,3 +290,185 @@ def test_scale_of_one_call_leaves_gradients_right(networks) -> None:
         delta.set_scale(0.5)
     answer(unet, text).square().mean().backward()
     assert all(torch.equal(delta.A.grad, grad) for delta, grad in zip(deltas.values(), found, strict=True))
+
+
+def draws(*shapes: tuple[int, ...]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def flux() -> tuple[nn.Module, dict[str, Any]]:
+    """A transformer of double and single blocks, and what it is called with."""
+    network = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=(4, 4, 8),
+        guidance_embeds=True,
+    )
+    latents, text, pooled = draws((2, 6, 4), (2, 5, 32), (2, 32))
+    return network, {
+        "hidden_states": latents,
+        "encoder_hidden_states": text,
+        "pooled_projections": pooled,
+        "timestep": torch.tensor([0.3, 0.8]),
+        "guidance": torch.tensor([1.0, 3.5]),
+        "img_ids": torch.arange(18.0).reshape(6, 3),
+        "txt_ids": torch.zeros(5, 3),
+    }
+
+
+def sd3() -> tuple[nn.Module, dict[str, Any]]:
+    """A transformer with joint attention, the second of its two layers without an output for the text."""
+    network = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        caption_projection_dim=32,
+        joint_attention_dim=32,
+        pooled_projection_dim=64,
+        pos_embed_max_size=8,
+    )
+    latents, text, pooled = draws((2, 4, 8, 8), (2, 5, 32), (2, 64))
+    return network, {
+        "hidden_states": latents,
+        "encoder_hidden_states": text,
+        "pooled_projections": pooled,
+        "timestep": torch.tensor([300.0, 800.0]),
+    }
+
+
+JOINT = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+TRANSFORMERS = {"flux": flux, "sd3": sd3}
+
+
+@pytest.fixture(scope="module", params=TRANSFORMERS)
+def transformer(request: pytest.FixtureRequest) -> tuple[nn.Module, dict[str, Any]]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network, inputs = TRANSFORMERS[request.param]()
+    return network.requires_grad_(False).eval(), inputs
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        JOINT,
+        ("to_out.0",),
+        ("add_k_proj",),
+        ("to_add_out", "attn.to_q"),
+        ("ff.net.2", "ff_context.net.2"),
+        (*JOINT, "ff.net.2"),
+    ],
+)
+def test_each_adapted_layer_of_a_transformer_gets_its_own_delta(transformer, targets) -> None:
+    """Attached equals the plain network with dW written into its weights."""
+    network, inputs = copy.deepcopy(transformer)
+    deltas = deltas_for(network, targets)
+    dense = copy.deepcopy(network)
+    with torch.no_grad():
+        plain = network(**inputs).sample
+        for path, delta in deltas.items():
+            weight = dense.get_submodule(path).weight
+            weight.add_(delta.delta_weight(weight))
+        expected = dense(**inputs).sample
+        before = snapshot(network)
+        detach = inject.attach(network, deltas)
+        processors = [p for p in network.attn_processors.values() if isinstance(p, inject.AdaptedAttnProcessor)]
+        assert bool(processors) == any(not target.startswith("ff") for target in targets)
+        found = network(**inputs).sample
+        off = network(**inputs, joint_attention_kwargs={"scale": 0.0}).sample
+        detach()
+        assert_same(network, before)
+        assert torch.equal(network(**inputs).sample, plain) and torch.equal(off, plain)
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+    assert (found - plain).norm() > 1e-3 * plain.norm()  # the text moves the answer of these few layers little
+
+
+@pytest.mark.parametrize("method", adapters.METHODS)
+def test_every_method_trains_a_transformer(method, transformer) -> None:
+    network, inputs = copy.deepcopy(transformer)
+    spec = NetworkSpec("transformer", network, "denoiser", JOINT)
+    before = snapshot(network)
+    adapter = adapters.attach({"transformer": spec}, AdapterConfig(method=method, rank=2))
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * 0.05)
+    answer = network(**inputs).sample
+    answer.square().mean().backward()
+    # The last layer's text has no way to the answer: its query and output move nothing.
+    assert sum(p.grad is not None and bool(p.grad.any()) for p in adapter.parameters()) > len(adapter.parameters()) / 2
+    with torch.no_grad():
+        adapter.merge()
+        merged = network(**inputs).sample
+        assert (merged - answer).norm() < 1e-5 * answer.norm()
+    adapter.detach()
+    assert_same(network, before)
+
+
+def test_the_backend_of_attention_can_be_chosen_while_attached(transformer) -> None:
+    network, inputs = copy.deepcopy(transformer)
+    detach = inject.attach(network, deltas_for(network, ("to_q",)))
+    for attention in (m for m in network.modules() if hasattr(m, "processor")):
+        if hasattr(attention.processor.inner, "_attention_backend"):
+            attention.processor._attention_backend = "native"
+            assert attention.processor.inner._attention_backend == "native"
+        else:
+            assert not hasattr(attention.processor, "_attention_backend")
+    network(**inputs)
+    detach()
+
+
+def test_a_processor_takes_its_own_arguments(networks) -> None:
+    """An attention passes on what the processor's signature names, and nothing else."""
+
+    class Listening:
+        heard: Any = None
+
+        def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, mood=None):
+            self.heard = mood
+            return AttnProcessor2_0()(attn, hidden_states, encoder_hidden_states, attention_mask)
+
+    unet, text = networks["unet"], networks["text_encoder"]
+    listening = Listening()
+    unet.set_attn_processor(listening)
+    inject.attach(unet, deltas_for(unet, ("to_q",)))
+    answer(unet, text, cross_attention_kwargs={"mood": "calm"})
+    assert listening.heard == "calm"
+
+
+@pytest.mark.parametrize("method", ["singlora", "lora", "dora"])
+def test_a_network_saved_while_adapted_is_the_base(method, networks, tmp_path: Path) -> None:
+    """Under the base's own keys, so that the stock libraries load all of it."""
+    before = {name: {k: t.clone() for k, t in network.state_dict().items()} for name, network in networks.items()}
+    targets = {"targets": ("to_q", "to_out.0", "ff.net.2"), "text_targets": ("q_proj", "fc1")}
+    adapter = adapters.attach(networks, AdapterConfig(method=method, rank=2, **targets))
+    for name, kind in (("unet", UNet2DConditionModel), ("text_encoder", CLIPTextModel)):
+        saved: Any = networks[name]
+        assert list(saved.state_dict()) == list(before[name])
+        saved.save_pretrained(tmp_path / name)
+        loaded, report = kind.from_pretrained(tmp_path / name, output_loading_info=True)
+        assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        assert all(torch.equal(tensor, before[name][key]) for key, tensor in loaded.state_dict().items())
+    # Inside another module, as a trainer holds it, and back in.
+    state = {key: tensor.clone() for key, tensor in adapter.state_dict().items()}
+    holder = nn.ModuleDict(networks)
+    assert {key for key in holder.state_dict()} == {f"{n}.{key}" for n in before for key in before[n]}
+    doubled = {key: tensor * 2 if tensor.is_floating_point() else tensor for key, tensor in holder.state_dict().items()}
+    assert not any(holder.load_state_dict(doubled))
+    for name, base in adapter.layers().items():
+        network, _, path = name.replace("text_model.", "").partition(".")
+        assert torch.equal(base.weight, 2 * before[network][f"{path}.weight"])
+    assert all(torch.equal(tensor, state[key]) for key, tensor in adapter.state_dict().items())
+    adapter.detach()
+    assert list(networks["unet"].state_dict()) == list(before["unet"])
+    assert not networks["unet"]._state_dict_hooks and not networks["unet"]._load_state_dict_pre_hooks

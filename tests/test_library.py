@@ -32,13 +32,13 @@ def test_every_public_name_is_there() -> None:
 def test_the_example_in_the_docstring_runs(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sd.__doc__ is not None
     example = re.findall(r"^    (.+)$", sd.__doc__, re.MULTILINE)
-    assert len(example) == 6
+    assert len(example) == 9
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"sd": sd, "torch": torch}
     exec("\n".join(example).replace('"toyworld"', repr(str(tiny_model))), names)
     header = sd.formats.read_header("dog.safetensors")
     assert header.trigger() == "sks dog" and header.config == sd.AdapterConfig(
-        rank=16, text_targets=("q_proj", "v_proj")
+        rank=16, targets=("to_q", "to_k", "to_v", "to_out.0"), text_targets=("q_proj", "v_proj"), ramp_steps=0
     )
     with pytest.raises(sd.UserError, match="attached already"):  # the last line put it back in
         sd.attach(names["family"].networks, sd.AdapterConfig())

@@ -18,9 +18,12 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from singlora_diffusion import adapters, formats
+from singlora_diffusion.adapters import budget
 from singlora_diffusion.adapters.config import AdapterConfig
+from singlora_diffusion.adapters.delta import LowRankDelta
+from singlora_diffusion.adapters.methods import Method, by_delta
 from singlora_diffusion.errors import UserError
-from singlora_diffusion.formats import container
+from singlora_diffusion.formats import safetensors_io
 
 pytestmark = pytest.mark.numerical
 
@@ -189,7 +192,7 @@ def test_a_saved_adapter_is_the_same_adapter(row: str, case: Case, stored: str) 
     networks = build(case)
     adapter = trained(networks, setting(row, case), case.step)
     state = {key: tensor.clone() for key, tensor in adapter.state_dict().items()}
-    kind = torch.float32 if adapter.config.init == "offset" else container.precision(stored)
+    kind = torch.float32 if adapter.config.init == "offset" else safetensors_io.precision(stored)
     with TemporaryDirectory() as folder:
         file, again = Path(folder, "a.safetensors"), Path(folder, "b.safetensors")
         header = formats.save(adapter, file, about={"step": case.step}, dtype=stored)
@@ -235,3 +238,67 @@ def test_stock_diffusers_does_what_the_adapter_does(row: str, case: Case, form: 
         pipeline.fuse_lora()
         pipeline.unload_lora_weights()
         assert distance(answer(theirs), want) < 2e-5 < distance(answer(base), want)
+
+
+class Outer(LowRankDelta):
+    """W0 + s u v^T, for the test below: all that a new rule needs, and its row."""
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, config: AdapterConfig, generator: Any) -> None:
+        super().__init__(base, rank, alpha)
+        self.s = nn.Parameter(torch.ones(()))
+        self.left = nn.Parameter(torch.randn(base.out_features, generator=generator) / base.out_features)
+        self.right = nn.Parameter(torch.randn(base.in_features, generator=generator))
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        return (self.s * self.left)[:, None], self.right[None]
+
+
+OUTER = Method("Outer", by_delta(Outer), lambda config, rank, out, into: {"s": (), "left": (out,), "right": (into,)})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_new_rule_is_a_delta_and_a_row(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training, files, merging, counting and exporting come with them."""
+    monkeypatch.setitem(adapters.METHODS, "outer", OUTER)
+    case = Case(
+        (8, 12), 10, AdapterConfig(method="outer", rank=2, alpha=3.0, text_alpha=3.0, text_targets=TEXT), dtype, 2
+    )
+    networks = build(case)
+    before = bits(networks)
+    adapter = trained(networks, case.config, case.step)
+    with torch.no_grad():
+        attached = answer(networks)
+        for name, change in adapter.delta_weights():
+            s, left, right = (adapter.state_dict()[f"{name}.{key}"] for key in ("s", "left", "right"))
+            torch.testing.assert_close(change, 1.5 * s * torch.outer(left, right))
+        adapter.set_scale(0.0)
+        assert distance(answer(networks), attached) > 1e-3
+        adapter.set_scale(1.0)
+        adapter.merge()
+        assert distance(answer(networks), attached) < (2e-5 if dtype == torch.float32 else 6e-2)
+        adapter.unmerge()
+
+    layers = [(base.out_features, base.in_features) for base in adapter.layers().values()]
+    assert budget.count("outer", 2, layers) == adapter.num_parameters() == sum(1 + sum(shape) for shape in layers)
+    file, exported = tmp_path / "a.safetensors", tmp_path / "lora" / "b.safetensors"
+    formats.save(adapter, file)
+    other = build(case)
+    loaded = formats.load(file, other)
+    assert loaded.config == adapter.config and loaded.config.method == "outer"
+    with torch.no_grad():
+        assert torch.equal(answer(other), attached)
+    exported.parent.mkdir()
+    formats.export(adapter, "diffusers", exported)
+    theirs = {name: network.float() for name, network in build(case).items()}
+    stock(theirs, exported)
+    for network in networks.values():
+        network.float()
+    with torch.no_grad():
+        assert distance(answer(theirs), answer(networks)) < 2e-5
+        for network in networks.values():
+            network.to(dtype)
+    adapter.detach()
+    assert bits(networks) == before
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="unknown method outer"):
+        formats.load(file, build(case))

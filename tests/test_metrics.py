@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from eval.metrics import METRICS, mean_cosine, mean_over_prompts, paired_cosine, real_to_real
+from eval.metrics import METRICS, diversity, mean_cosine, mean_over_prompts, paired_cosine, pairwise_cosine
 
 
 def unit(*angles: float) -> np.ndarray:
@@ -31,11 +31,11 @@ def test_nothing_is_clamped_or_rescaled() -> None:
     assert np.allclose(mean_cosine(unit(0), unit(120)), [-0.5], atol=1e-7)
 
 
-def test_the_ceiling_has_no_self_pairs() -> None:
-    ceiling = real_to_real(unit(0, 60, 90))
-    assert ceiling == pytest.approx((0.5 + 0.0 + 3**0.5 / 2) / 3, abs=1e-7)
-    assert real_to_real(unit(0, 90)) == pytest.approx(0.0, abs=1e-7)  # with self pairs it would be 0.5
-    assert real_to_real(unit(0)) is None
+def test_an_image_is_never_paired_with_itself() -> None:
+    mean = pairwise_cosine(unit(0, 60, 90))
+    assert mean == pytest.approx((0.5 + 0.0 + 3**0.5 / 2) / 3, abs=1e-7)
+    assert pairwise_cosine(unit(0, 90)) == pytest.approx(0.0, abs=1e-7)  # with self pairs it would be 0.5
+    assert pairwise_cosine(unit(0)) is None
 
 
 def test_every_prompt_counts_once() -> None:
@@ -56,16 +56,28 @@ def test_means_are_in_double_precision() -> None:
     )
 
 
-def test_scores_do_not_depend_on_the_order_of_pictures_or_references() -> None:
+def test_scores_do_not_depend_on_the_order_of_images_or_references() -> None:
     rng = np.random.default_rng(0)
     images, references = (rng.normal(size=(n, 16)).astype(np.float32) for n in (7, 5))
     shuffled = mean_cosine(images[::-1], references[::-1])[::-1]
     assert np.allclose(shuffled, mean_cosine(images, references), atol=1e-5)
 
 
+def test_diversity_is_within_prompts() -> None:
+    images = unit(0, 60, 0, 90, 120, 77)
+    prompts = ["a", "a", "b", "b", "b", "c"]  # c has one image: no pair
+    b = 1 - (0.0 - 0.5 + 3**0.5 / 2) / 3
+    assert diversity(images, prompts) == pytest.approx((0.5 + b) / 2, abs=1e-6)
+    assert diversity(images, list(range(6))) is None
+
+
 def test_the_table() -> None:
-    assert list(METRICS) == ["clip_i", "dino", "clip_t", "clip_t_token"]
-    images, references = unit(0, 30, 45), unit(0, 60)
+    default = [name for name, metric in METRICS.items() if not metric.on_request]
+    assert default == ["clip_i", "dino", "clip_t", "clip_t_token"]
+    assert list(METRICS) == [*default, "dinov2", "drift", "diversity"]
+    images = unit(0, 30, 45)
+    given = {"references": unit(0, 60), "prompt_groups": [1, 1, 2]}
     for metric in METRICS.values():
-        others = references if metric.against == "references" else images
-        assert metric.function(images, others).shape == (3,)
+        found = metric.function(images, *(given.get(need, images) for need in metric.needs))
+        assert isinstance(found, float) if metric.per == "set" else found.shape == (3,)
+    assert METRICS["drift"].function(images, images) == pytest.approx(np.zeros(3), abs=1e-6)

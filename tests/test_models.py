@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from singlora_diffusion import adapters, models
 from singlora_diffusion.adapters.config import AdapterConfig
 from singlora_diffusion.errors import UserError
-from singlora_diffusion.models import stable_diffusion
+from singlora_diffusion.models import hub, parts
 
 pytestmark = pytest.mark.numerical
 
@@ -52,15 +52,20 @@ def pixels(pictures) -> np.ndarray:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_load(dtype: str, tiny_model: Path, networks) -> None:
     family = models.load(str(tiny_model), dtype)
-    assert {p.dtype for network in family.networks.values() for p in network.parameters()} == {getattr(torch, dtype)}
+    dtypes = {p.dtype for network in family.networks.values() for p in network.module.parameters()}
+    assert dtypes == {getattr(torch, dtype)}
     assert {p.dtype for p in family.vae.parameters()} == {torch.float32}
     assert not any(p.requires_grad for part in PARTS for p in getattr(family, part).parameters())
     assert not any(getattr(family, part).training for part in PARTS)
-    assert family.networks == {"unet": family.unet, "text_encoder": family.text_encoder}
+    assert {name: network.module for name, network in family.networks.items()} == {
+        "unet": family.unet,
+        "text_encoder": family.text_encoder,
+    }
+    assert [network.role for network in family.networks.values()] == ["denoiser", "text"]
     assert (family.name, family.source, family.resolution) == ("stable_diffusion", str(tiny_model), 32)
     for name, network in family.networks.items():
         state = networks[name].state_dict()
-        assert all(torch.equal(t, state[key].to(t.dtype)) for key, t in network.state_dict().items())
+        assert all(torch.equal(t, state[key].to(t.dtype)) for key, t in network.module.state_dict().items())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -74,15 +79,15 @@ def test_encode_predict_and_train(dtype: str, tiny_model: Path) -> None:
     torch.testing.assert_close(std, posterior.std * 0.18215)
     assert mean.shape == std.shape == (2, 4, 8, 8) and mean.dtype == torch.float32
     text = family.encode_prompts(PROMPTS[:2])
-    assert text.shape == (2, 24, 48) and text.dtype == family.dtype == getattr(torch, dtype)
+    assert text["text"].shape == (2, 24, 48) and text["text"].dtype == family.dtype == getattr(torch, dtype)
     stock = family.pipeline().encode_prompt(PROMPTS[:2], "cpu", 1, False)[0]
-    assert torch.equal(text, stock)  # training and sampling read prompts alike
+    assert torch.equal(text["text"], stock)  # training and sampling read prompts alike
     adapters.attach(family.networks, AdapterConfig(rank=2, text_targets=("q_proj",)))
     noisy, target = family.corrupt(mean, torch.randn_like(mean), torch.tensor([10, 900]))
-    answer = family.predict(noisy, torch.tensor([10, 900]), family.encode_prompts(PROMPTS[:2]))
+    answer = family.denoise(noisy, torch.tensor([10, 900]), family.encode_prompts(PROMPTS[:2]))
     assert answer.shape == target.shape == (2, 4, 8, 8) and answer.dtype == family.dtype
     (answer.float() - target).square().mean().backward()
-    grads = [p.grad for network in family.networks.values() for p in network.parameters() if p.requires_grad]
+    grads = [p.grad for network in family.networks.values() for p in network.module.parameters() if p.requires_grad]
     assert all(grad is not None and grad.any() for grad in grads)
 
 
@@ -99,7 +104,13 @@ def test_corrupt(kind: str, copied: Path) -> None:
     torch.testing.assert_close(noisy.double(), a * x0 + s * noise, rtol=1e-4, atol=1e-4)
     expected = noise.double() if kind == "epsilon" else a * noise - s * x0
     torch.testing.assert_close(target.double(), expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(family.snr(t).double(), alpha / (1 - alpha), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(family.recover(noisy, target, t)[:2], x0[:2], rtol=1e-4, atol=1e-4)
+    snr = alpha / (1 - alpha)
+    weights = family.loss_weights(t, 5.0)
+    assert weights is not None and family.loss_weights(t, None) is None
+    expected = snr.clamp(max=5) / (snr if kind == "epsilon" else snr + 1)
+    torch.testing.assert_close(weights.double(), expected, rtol=1e-3, atol=1e-5)
+    assert family.times(torch.tensor([0.0, 0.5, 0.9999], dtype=torch.float64)).tolist() == [0, 500, 999]
 
 
 def test_a_picture_depends_on_its_prompt_and_seed_alone(family: models.Family) -> None:
@@ -198,10 +209,10 @@ def test_a_folder_as_real_ones_are(copied: Path, family: models.Family) -> None:
     (copied / "singlora.json").write_text(json.dumps({"guidance_scale": 3.0, "prompts": "toyworld"}))
     loaded = models.load(str(copied))
     assert isinstance(loaded.scheduler, PNDMScheduler)
-    assert loaded.fingerprint == stable_diffusion.fingerprint([copied / "unet" / "diffusion_pytorch_model.safetensors"])
+    assert loaded.fingerprint == parts.fingerprint([copied / "unet" / "diffusion_pytorch_model.safetensors"])
     assert {p.dtype for p in loaded.unet.parameters()} == {torch.float32}
     assert (loaded.guidance, loaded.prompts, family.guidance, family.prompts) == (3.0, "toyworld", 7.5, None)
-    assert torch.equal(loaded.encode_prompts(PROMPTS), family.encode_prompts(PROMPTS))
+    assert torch.equal(loaded.encode_prompts(PROMPTS)["text"], family.encode_prompts(PROMPTS)["text"])
     state = family.unet.state_dict()
     assert all(torch.equal(t, state[key].bfloat16().float()) for key, t in loaded.unet.state_dict().items())
     four, single = loaded.sample(PROMPTS, range(4), steps=4), loaded.sample(PROMPTS[3:], [3], steps=4)
@@ -222,7 +233,7 @@ def test_names_that_are_no_model(tmp_path: Path, tiny_model: Path, monkeypatch: 
     (tmp_path / "empty").mkdir()
     (tmp_path / "file.safetensors").write_bytes(b"")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(models, "TOYWORLD", tmp_path / "nowhere")
+    monkeypatch.setattr(hub, "TOYWORLD", tmp_path / "nowhere")
     for name, message in (
         (str(tmp_path / "missing"), "no model at .*missing"),
         ("./missing", "no model at ./missing"),
@@ -248,9 +259,9 @@ DAMAGE = {
     "no JSON": (lambda p: (p / "model_index.json").write_text("{"), "model_index.json is damaged"),
     "JSON of another kind": (lambda p: (p / "model_index.json").write_text("[]"), "model_index.json is damaged"),
     "no class": (lambda p: (p / "model_index.json").write_text("{}"), "model_index.json is damaged"),
-    "SDXL": (
-        lambda p: edit(p / "model_index.json", _class_name="StableDiffusionXLPipeline"),
-        "is a StableDiffusionXLPipeline; supported: StableDiffusionPipeline",
+    "a family that is not supported": (
+        lambda p: edit(p / "model_index.json", _class_name="KandinskyPipeline"),
+        "is a KandinskyPipeline; supported: StableDiffusionPipeline",
     ),
     "a class that is no name": (lambda p: edit(p / "model_index.json", _class_name=["a", "b"]), "supported: Stable"),
     "no unet": (lambda p: shutil.rmtree(p / "unet"), "no folder unet"),

@@ -9,12 +9,13 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from singlora_diffusion.adapters import peft_baselines
 from singlora_diffusion.adapters.config import AdapterConfig
-from singlora_diffusion.adapters.peft_baselines import PeftAdapter, attach
+from singlora_diffusion.adapters.registry import Adapter, attach
 from singlora_diffusion.errors import UserError
 
 pytestmark = pytest.mark.numerical
@@ -65,7 +66,7 @@ def text_of(networks: dict[str, nn.Module]) -> torch.Tensor:
     return networks["text_encoder"](TOKENS).last_hidden_state
 
 
-def randomize(adapter: PeftAdapter, size: float = 0.05) -> None:
+def randomize(adapter: Adapter, size: float = 0.05) -> None:
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in adapter.parameters():
@@ -257,6 +258,10 @@ def test_loraplus_groups(networks: dict[str, nn.Module]) -> None:
         assert rate[id(tensor)] == pytest.approx(expected), key
     assert len(rate) == len(adapter.parameters())
     assert all(set(group) == {"params", "lr"} for group in adapter.param_groups(1e-3))
+    theirs = create_loraplus_optimizer(networks["unet"], torch.optim.SGD, lr=1e-3, loraplus_lr_ratio=4.0)
+    wanted = {id(p): group["lr"] for group in theirs.param_groups for p in group["params"] if p.requires_grad}
+    found = {id(p): group["lr"] for group in adapter.param_groups(1e-3) for p in group["params"]}
+    assert wanted and all(found[key] == pytest.approx(lr) for key, lr in wanted.items())
 
 
 def test_dora_starts_at_the_base_exactly_in_half_precision(networks: dict[str, nn.Module]) -> None:

@@ -55,6 +55,8 @@ def test_a_file_is_taken_before_a_set_of_its_name(tmp_path: Path, monkeypatch: p
         (b"a {token} dog\n", r"has no \{class\}"),
         (b"a {token {class}\n", "brace"),
         (b"\xff\xfe\x00", "UTF-8"),
+        (b"a {\x1b[31m} {class}\n", r"unknown placeholder \{\N{REPLACEMENT CHARACTER}\[31m\}"),
+        (b"\x1b[31m a dog\n", r'"\N{REPLACEMENT CHARACTER}\[31m a dog" has no'),
     ],
 )
 def test_bad_files(tmp_path: Path, content: bytes, complaint: str) -> None:
@@ -72,6 +74,9 @@ def test_missing_files_are_pointed_to_what_there_is(tmp_path: Path) -> None:
         prompts.load(tmp_path / "prompts" / "live_subject.txt")
     with pytest.raises(UserError, match="is a folder"):
         prompts.load(tmp_path)
+    for name in ("x" * 300, "nobody\0here", "~nobody-of-this-name/x"):
+        with pytest.raises(UserError, match="no such prompt file"):
+            prompts.load(name)
 
 
 def test_the_set_to_try_first() -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import pytest
+from tyro.conf import arg
 
 from singlora_diffusion import settings
 from singlora_diffusion.errors import UserError
@@ -53,6 +55,15 @@ def test_json_is_flat() -> None:
     assert settings.as_json(job) == {"data": "x", "rank": 16, "alpha": None, "scales": [1.0], "overwrite": True}
 
 
+def test_build_finds_the_group() -> None:
+    job = settings.build(Job, data=Path("x"), rank=2, overwrite=False)
+    assert job == Job(Path("x"), Adapter(rank=2), overwrite=False)
+    assert settings.build(Job, data=Path("x")) == Job(Path("x"))
+    for wrong in ({"data": Path("x"), "ranke": 2}, {}):
+        with pytest.raises(TypeError):
+            settings.build(Job, **wrong)
+
+
 def test_replaced_finds_the_group() -> None:
     job = settings.replaced(Job(Path("x")), rank=2, overwrite=False)
     assert job == Job(Path("x"), Adapter(rank=2), overwrite=False)
@@ -82,3 +93,29 @@ def test_help_groups_the_flags(capsys: pytest.CaptureFixture[str]) -> None:
         parse("--help")
     shown = capsys.readouterr().out
     assert "adapter options" in shown and "What is trained." in shown and "--rank" in shown
+
+
+@dataclass(frozen=True)
+class Rates:
+    """A setting of two names."""
+
+    learning_rate: Annotated[Positive, arg(aliases=["--unet_lr"])] = 1e-3
+    """Rate."""
+    layers: tuple[str, ...] = ()
+    """Names."""
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["--learning_rate 1 --learning_rate 2", "--unet_lr 1 --learning-rate=2", "--layers a b --layers a"],
+)
+def test_a_setting_with_two_values_is_refused(words: str) -> None:
+    with pytest.raises(UserError, match="give one value"):
+        settings.parse(Rates, words.split(), "rates", "")
+
+
+def test_a_setting_may_be_said_twice() -> None:
+    assert (
+        settings.parse(Rates, ["--unet_lr", "0.5", "--learning_rate", "0.5", "--layers", "a"], "", "").learning_rate
+        == 0.5
+    )

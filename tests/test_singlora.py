@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from singlora_diffusion.adapters.singlora import INITS, SIGNATURES, SingLoRA, kaiming, ramp
+from singlora_diffusion.adapters.adapter import ramp
+from singlora_diffusion.adapters.singlora import INITS, SIGNATURES, SingLoRA, kaiming
 from singlora_diffusion.adapters.singlora_dora import DoraSingLoRA
 
 pytestmark = pytest.mark.numerical
@@ -110,7 +111,8 @@ def test_factors_are_a_lora_pair(shape, rank, init, signature, u, scale) -> None
     delta = moved(SingLoRA(base, rank, alpha=3.0, init=init, signature=signature))
     delta.set_ramp(u)
     delta.set_scale(scale)
-    up, down = delta.factors()
+    up, down, magnitude = delta.factors()
+    assert magnitude is None
     k = rank * (2 if init == "offset" else 1)
     assert up.shape == (shape[0], k) and down.shape == (k, shape[1])
     assert up.dtype == down.dtype == torch.float32 and up.is_contiguous() and down.is_contiguous()
@@ -217,7 +219,8 @@ def test_dora_is_pefts() -> None:
 
     base = layer((40, 16))
     delta = moved(DoraSingLoRA(base, 4, alpha=6.0))
-    up, down = SingLoRA.factors(delta)
+    up, down, magnitude = delta.factors()
+    assert torch.equal(magnitude, delta.magnitude)
     theirs = lora.Linear(base, "default", lora.LoraConfig(r=4, lora_alpha=4, use_dora=True), r=4, lora_alpha=4)
     with torch.no_grad():
         theirs.lora_A["default"].weight.copy_(down)

@@ -72,9 +72,9 @@ def test_it_is_in_use(monkeypatch) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gradients_are_the_finite_differences(shape) -> None:
     base, delta, x = made(shape, SingLoRA, True, "balanced")
-    middle = delta._middle()
+    scaling = delta._scaling()
     assert torch.autograd.gradcheck(
-        lambda x, a: singlora_fused.adapted_linear(base, x, a, middle), (x, delta.A), fast_mode=True
+        lambda x, a: singlora_fused.adapted_linear(base, x, a, scaling), (x, delta.A), fast_mode=True
     )
 
 

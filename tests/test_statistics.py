@@ -87,15 +87,30 @@ def test_holm_by_hand() -> None:
 
 
 def test_verdicts() -> None:
-    assert verdict((0.001, 0.02)) == "better"
-    assert verdict((-0.02, -0.001)) == "worse"
-    assert verdict((-0.01, 0.02)) == "undecided"
-    assert verdict((-0.005, 0.006)) == "undecided"  # a wide or narrow interval over zero is no tie without a bound
-    assert verdict((-0.005, 0.006), bound=0.01) == "tie"
-    assert verdict((0.001, 0.006), bound=0.01) == "tie"
-    assert verdict((-0.005, 0.01), bound=0.01) == "undecided"
-    assert verdict((0.005, 0.02), bound=0.01) == "better"
-    assert verdict(None, bound=0.01) == "undecided"
+    assert verdict((0.001, 0.02), 0.01) == "better"
+    assert verdict((-0.02, -0.001), 0.01) == "worse"
+    assert verdict((-0.01, 0.02), 0.01) == "undecided"
+    assert verdict((-0.005, 0.006), 0.01) == "undecided"  # an interval over zero is no tie without a bound
+    assert verdict((-0.005, 0.006), 0.9, bound=0.01) == "tie"
+    assert verdict((0.001, 0.006), 0.01, bound=0.01) == "tie"
+    assert verdict((-0.005, 0.01), 0.9, bound=0.01) == "undecided"
+    assert verdict((0.005, 0.02), 0.01, bound=0.01) == "better"
+    assert verdict(None, 1.0, bound=0.01) == "undecided"
+
+
+def test_better_takes_the_interval_and_the_exact_p() -> None:
+    assert verdict((0.001, 0.02), 0.0625) == "undecided"  # the interval leaves out zero, p is too large
+    assert [verdict((0.001, 0.02), p) for p in (0.05, 0.051)] == ["better", "undecided"]
+    assert [verdict((0.001, 0.02), p, level=0.9) for p in (0.1, 0.11)] == ["better", "undecided"]
+    assert verdict((-0.001, 0.02), 0.04) == "undecided"  # and the other way round
+    assert compare([0.1, 0.1]).verdict == "undecided"  # an interval of no width, p = 0.5
+    for n in range(2, 12):
+        found = compare(np.linspace(0.1, 0.11, n))
+        assert found.t_interval is not None and found.t_interval[0] > 0 and found.p == 2.0 ** (1 - n)
+        assert found.verdict == ("better" if n > 5 else "undecided")
+        assert compare(np.linspace(-0.11, -0.1, n)).verdict == ("worse" if n > 5 else "undecided")
+    assert compare(np.linspace(0.1, 0.11, 5), level=0.9).verdict == "better"
+    assert compare([0.001, 0.001], bound=0.01).verdict == "tie"
 
 
 def test_compare_puts_it_together() -> None:

@@ -182,3 +182,41 @@ def test_write_subject(tmp_path) -> None:
     with pytest.raises(UserError, match=r"no subject 'unicorn'.*dog-1"):
         world.write_subject("unicorn", tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("below", ["x" * 300, "file/x", "\0"])
+def test_subjects_cannot_be_written_everywhere(tmp_path, below) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError) as error:
+        world.write_subject("cat-1", tmp_path / below)
+    assert "\n" not in str(error.value) and [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_full_disk_leaves_no_half_subject(tmp_path, monkeypatch) -> None:
+    from singlora_diffusion import files
+
+    written = []
+
+    def full(path, content) -> None:
+        if len(written) == 3:
+            raise UserError(f"{path}: cannot be written: No space left on device")
+        written.append(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+    monkeypatch.setattr("singlora_diffusion.data.png.write_bytes", full)
+    with pytest.raises(UserError, match="No space left"):
+        world.write_subject("cat-1", tmp_path / "new", masks=True)
+    assert not [path for path in (tmp_path / "new").rglob("*") if path.is_file()]
+    monkeypatch.setattr("singlora_diffusion.data.png.write_bytes", files.write_bytes)
+    assert len(world.write_subject("cat-1", tmp_path / "new")) == 5  # the folder counts as empty
+
+
+@pytest.mark.parametrize("count", [0, -3, 1001, 10**30])
+def test_the_number_of_images_of_a_subject_has_a_range(tmp_path, count) -> None:
+    from singlora_diffusion.toyworld import command
+
+    assert command.MOST == world.HELD_OUT
+    with pytest.raises(UserError, match="--images"):
+        command.write(command.SubjectSettings("subject", "cat-1", tmp_path / "new", images=count))
+    assert not (tmp_path / "new").exists()

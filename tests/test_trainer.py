@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,33 +16,9 @@ from safetensors.torch import load_file
 import train_dreambooth
 from singlora_diffusion import formats
 from singlora_diffusion.errors import UserError
-from singlora_diffusion.training import checkpoint
+from singlora_diffusion.settings import replaced
+from singlora_diffusion.training import checkpoint, run_folder
 from singlora_diffusion.training.recipe import Recipe
-
-
-@pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
-    for i in range(3):
-        Image.new("RGB", (40 + i, 36), (90 * i, 40, 200 - 60 * i)).save(folder / f"{i}.png")
-    return folder
-
-
-@pytest.fixture
-def recipe(tiny_model: Path, pictures: Path, tmp_path: Path) -> Recipe:
-    return Recipe(
-        instance_data_dir=pictures,
-        instance_prompt="a photo of sks dog",
-        output_dir=tmp_path / "run",
-        pretrained_model_name_or_path=str(tiny_model),
-        max_train_steps=4,
-        train_batch_size=2,
-        rank=2,
-        validation_steps=0,
-        checkpointing_steps=0,
-        report_to="none",
-        device="cpu",
-    )
 
 
 def rows(run: Path) -> list[dict[str, float]]:
@@ -52,21 +27,22 @@ def rows(run: Path) -> list[dict[str, float]]:
 
 @pytest.mark.numerical
 def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(recipe: Recipe, tmp_path: Path) -> None:
-    recipe = replace(recipe, max_train_steps=6, checkpointing_steps=3, train_text_encoder=True, lr_scheduler="cosine")
+    recipe = replaced(recipe, max_train_steps=6, checkpointing_steps=3, train_text_encoder=True, lr_scheduler="cosine")
     unbroken = load_file(train_dreambooth.main(recipe))
-    cut = replace(recipe, output_dir=tmp_path / "cut", resume_from_checkpoint="latest")
-    shutil.copytree(recipe.output_dir / "checkpoint-3", cut.output_dir / "checkpoint-3")
-    (cut.output_dir / ".checkpoint-6.part").mkdir()  # what a crash in the middle of saving leaves
+    cut = replaced(recipe, output_dir=tmp_path / "cut", resume_from_checkpoint="latest")
+    shutil.copytree(recipe.output.output_dir / "checkpoint-3", cut.output.output_dir / "checkpoint-3")
+    (cut.output.output_dir / ".checkpoint-6.part").mkdir()  # what a crash in the middle of saving leaves
     resumed = load_file(train_dreambooth.main(cut))
     assert unbroken.keys() == resumed.keys() and len(unbroken) > 0
     assert all(torch.equal(unbroken[key], resumed[key]) for key in unbroken)
-    assert [row["loss"] for row in rows(cut.output_dir)] == [row["loss"] for row in rows(recipe.output_dir)][3:]
+    losses = [row["loss"] for row in rows(recipe.output.output_dir)]
+    assert [row["loss"] for row in rows(cut.output.output_dir)] == losses[3:]
 
 
 @pytest.mark.numerical
 def test_accumulated_batches_equal_one_big_batch(recipe: Recipe, tmp_path: Path) -> None:
-    big = load_file(train_dreambooth.main(replace(recipe, train_batch_size=4)))
-    small = replace(recipe, train_batch_size=2, gradient_accumulation_steps=2, output_dir=tmp_path / "small")
+    big = load_file(train_dreambooth.main(replaced(recipe, train_batch_size=4)))
+    small = replaced(recipe, train_batch_size=2, gradient_accumulation_steps=2, output_dir=tmp_path / "small")
     for key, tensor in load_file(train_dreambooth.main(small)).items():
         torch.testing.assert_close(tensor, big[key], atol=2e-5, rtol=1e-3)
 
@@ -74,7 +50,7 @@ def test_accumulated_batches_equal_one_big_batch(recipe: Recipe, tmp_path: Path)
 @pytest.mark.numerical
 def test_gradient_checkpointing_trains_the_same_weights(recipe: Recipe, tmp_path: Path) -> None:
     plain = load_file(train_dreambooth.main(recipe))
-    less = replace(recipe, gradient_checkpointing=True, output_dir=tmp_path / "less")
+    less = replaced(recipe, gradient_checkpointing=True, output_dir=tmp_path / "less")
     for key, tensor in load_file(train_dreambooth.main(less)).items():
         torch.testing.assert_close(tensor, plain[key], atol=2e-5, rtol=1e-3)
 
@@ -96,25 +72,25 @@ def test_gradient_checkpointing_trains_the_same_weights(recipe: Recipe, tmp_path
     ids=str,
 )
 def test_every_method_trains_both_networks_and_its_file_reads_back(recipe: Recipe, change: dict[str, object]) -> None:
-    path = train_dreambooth.main(replace(recipe, train_text_encoder=True, max_train_steps=2, **change))
+    path = train_dreambooth.main(replaced(recipe, train_text_encoder=True, max_train_steps=2, **change))
     state = load_file(path)
     assert {key.split(".")[0] for key in state} == {"unet", "text_encoder"}
     assert formats.read_header(path).step == 2
-    assert all(row["grad_norm"] > 0 for row in rows(recipe.output_dir)[1:])
+    assert all(row["grad_norm"] > 0 for row in rows(recipe.output.output_dir)[1:])
 
 
 @pytest.mark.numerical
 def test_training_lowers_the_loss(recipe: Recipe) -> None:
-    train_dreambooth.main(replace(recipe, max_train_steps=60, rank=8, learning_rate=2e-2, train_batch_size=4))
-    losses = [row["loss"] for row in rows(recipe.output_dir)]
+    train_dreambooth.main(replaced(recipe, max_train_steps=60, rank=8, learning_rate=2e-2, train_batch_size=4))
+    losses = [row["loss"] for row in rows(recipe.output.output_dir)]
     assert sum(losses[-15:]) < 0.97 * sum(losses[:15])
 
 
 def test_the_clock_follows_the_optimizer_steps(recipe: Recipe) -> None:
     path = train_dreambooth.main(
-        replace(recipe, ramp_steps=8, gradient_accumulation_steps=2, gradient_checkpointing=True)
+        replaced(recipe, ramp_steps=8, gradient_accumulation_steps=2, gradient_checkpointing=True)
     )
-    assert [row["u"] for row in rows(recipe.output_dir)] == [0.125, 0.25, 0.375, 0.5]
+    assert [row["u"] for row in rows(recipe.output.output_dir)] == [0.125, 0.25, 0.375, 0.5]
     assert formats.read_header(path).u == 0.5
 
 
@@ -122,37 +98,38 @@ def test_prior_preservation_makes_the_missing_class_pictures(recipe: Recipe, tmp
     mine = tmp_path / "class"
     mine.mkdir()
     Image.new("RGB", (50, 50), (1, 2, 3)).save(mine / "own.png")
-    with_prior = replace(
+    with_prior = replaced(
         recipe, with_prior_preservation=True, class_data_dir=mine, num_class_images=3, sample_batch_size=2
     )
     path = train_dreambooth.main(with_prior)
     assert len(list(mine.glob("*.png"))) == 3 and Image.open(mine / "own.png").getpixel((0, 0)) == (1, 2, 3)
-    without = load_file(train_dreambooth.main(replace(recipe, output_dir=tmp_path / "without")))
+    without = load_file(train_dreambooth.main(replaced(recipe, output_dir=tmp_path / "without")))
     assert any(not torch.equal(tensor, without[key]) for key, tensor in load_file(path).items())
 
 
 def test_previews_and_curves_are_on_disk(recipe: Recipe) -> None:
-    train_dreambooth.main(replace(recipe, validation_steps=2, num_validation_images=2, report_to="tensorboard"))
-    previews = sorted((recipe.output_dir / "previews").iterdir())
+    train_dreambooth.main(replaced(recipe, validation_steps=2, num_validation_images=2, report_to="tensorboard"))
+    previews = sorted((recipe.output.output_dir / "previews").iterdir())
     assert [path.name for path in previews] == ["step-000002.png", "step-000004.png"]
     assert Image.open(previews[0]).size[0] > 64
-    assert list((recipe.output_dir / "logs").glob("events.*"))
-    assert [row["step"] for row in rows(recipe.output_dir)] == [1, 2, 3, 4]
+    assert list((recipe.output.output_dir / "logs").glob("events.*"))
+    assert [row["step"] for row in rows(recipe.output.output_dir)] == [1, 2, 3, 4]
 
 
 def test_checkpoints_are_limited_and_a_run_is_not_begun_anew_by_mistake(recipe: Recipe) -> None:
-    recipe = replace(recipe, checkpointing_steps=1, checkpoints_total_limit=2)
+    recipe = replaced(recipe, checkpointing_steps=1, checkpoints_total_limit=2)
     train_dreambooth.main(recipe)
-    assert [path.name for path in checkpoint.existing(recipe.output_dir)] == ["checkpoint-3", "checkpoint-4"]
+    assert [path.name for path in run_folder.checkpoints(recipe.output.output_dir)] == ["checkpoint-3", "checkpoint-4"]
     with pytest.raises(UserError, match="exists"):
         train_dreambooth.main(recipe)
     with pytest.raises(UserError, match="--rank 2"):
-        train_dreambooth.main(replace(recipe, rank=3, resume_from_checkpoint="latest"))
+        train_dreambooth.main(replaced(recipe, rank=3, resume_from_checkpoint="latest"))
     with pytest.raises(UserError, match="no checkpoint"):
-        checkpoint.find(recipe.output_dir / "previews", "latest")
-    (recipe.output_dir / "checkpoint-4" / "optimizer.safetensors").write_bytes(b"torn")
+        checkpoint.find(recipe.output.output_dir / "previews", "latest")
+    (recipe.output.output_dir / "checkpoint-4" / "optimizer.safetensors").write_bytes(b"torn")
+    damaged = recipe.output.output_dir / "checkpoint-4"
     with pytest.raises(UserError, match="damaged"):
-        train_dreambooth.main(replace(recipe, resume_from_checkpoint="latest"))
+        train_dreambooth.main(replaced(recipe, resume_from_checkpoint=str(damaged)))
 
 
 @pytest.mark.parametrize(
@@ -161,7 +138,7 @@ def test_checkpoints_are_limited_and_a_run_is_not_begun_anew_by_mistake(recipe: 
         ({"instance_prompt": "a photo of my dog"}, "identifier"),
         ({"instance_data_dir": Path("nowhere")}, "nowhere"),
         ({"max_train_steps": 0}, "max_train_steps"),
-        ({"resolution": 30}, "multiple of 4"),
+        ({"resolution": 30}, "multiple of 8"),
         ({"targets": ("to_z",)}, "to_z"),
         ({"rank": 0}, "rank"),
     ],
@@ -169,17 +146,17 @@ def test_checkpoints_are_limited_and_a_run_is_not_begun_anew_by_mistake(recipe: 
 )
 def test_mistakes_are_named_before_anything_is_written(recipe: Recipe, change: dict[str, object], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        train_dreambooth.main(replace(recipe, **change))
-    assert not recipe.output_dir.exists()
+        train_dreambooth.main(replaced(recipe, **change))
+    assert not recipe.output.output_dir.exists()
 
 
 def test_two_processes_train_the_same_weights_as_one(recipe: Recipe, tmp_path: Path) -> None:
-    one = load_file(train_dreambooth.main(replace(recipe, train_batch_size=4)))
+    one = load_file(train_dreambooth.main(replaced(recipe, train_batch_size=4)))
     flags = {
-        "instance_data_dir": recipe.instance_data_dir,
-        "instance_prompt": recipe.instance_prompt,
+        "instance_data_dir": recipe.data.instance_data_dir,
+        "instance_prompt": recipe.data.instance_prompt,
         "output_dir": tmp_path / "two",
-        "pretrained_model_name_or_path": recipe.pretrained_model_name_or_path,
+        "pretrained_model_name_or_path": recipe.model.pretrained_model_name_or_path,
         "max_train_steps": 4,
         "train_batch_size": 2,
         "rank": 2,

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from singlora_diffusion.cli import COMMANDS
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -70,12 +72,19 @@ def test_it_runs_in_an_empty_folder(wheel: Path, tmp_path: Path) -> None:
         "-c", "import singlora_diffusion, eval, train_dreambooth as t; print(singlora_diffusion.__file__, t.__file__)"
     )
     assert where.stdout.count(str(packages)) == 2, where.stdout + where.stderr
-    usage = run("-m", "singlora_diffusion.cli", "--help")
-    assert usage.returncode == 0 and "usage: singlora" in usage.stdout, usage.stderr
-    for verb in ("train", "generate", "score"):
-        assert verb in usage.stdout
-        page = run("-m", "singlora_diffusion.cli", verb, "--help")
-        assert page.returncode == 0 and f"usage: singlora {verb}" in page.stdout, page.stderr
+    pages = run(
+        "-c",
+        "from singlora_diffusion.cli import COMMANDS, run, usage\n"
+        "print(usage())\n"
+        "for command in COMMANDS:\n"
+        "    try:\n"
+        "        run(command, ['--help'])\n"
+        "    except SystemExit as error:\n"
+        "        assert error.code == 0, command\n",
+    )
+    assert pages.returncode == 0 and "usage: singlora COMMAND" in pages.stdout, pages.stderr
+    for command in COMMANDS:
+        assert f"usage: singlora {command} " in pages.stdout
     sets = run(
         "-c", "from singlora_diffusion.data import prompts; print(*prompts.bundled(), len(prompts.load('object')))"
     )

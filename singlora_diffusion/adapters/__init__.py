@@ -6,11 +6,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .config import AdapterConfig
+from .methods import METHODS
 
 if TYPE_CHECKING:
-    from .registry import METHODS, Adapter, SingLoRAAdapter, attach
+    from .registry import Adapter, attach
 
-__all__ = ["METHODS", "Adapter", "AdapterConfig", "SingLoRAAdapter", "attach"]
+__all__ = ["METHODS", "Adapter", "AdapterConfig", "attach"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,45 +1,111 @@
-"""What it takes to rebuild an adapter on a base model."""
+"""The settings of an adapter: flags, the group `adapter` of a recipe, the header of every adapter file."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from annotated_types import Interval
+from tyro.conf import arg
+
+from ..settings import CountOrZero, Positive
+from ..terminal import escaped
+from .methods import METHODS
+
+MAX_RANK = 4096
+"""More than any layer of a known model has rows, and little enough to allocate on a header's word."""
+
+if TYPE_CHECKING:
+    MethodName = str
+else:
+    MethodName = Literal[tuple(METHODS)]
+Rank = Annotated[int, Interval(ge=1, le=MAX_RANK)]
+Init = Literal["kaiming", "offset"]
+Signature = Literal["positive", "balanced"]
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What it takes to rebuild an adapter's modules on a base model; stored in every adapter file."""
+    """The adapter: what is trained of the model, and how much."""
 
-    method: str = "singlora"
-    """A row of `adapters.METHODS`: singlora, lora, lora+, dora, oft, lokr."""
-    rank: int = 8
-    """Rank r in the UNet."""
-    alpha: float | None = None
-    """The update is scaled by alpha / rank. None: equal to rank."""
-    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    """Attention projections of the UNet that are adapted."""
-    text_rank: int | None = None
-    """Rank in the text encoder. None: as in the UNet."""
-    text_alpha: float | None = None
-    """None: equal to the text encoder's rank."""
-    text_targets: tuple[str, ...] = ()
-    """Projections of the text encoder that are adapted: q_proj k_proj v_proj out_proj. Empty: none."""
-    init: str = "kaiming"
-    """kaiming: entries of variance about 1/n. offset: the same, with its product subtracted, so dW starts at zero."""
-    signature: str = "positive"
-    """positive: A A^T, as in the paper. balanced: A S A^T with S = diag(+1, -1, ...), indefinite."""
+    method: MethodName = "singlora"
+    """singlora: one matrix per layer. lora, lora+, dora, oft, lokr: the baselines, out of PEFT."""
+    rank: Annotated[Rank, arg(aliases=["--network_dim", "--lora_rank"])] = 16
+    """Rank r in the denoiser. SingLoRA has one matrix per layer, so it fits twice the rank of LoRA into about the same
+    size. oft: the block size of the rotation."""
+    alpha: Annotated[Positive | None, arg(aliases=["--network_alpha", "--lora_alpha"])] = None
+    """The update is scaled by alpha / rank. None: alpha = rank."""
+    targets: tuple[str, ...] | None = None
+    """Layers of the denoiser that are adapted, by the ends of their paths, as in `to_q attn2.to_k`, or the name of a
+    preset of the model. None: the model's default."""
+    text_rank: Rank | None = None
+    """Rank in the text encoders. None: as in the denoiser."""
+    text_alpha: Positive | None = None
+    """Alpha in the text encoders. None: equal to their rank."""
+    text_targets: tuple[str, ...] | None = ()
+    """Layers of the text encoders that are adapted, as `targets`. Empty: none. None: the model's default."""
+    init: Init = "kaiming"
+    """SingLoRA: the start. kaiming: entries of variance 1 / (3 n), n = max(out, in). offset: the same, with the initial
+    product subtracted, so that the update starts at exactly zero."""
+    signature: Signature = "positive"
+    """SingLoRA: the signs. positive: A A^T, as in the paper. balanced: A S A^T with S = diag(+1, -1, ...), which may
+    also subtract."""
     dora: bool = False
-    """A learned magnitude per output row on top of the SingLoRA direction."""
-    ramp_steps: int = 0
-    """T in u(t) = min(t / T, 1). 0: u = 1 throughout."""
-    loraplus_ratio: float = 16.0
-    """lora+: rate of B over rate of A. SingLoRA with dora: rate of the magnitudes over rate of A."""
-
+    """SingLoRA with DoRA's learned magnitude per output row on top."""
+    ramp_steps: CountOrZero | None = None
+    """SingLoRA: T of the ramp u(t) = min(t / T, 1). None: 1 % of the steps, as in the paper's appendix A.1. 0: no
+    ramp."""
+    loraplus_ratio: Annotated[Positive, arg(aliases=["--loraplus_lr_ratio"])] = 16.0
+    """lora+: the learning rate of B over that of A."""
+    magnitude_lr_ratio: Positive = 1.0
+    """SingLoRA with dora: the learning rate of the magnitudes over that of A."""
     rate_by_width: bool = False
-    """SingLoRA: lower the rate of wide layers as n^-1/2, the exponent of the paper's analysis."""
+    """SingLoRA: lower the learning rate of wide layers as n^-1/2, the exponent of the paper's analysis."""
 
-    def for_network(self, network: str) -> tuple[int, float, tuple[str, ...]]:
-        """Rank, alpha and targets of one network, `unet` or a text encoder."""
-        if not network.startswith("text_encoder"):
-            return self.rank, float(self.rank if self.alpha is None else self.alpha), self.targets
+    def for_role(self, role: str) -> tuple[int, float, tuple[str, ...]]:
+        """Rank, alpha and targets of the networks of a role: denoiser or text."""
+        if role == "denoiser":
+            return self.rank, float(self.rank if self.alpha is None else self.alpha), self.targets or ()
         rank = self.rank if self.text_rank is None else self.text_rank
-        return rank, float(rank if self.text_alpha is None else self.text_alpha), self.text_targets
+        return rank, float(rank if self.text_alpha is None else self.text_alpha), self.text_targets or ()
+
+
+def from_json(raw: object) -> AdapterConfig:
+    """The settings in a file's header, every value of its declared type and range.
+
+    Files written before `magnitude_lr_ratio` had a name of its own mean what they meant then.
+
+    Raises:
+        ValueError: an unknown entry, or a value that cannot be.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    if not isinstance(raw, Mapping):
+        raise ValueError("lacks its configuration")
+    for name in raw:
+        if name not in {one.name for one in fields(AdapterConfig)}:
+            raise ValueError(f"has the unknown entry {escaped(name, 80)}: written by a newer version?")
+    values = dict(raw)
+    method = values.pop("method", AdapterConfig.method)
+    if not isinstance(method, str) or method not in METHODS:
+        raise ValueError(f"names the unknown method {escaped(method, 40)}")
+    if "magnitude_lr_ratio" not in values:
+        values = _of_old(values, method)
+    try:
+        checked = TypeAdapter(AdapterConfig).validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        first: Any = error.errors()[0]
+        raise ValueError(
+            f"has the impossible value {escaped(first['input'], 40)} for {first['loc'][0]}: {first['msg'].lower()}"
+        ) from None
+    return AdapterConfig(**{**vars(checked), "method": method})
+
+
+def _of_old(values: dict[str, Any], method: str) -> dict[str, Any]:
+    """Then `loraplus_ratio` was the magnitudes' rate as well, and what a method does not take was ignored."""
+    ratio = values.get("loraplus_ratio", AdapterConfig.loraplus_ratio)
+    values["magnitude_lr_ratio"] = ratio if values.get("dora") else AdapterConfig.magnitude_lr_ratio
+    ignored = {"loraplus_ratio", "rate_by_width", "ramp_steps"} - METHODS[method].options
+    return {name: value for name, value in values.items() if name not in ignored}

@@ -1,86 +1,77 @@
 """Puts deltas into networks and takes them out again; knows how to wrap a layer, nothing of the maths inside.
 
-In a diffusers UNet the deltas live in the attention processor: it hands the family's own processor an attention whose
-projections are adapted, so no attention code is copied. In a text encoder, which has no processors, the projection
-itself is wrapped. A delta is a module with `forward(base, x) -> y`, the adapted output of the frozen linear layer
-`base`, and a strength: `scale`, `set_scale(scale)`.
+Where a network has attention processors, the deltas of an attention's projections live in its processor: it hands the
+network's own processor an attention whose projections are adapted, so no attention code is copied. Any other linear
+layer, such as a text encoder's, is wrapped itself. A delta is a module with `forward(base, x) -> y`, the adapted output
+of the frozen linear layer `base`, and a strength: `scale`, `set_scale(scale)`.
+
+While deltas are in, a network's `state_dict` is the base model's own, so that saving it writes a model that anybody can
+load; adapters are saved by `formats.save`.
 """
 
 from __future__ import annotations
 
-import re
+import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import cache, partial
 from typing import Any
 
-from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from ..errors import UserError
 from ..models.attention_view import AttentionView
 
-LAST_NAME = re.compile(r"[^.]+(\.\d+)?$")  # `to_q`, but `to_out.0`: a bare number would say nothing
-
-
-def projections(network: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
-    """The linear layers whose path ends in one of `targets`, by path, in module order.
-
-    Raises:
-        UserError: a target matches nothing, or an adapter is attached already.
-    """
-    layers: dict[str, nn.Linear] = {}
-    for path, module in network.named_modules():
-        if isinstance(module, AdaptedAttnProcessor | AdaptedLinear) or path.endswith(".base_layer"):
-            raise UserError(f"{type(network).__name__} has an adapter attached already at {path}: detach it first")
-        if isinstance(module, nn.Linear):
-            layers[path] = module
-    for target in targets:
-        if not any(_ends(path, target) for path in layers):
-            known = sorted({LAST_NAME.search(path)[0] for path in layers})  # type: ignore[index]  # always matches
-            raise UserError(f"no layer {target!r} in {type(network).__name__}; it has {', '.join(known)}")
-    return {path: layer for path, layer in layers.items() if any(_ends(path, target) for target in targets)}
-
-
-def _ends(path: str, target: str) -> bool:
-    return f".{path}".endswith(f".{target}")
-
-
-def outside_name(network: str, path: str) -> str:
-    """A layer's name in files: network, then path, with the `text_model.` level that transformers 5 dropped."""
-    if network.startswith("text_encoder") and not path.startswith("text_model."):
-        path = f"text_model.{path}"
-    return f"{network}.{path}"
-
 
 class AdaptedAttnProcessor(nn.Module):
     """An attention processor around another one, with the deltas of its attention's projections.
 
+    Made by `adapted_processor`, which gives its call the signature of the inner one's.
+
     Args:
         inner: the processor that computes the attention.
-        deltas: by projection: to_q, to_k, to_v, to_out.0.
+        deltas: by projection, as the attention names it: to_q, to_out.0, add_k_proj.
     """
 
     def __init__(self, inner: Any, deltas: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.inner = inner
-        self.deltas: Any = nn.ModuleDict({name.replace(".", "_"): delta for name, delta in deltas.items()})
+        self.names = tuple(deltas)
+        self.deltas = nn.ModuleList(deltas.values())
 
-    # Not `forward`: Attention.forward reads this signature to decide which keyword arguments it may pass on.
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        view = AttentionView(attn, {name: partial(delta, attn.get_submodule(name)) for name, delta in self._by_name()})
-        return self.inner(view, hidden_states, encoder_hidden_states, attention_mask, temb, **kwargs)
+    # Not `forward`: an attention reads this signature to decide which keyword arguments it may pass on.
+    def __call__(self, attn: Any, *args: Any, **kwargs: Any) -> Any:
+        pairs = zip(self.names, self.deltas, strict=True)
+        return self.inner(
+            AttentionView(attn, {name: partial(delta, attn.get_submodule(name)) for name, delta in pairs}),
+            *args,
+            **kwargs,
+        )
 
-    def _by_name(self) -> Iterator[tuple[str, Any]]:
-        return ((name.replace("to_out_0", "to_out.0"), delta) for name, delta in self.deltas.items())
+    @property
+    def _attention_backend(self) -> Any:
+        """`set_attention_backend` of diffusers sets it at the processor that it finds."""
+        return self.inner._attention_backend
+
+    @_attention_backend.setter
+    def _attention_backend(self, backend: Any) -> None:
+        self.inner._attention_backend = backend
+
+
+def adapted_processor(inner: Any, deltas: Mapping[str, nn.Module]) -> AdaptedAttnProcessor:
+    """An `AdaptedAttnProcessor` that is called as `inner` is."""
+    kind: Any = type(inner)
+    return _called_like(kind)(inner, deltas)
+
+
+@cache
+def _called_like(kind: type) -> type[AdaptedAttnProcessor]:
+    def call(self: AdaptedAttnProcessor, attn: Any, *args: Any, **kwargs: Any) -> Any:
+        return AdaptedAttnProcessor.__call__(self, attn, *args, **kwargs)
+
+    call.__signature__ = inspect.signature(kind.__call__)  # type: ignore[attr-defined, operator]
+    return type(AdaptedAttnProcessor.__name__, (AdaptedAttnProcessor,), {"__call__": call})
 
 
 class AdaptedLinear(nn.Module):
@@ -98,8 +89,21 @@ class AdaptedLinear(nn.Module):
     def bias(self) -> Tensor | None:
         return self.base.bias
 
+    @property
+    def in_features(self) -> int:
+        return self.base.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.base.out_features
+
     def forward(self, x: Tensor) -> Tensor:
         return self.delta(self.base, x)
+
+
+def is_adapted(path: str, module: nn.Module) -> bool:
+    """Whether a module at this path is part of an adapter, ours or PEFT's."""
+    return isinstance(module, AdaptedAttnProcessor | AdaptedLinear) or path.endswith(".base_layer")
 
 
 def attach(network: nn.Module, deltas: Mapping[str, nn.Module]) -> Callable[[], None]:
@@ -110,50 +114,116 @@ def attach(network: nn.Module, deltas: Mapping[str, nn.Module]) -> Callable[[], 
     Raises:
         UserError: an attention computes q, k and v by one fused layer; nothing is attached then.
     """
-    undo: list[Callable[[], None]] = []
     by_attention: dict[str, dict[str, nn.Module]] = defaultdict(dict)
     linears: dict[str, nn.Module] = {}
     for path, delta in deltas.items():
         owner = path.removesuffix(".0").rpartition(".")[0]
-        attention = network.get_submodule(owner)
-        if not isinstance(attention, Attention):
+        attention: Any = network.get_submodule(owner)
+        if not _has_processor(attention):
             linears[path] = delta
             continue
         if getattr(attention, "fused_projections", False):
             raise UserError(f"{owner} has fused projections, which no adapter reaches: unfuse_qkv_projections() first")
         by_attention[owner][path.removeprefix(f"{owner}.")] = delta
-    for path, delta in linears.items():
-        parent, _, name = path.rpartition(".")
-        undo.append(_wrap_linear(network.get_submodule(parent), name, delta))
-    processors: list[tuple[Any, AdaptedAttnProcessor]] = []
-    for owner, group in by_attention.items():
-        owned: Any = network.get_submodule(owner)
-        undo.append(partial(owned.set_processor, owned.processor))
-        processors.append((owned, AdaptedAttnProcessor(owned.processor, group)))
-        owned.set_processor(processors[-1][1])
-    undo += _watch(network, list(deltas.values()), processors)
-
-    def detach() -> None:
-        while undo:
-            undo.pop()()
-
-    return detach
+    with ExitStack() as undo:
+        wrapped = {path: AdaptedLinear(_linear(network, path), delta) for path, delta in linears.items()}
+        undo.callback(replace(network, wrapped))
+        inner = {path: "base" for path in wrapped}
+        processors: list[tuple[Any, AdaptedAttnProcessor]] = []
+        for owner, group in by_attention.items():
+            attention = network.get_submodule(owner)
+            undo.callback(attention.set_processor, attention.processor)
+            processors.append((attention, adapted_processor(attention.processor, group)))
+            attention.set_processor(processors[-1][1])
+            inner[f"{owner}.processor"] = "inner"
+        undo.callback(keep_keys(network, inner))
+        undo.callback(_watch(network, list(deltas.values()), processors))
+        return undo.pop_all().close
 
 
-def _wrap_linear(parent: nn.Module, name: str, delta: nn.Module) -> Callable[[], None]:
-    base = getattr(parent, name)
-    setattr(parent, name, AdaptedLinear(base, delta))
-    return partial(setattr, parent, name, base)
+def _has_processor(module: Any) -> bool:
+    """Whether a module is an attention as diffusers has them: its processor is handed the module and does the rest."""
+    return getattr(module, "processor", None) is not None and hasattr(module, "set_processor")
+
+
+def _linear(network: nn.Module, path: str) -> nn.Linear:
+    found: Any = network.get_submodule(path)
+    return found
+
+
+def replace(network: nn.Module, modules: Mapping[str, nn.Module]) -> Callable[[], None]:
+    """Put modules in the place of those that are there; returns the inverse."""
+    before = {path: network.get_submodule(path) for path in modules}
+
+    def put(those: Mapping[str, nn.Module]) -> None:
+        for path, module in those.items():
+            parent, _, name = path.rpartition(".")
+            setattr(network.get_submodule(parent), name, module)
+
+    put(modules)
+    return partial(put, before)
+
+
+def keep_keys(network: nn.Module, inner: Mapping[str, str]) -> Callable[[], None]:
+    """Let `network.state_dict` and `load_state_dict` know the base's tensors only, under the base's own keys.
+
+    Args:
+        inner: by the path of each wrapper, the name of the wrapped module in it.
+
+    Returns:
+        What takes that back.
+    """
+
+    def wrapper_of(key: str) -> str | None:
+        """The path of the wrapper that a key lies in."""
+        path = key
+        while path := path.rpartition(".")[0]:
+            if path in inner:
+                return path
+        return None
+
+    def show(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        shown: dict[str, Any] = {}
+        for key, tensor in state.items():
+            path = wrapper_of(key.removeprefix(prefix)) if key.startswith(prefix) else None
+            if path is None:
+                shown[key] = tensor
+                continue
+            ours, base = f"{prefix}{path}.", f"{prefix}{path}.{inner[path]}."
+            if key.startswith(base):
+                shown[ours + key.removeprefix(base)] = tensor
+        state.clear()
+        state.update(shown)
+
+    def take(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        for key in list(state):
+            path = wrapper_of(key.removeprefix(prefix)) if key.startswith(prefix) else None
+            if path is not None:
+                ours = f"{prefix}{path}."
+                state[f"{ours}{inner[path]}.{key.removeprefix(ours)}"] = state.pop(key)
+        for path, name in inner.items():  # the adapter keeps what it has
+            for key, tensor in module.get_submodule(path).state_dict(keep_vars=True).items():
+                if not key.startswith(f"{name}."):
+                    state[f"{prefix}{path}.{key}"] = tensor
+
+    handles = [network.register_state_dict_post_hook(show), network.register_load_state_dict_pre_hook(take)]
+
+    def undo() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return undo
 
 
 def _watch(
     network: nn.Module, deltas: Sequence[Any], processors: Sequence[tuple[Any, AdaptedAttnProcessor]]
-) -> list[Callable[[], None]]:
+) -> Callable[[], None]:
     """Around each call: refuse to run with processors lost, and honour `cross_attention_kwargs={"scale": s}`.
 
-    diffusers takes `scale` out of the arguments before any processor sees it, for PEFT's layers. Here it multiplies the
-    deltas' own strength until the call ends, one way or another. It is for inference: what gradient checkpointing
-    computes again in the backward pass no longer sees it. Training at another strength is what alpha is for.
+    Transformers call it `joint_attention_kwargs`. diffusers takes `scale` out of the arguments before any processor
+    sees it, for PEFT's layers. Here it multiplies the deltas' own strength until the call ends, one way or another. It
+    is for inference: what gradient checkpointing computes again in the backward pass no longer sees it. Training at
+    another strength is what alpha is for.
     """
     usual: list[float] = []
 
@@ -163,7 +233,8 @@ def _watch(
                 "attention processors were replaced after the adapter was attached (attention slicing, xFormers, an "
                 "IP-Adapter): do that first, then attach"
             )
-        scale = (kwargs.get("cross_attention_kwargs") or {}).get("scale", 1.0)
+        given = kwargs.get("cross_attention_kwargs") or kwargs.get("joint_attention_kwargs") or {}
+        scale = given.get("scale", 1.0)
         if scale != 1.0:
             usual.extend(delta.scale for delta in deltas)
             for delta in deltas:
@@ -176,4 +247,9 @@ def _watch(
 
     first = network.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
     last = network.register_forward_hook(after, always_call=True)
-    return [first.remove, last.remove]
+
+    def undo() -> None:
+        first.remove()
+        last.remove()
+
+    return undo

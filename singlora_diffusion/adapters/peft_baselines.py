@@ -1,8 +1,7 @@
 """The baselines out of PEFT behind the `Adapter` contract; the only file that imports peft.
 
-PEFT's own layers do the work, on the bare diffusers UNet and transformers text encoder. This file says which layers,
-puts them in and takes them out exactly, names their tensors as files do, and reads W' - W0 off them. To add something
-PEFT has: one row in `ROWS` here and one in `adapters.METHODS`.
+PEFT's own layers do the work, inside the bare networks. This file says which layers, names their tensors as files do,
+and reads W' - W0 off them. To add something PEFT has: one row in `ROWS` here and one in `methods.METHODS`.
 
 What `rank` means beyond the LoRA family:
     oft    the block size of the rotation, PEFT's `oft_block_size`: a layer trains in_features (rank - 1) / 2 numbers.
@@ -14,23 +13,22 @@ What `rank` means beyond the LoRA family:
 from __future__ import annotations
 
 import re
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from peft import LoKrConfig, LoraConfig, OFTConfig, PeftConfig, inject_adapter_in_model
-from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor, nn
 
 from ..errors import UserError
-from . import inject
-from .check_state_dict import check_state
+from ..models.network import NetworkSpec
+from . import inject, targets
+from .adapter import Adapter, start_seed
+from .adapter import Layer as AdaptedLayer
 from .config import AdapterConfig
-
-LOKR_FACTOR = 4
-"""PEFT's default, -1 (about the square root), saturates at a tenth of LoRA 8's parameters on Stable Diffusion 1.5."""
+from .delta import Factors
+from .methods import LOKR_FACTOR
 
 NAME = "default"  # PEFT's name for the one adapter of a layer; files do not carry it
 
@@ -74,20 +72,15 @@ def _rotated(layer: Layer, weight: Tensor) -> Tensor:
     return weight @ (rotation - torch.eye(len(rotation), device=rotation.device)).T
 
 
-def _pair(layer: Layer) -> tuple[Tensor, Tensor]:
+def _pair(layer: Layer) -> Factors:
     up, down = layer.lora_B[NAME].weight, layer.lora_A[NAME].weight
-    return up.detach() * layer.scaling[NAME], down.detach().clone()
+    return Factors(up.detach() * layer.scaling[NAME], down.detach().clone())
 
 
-def _one_rate(layers: Sequence[Layer], lr: float, ratio: float) -> list[dict[str, Any]]:
-    return [{"params": [p for layer in layers for p in _tensors(layer).values()], "lr": lr}]
-
-
-def _loraplus(layers: Sequence[Layer], lr: float, ratio: float) -> list[dict[str, Any]]:
-    """PEFT's own grouping: B learns `ratio` times faster than A. Weight decay is left to the caller's optimizer."""
-    tuned: Any = nn.ModuleList(layers)  # PEFT asks for its PeftModel, and needs no more than a module
-    optimizer = create_loraplus_optimizer(tuned, torch.optim.SGD, lr=lr, loraplus_lr_ratio=ratio)
-    return [{"params": group["params"], "lr": group["lr"]} for group in optimizer.param_groups if group["params"]]
+def _pair_at_scale_one(layer: Layer) -> Factors:
+    """Of a layer that PEFT does not scale; its scaling is alpha / rank."""
+    up, down, _ = _pair(layer)
+    return Factors(up, down, layer.lora_magnitude_vector[NAME].weight.detach())
 
 
 class Row(NamedTuple):
@@ -96,151 +89,107 @@ class Row(NamedTuple):
     config: Callable[[int, float, str], PeftConfig]  # rank, alpha, regular expression of the layers' paths
     change: Callable[[Layer, Tensor], Tensor]  # layer, W0 (out, in) float32 -> W' - W0 (out, in) float32
     scales: bool = True  # PEFT can scale the update itself
-    factors: Callable[[Layer], tuple[Tensor, Tensor]] | None = None  # up (out, k), down (k, in), where such a pair is
-    groups: Callable[[Sequence[Layer], float, float], list[dict[str, Any]]] = _one_rate  # layers, lr, ratio -> groups
+    factors: Callable[[Layer], Factors] | None = None  # where there is a pair
+    fast: str = ""  # the tensor that learns `loraplus_ratio` times faster than the others
 
 
 ROWS: dict[str, Row] = {
     "lora": Row(_lora, _added, factors=_pair),
-    "lora+": Row(_lora, _added, factors=_pair, groups=_loraplus),
-    "dora": Row(_dora, _dora_change, scales=False),
+    "lora+": Row(_lora, _added, factors=_pair, fast="lora_B"),
+    "dora": Row(_dora, _dora_change, scales=False, factors=_pair_at_scale_one),
     "oft": Row(_oft, _rotated, scales=False),
     "lokr": Row(_lokr, _added),
 }
 
 
-class PeftAdapter:
-    """A method of PEFT on the attention projections of a UNet and of text encoders; see `adapters.Adapter`.
+class PeftDelta:
+    """A layer of PEFT's behind the contract of `delta.Delta`. There is no ramp, and every number is allowed."""
 
-    Trained tensors are float32 whatever the base's dtype. PEFT freezes the networks it enters; `detach` thaws what it
-    froze. While merged, the networks are plain ones; `detach` from there restores the original weights too.
-    """
+    u = 1.0
 
-    u = 1.0  # no ramp
-
-    def __init__(self, networks: Mapping[str, nn.Module], config: AdapterConfig, seed: int = 0) -> None:
-        if config.dora or config.init != "kaiming" or config.signature != "positive":
-            raise UserError(f"init, signature and dora are options of singlora, not of {config.method}: leave them out")
-        self.config = config
-        self.networks: dict[str, nn.Module] = {}
-        self._row = ROWS[config.method]
-        self._bases: dict[str, dict[str, nn.Linear]] = {}  # by network, then by path inside it
-        self._layers: dict[str, dict[str, Layer]] = {}
-        self._originals: dict[str, Tensor] | None = None  # the base weights, while merged
-        self._scale = 1.0
-        plans: dict[str, PeftConfig] = {}
-        for name, network in networks.items():
-            rank, alpha, targets = config.for_network(name)
-            if targets:
-                self.networks[name] = network
-                self._bases[name] = inject.projections(network, targets)
-                plans[name] = self._row.config(rank, alpha, "|".join(map(re.escape, self._bases[name])))
-        if not plans:
-            raise UserError("nothing to adapt: no targets are named for any of the networks")
-        self._thaw = [p for network in self.networks.values() for p in network.parameters() if p.requires_grad]
-        for name, network in self.networks.items():
-            start = seed * 0x9E3779B1 + zlib.crc32(name.encode())
-            self._layers[name] = _enter(network, self._bases[name], plans[name], start)
-        if not self._row.scales:
-            for _, _, layer in self._named():
-                layer.register_forward_hook(self._blend)
+    def __init__(self, layer: Layer, row: Row, ratio: float) -> None:
+        self.layer, self.scale = layer, 1.0
+        self._row, self._ratio = row, ratio
+        if not row.scales:
+            layer.register_forward_hook(self._blend)
 
     def _blend(self, layer: Layer, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """Strength for layers that PEFT cannot scale: W0 + scale (W' - W0), read off the output."""
-        return None if self._scale == 1.0 else torch.lerp(layer.base_layer(*args), output, self._scale)
+        return None if self.scale == 1.0 else torch.lerp(layer.base_layer(*args), output, self.scale)
 
-    def _named(self) -> Iterator[tuple[str, nn.Linear, Layer]]:
-        for name, layers in self._layers.items():
-            for path, layer in layers.items():
-                yield inject.outside_name(name, path), self._bases[name][path], layer
-
-    def _put(self, modules: Mapping[str, Mapping[str, nn.Module]]) -> None:
-        for name, by_path in modules.items():
-            for path, module in by_path.items():
-                parent, _, child = path.rpartition(".")
-                setattr(self.networks[name].get_submodule(parent), child, module)
-
-    def parameters(self) -> list[nn.Parameter]:
-        return [p for _, _, layer in self._named() for p in _tensors(layer).values()]
-
-    def num_parameters(self) -> int:
-        return sum(p.numel() for p in self.parameters())
-
-    def param_groups(self, lr: float, text_lr: float | None = None) -> list[dict[str, Any]]:
-        """One group per network; lora+ has two, A at the network's rate and B at `loraplus_ratio` times that."""
-        groups: list[dict[str, Any]] = []
-        for name, layers in self._layers.items():
-            rate = lr if text_lr is None or name == "unet" else text_lr
-            groups += self._row.groups(list(layers.values()), rate, self.config.loraplus_ratio)
-        return groups
-
-    def set_step(self, step: int) -> None:
-        """Nothing to do: PEFT's methods have no ramp."""
+    def set_ramp(self, u: float) -> None:
+        if u != 1.0:
+            raise UserError(f"u = {u:g}: this method has no ramp")
 
     def set_scale(self, scale: float) -> None:
-        self._scale = float(scale)
+        self.scale = float(scale)
         if self._row.scales:
-            for _, _, layer in self._named():
-                layer.set_scale(NAME, self._scale)
+            self.layer.set_scale(NAME, self.scale)
 
-    def layers(self) -> dict[str, nn.Linear]:
-        return {name: base for name, base, _ in self._named()}
+    def settle(self) -> None: ...
 
-    @torch.no_grad()
-    def _change(self, name: str, base: nn.Linear, layer: Layer) -> Tensor:
-        original = base.weight if self._originals is None else self._originals[name]
-        change = self._row.change(layer, original.detach().float())
-        return change if self._row.scales else change * self._scale
+    def tensors(self) -> dict[str, Tensor]:
+        return dict(self.trained())
 
-    def delta_weights(self) -> Iterator[tuple[str, Tensor]]:
-        for name, base, layer in self._named():
-            yield name, self._change(name, base, layer)
+    def trained(self) -> dict[str, nn.Parameter]:
+        """By PEFT's names without its name of the adapter: lora_A, lokr_w1, oft_R, ..."""
+        named = self.layer.named_parameters()
+        return {key.partition(".")[0]: tensor for key, tensor in named if not key.startswith("base_layer.")}
 
-    def factors(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        if self._row.factors is None:
-            raise UserError(f"{self.config.method} has no low-rank form: merge it into a full model")
-        for name, _, layer in self._named():
-            yield name, *self._row.factors(layer)
+    def rate(self, key: str, narrowest: int) -> float:
+        return self._ratio if key == self._row.fast else 1.0
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return {f"{name}.{key}": t.detach() for name, _, layer in self._named() for key, t in _tensors(layer).items()}
+    def delta_weight(self, weight: Tensor) -> Tensor:
+        change = self._row.change(self.layer, weight.float())
+        return change if self._row.scales else change * self.scale
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        own = self.state_dict()
-        check_state(own, state)
-        for key, tensor in own.items():
-            tensor.copy_(state[key])
+    def factors(self) -> Factors | None:
+        return self._row.factors(self.layer) if self._row.factors is not None else None
 
-    @torch.no_grad()
-    def merge(self) -> None:
-        if self._originals is not None:
-            return
-        merged = {name: base.weight.float() + self._change(name, base, layer) for name, base, layer in self._named()}
-        self._originals = {name: base.weight.detach().clone() for name, base, _ in self._named()}
-        self._put(self._bases)
-        for name, base, _ in self._named():
-            base.weight.copy_(merged[name])
 
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        if self._originals is None:
-            return
-        for name, base, _ in self._named():
-            base.weight.copy_(self._originals[name])
-        self._originals = None
-        self._put(self._layers)
+def attach(networks: Mapping[str, NetworkSpec], config: AdapterConfig, seed: int) -> Adapter:
+    """Attach a fresh adapter of `config.method`, a row of `ROWS`; arguments and errors as `registry.attach`.
 
-    def detach(self) -> None:
-        self.unmerge()
-        self._put(self._bases)
-        for parameter in self._thaw:
+    Trained tensors are float32 whatever the base's dtype. PEFT freezes the networks it enters, until they are taken out
+    or merged.
+    """
+    row, chosen, plans = ROWS[config.method], targets.chosen(networks, config), {}
+    for name, bases in chosen.items():
+        rank, alpha, _ = config.for_role(networks[name].role)
+        plans[name] = row.config(rank, alpha, "|".join(map(re.escape, bases)))
+    free = {name: [p for p in networks[name].module.parameters() if p.requires_grad] for name in chosen}
+    layers: dict[str, dict[str, Layer]] = {}
+    for name, bases in chosen.items():
+        layers[name] = _enter(networks[name].module, bases, plans[name], start_seed(seed, name))
+        inject.replace(networks[name].module, bases)
+
+    def put_in() -> Callable[[], None]:
+        with ExitStack() as undo:
+            for name, wrapped in layers.items():
+                module = networks[name].module
+                undo.callback(inject.replace(module, wrapped))
+                undo.callback(inject.keep_keys(module, dict.fromkeys(wrapped, "base_layer")))
+                undo.callback(_freeze(free[name]))
+            return undo.pop_all().close
+
+    adapted = [
+        AdaptedLayer(networks[name], path, base, PeftDelta(layers[name][path], row, config.loraplus_ratio))
+        for name, bases in chosen.items()
+        for path, base in bases.items()
+    ]
+    return Adapter(config, adapted, put_in)
+
+
+def _freeze(parameters: Iterable[nn.Parameter]) -> Callable[[], None]:
+    """Freeze parameters; returns what thaws them."""
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+
+    def thaw() -> None:
+        for parameter in parameters:
             parameter.requires_grad_(True)
-        self._thaw = []
 
-
-def attach(networks: Mapping[str, nn.Module], config: AdapterConfig, seed: int = 0) -> PeftAdapter:
-    """Attach a fresh adapter of `config.method`, a row of `ROWS`; arguments and errors as `adapters.attach`."""
-    return PeftAdapter(networks, config, seed)
+    return thaw
 
 
 def _enter(network: nn.Module, bases: Mapping[str, nn.Linear], config: PeftConfig, seed: int) -> dict[str, Layer]:
@@ -269,9 +218,3 @@ def _as_float32(bases: Iterable[nn.Linear]) -> Iterator[None]:
     finally:
         for weight, data in stored:
             weight.data = data
-
-
-def _tensors(layer: Layer) -> dict[str, nn.Parameter]:
-    """What a PEFT layer trains, by its name without PEFT's adapter name: lora_A, lokr_w1, oft_R, ..."""
-    named = layer.named_parameters()
-    return {key.partition(".")[0]: tensor for key, tensor in named if not key.startswith("base_layer.")}

@@ -6,7 +6,7 @@ For a weight W0 of shape (out, in), A has n = max(out, in) rows and the smaller 
     dW = (alpha / r) u(t) A[:out] S A[:in]^T          S = identity in the paper
 
 Two departures are offered by name, both off by default: `init="offset"` subtracts the product of the initial matrix, so
-that training starts at exactly dW = 0; `signature="balanced"` puts S = diag(+1, -1, +1, ...) in the middle, which lifts
+that training starts at exactly dW = 0; `signature="balanced"` puts S = diag(+1, -1, +1, ...) in between, which lifts
 the restriction of A A^T to positive semi-definite updates without a further parameter (SymLoRA, arXiv 2504.03719,
 learns such a diagonal).
 """
@@ -14,31 +14,30 @@ learns such a diagonal).
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from . import singlora_fused
+from .config import Init, Signature
+from .delta import Factors, LowRankDelta
 
-INITS = ("kaiming", "offset")
-SIGNATURES = ("positive", "balanced")
-
-
-def ramp(step: int, ramp_steps: int) -> float:
-    """u(t) = min(t / T, 1), the paper's warm-up (section 4.1); T = 0 means u = 1 throughout."""
-    return min(step / ramp_steps, 1.0) if ramp_steps > 0 else 1.0
+INITS: tuple[str, ...] = get_args(Init)
+SIGNATURES: tuple[str, ...] = get_args(Signature)
 
 
 def kaiming(rows: int, rank: int, generator: torch.Generator | None = None) -> Tensor:
     """Initial A, (rows, rank) float32, entries uniform in +-1/sqrt(rows).
 
-    The paper wants entries of order n^-1/2 for A in R^{n x r}. `nn.init.kaiming_uniform_` on an (n, r) tensor would
-    read fan_in = r and give a product 25 to 80 times too large, hence fan_in = n here.
+    The paper wants entries of order n^-1/2 for A in R^{n x r}; these have variance 1 / (3 n).
+    `nn.init.kaiming_uniform_` on an (n, r) tensor would read fan_in = r and give a product n / r times too large, hence
+    fan_in = n here.
     """
     return torch.empty(rows, rank).uniform_(-1.0, 1.0, generator=generator).mul_(1.0 / math.sqrt(rows))
 
 
-class SingLoRA(nn.Module):
+class SingLoRA(LowRankDelta):
     """The update of one linear layer.
 
     Args:
@@ -47,6 +46,7 @@ class SingLoRA(nn.Module):
         alpha: the update is scaled by alpha / r.
         init: `kaiming` as in the paper, or `offset`: A A^T - A0 A0^T.
         signature: `positive` as in the paper, or `balanced`: A S A^T with S = diag(+1, -1, ...).
+        by_width: let wide layers learn more slowly, as n^-1/2.
         generator: a CPU generator; the same state gives the same A.
 
     A is float32 whatever the base's dtype, and is cast to the input's dtype where it is used.
@@ -54,7 +54,6 @@ class SingLoRA(nn.Module):
 
     A0: Tensor | None
     S: Tensor | None
-    gain: Tensor
 
     def __init__(
         self,
@@ -64,42 +63,30 @@ class SingLoRA(nn.Module):
         *,
         init: str = "kaiming",
         signature: str = "positive",
+        by_width: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__()
         if rank < 1 or init not in INITS or signature not in SIGNATURES:
             raise ValueError(f"rank {rank}, init {init!r}, signature {signature!r}: want >= 1, {INITS}, {SIGNATURES}")
+        super().__init__(base, rank, alpha)
+        self.init, self.signature, self.by_width = init, signature, by_width
         device = base.weight.device
-        self.out_features, self.in_features = base.out_features, base.in_features
-        self.rank, self.alpha, self.init, self.signature = rank, float(alpha), init, signature
         start = kaiming(max(self.out_features, self.in_features), rank, generator).to(device)
         self.A = nn.Parameter(start)  # (max(out, in), r) float32
         self.register_buffer("A0", start.clone() if init == "offset" else None)
         signs = torch.tensor([1.0, -1.0], device=device).repeat(rank)[:rank]  # (r,)
         self.register_buffer("S", signs if signature == "balanced" else None, persistent=False)
-        # One number on the device, so that the ramp neither recompiles a compiled model nor makes the host wait.
-        self.register_buffer("gain", torch.empty((), device=device), persistent=False)
-        self.scale = 1.0
-        self.set_ramp(1.0)
 
-    @property
-    def u(self) -> float:
-        """The ramp's value now, 0 to 1."""
-        return self._u
-
-    def set_ramp(self, u: float) -> None:
-        """Set u(t). The training loop calls it once per optimizer step; nothing counts in forward."""
-        self._u = float(u)
-        self.gain.fill_(self.alpha / self.rank * self._u)
-
-    def set_scale(self, scale: float) -> None:
-        """Set the strength at inference: 1.0 is as trained, 0.0 the base layer."""
-        self.scale = float(scale)
+    def rate(self, key: str, narrowest: int) -> float:
+        """By width: the paper's analysis asks for a rate proportional to n^-1/2 (section 4.2; it holds for Adam)."""
+        return math.sqrt(narrowest / self.A.shape[0]) if self.by_width and key == "A" else 1.0
 
     def forward(self, base: nn.Linear, x: Tensor) -> Tensor:
         """What the adapted layer answers to x (..., in): base(x) + x dW^T, (..., out) in x.dtype."""
+        if self.scale == 0.0:  # the fused sums may come in another order
+            return base(x)
         if self.A0 is None and singlora_fused.applies(base, x):  # an offset's halves must cancel exactly at the start
-            return singlora_fused.adapted_linear(base, x, self.A, self._middle() * self.scale)
+            return singlora_fused.adapted_linear(base, x, self.A, self._scaling() * self.scale)
         return torch.add(base(x), self._update(x), alpha=self.scale)
 
     def _update(self, x: Tensor) -> Tensor:
@@ -110,38 +97,56 @@ class SingLoRA(nn.Module):
     def _product(self, x: Tensor, a: Tensor) -> Tensor:
         a = a.to(x.dtype)
         z = x @ a[: self.in_features]  # (..., r)
-        return (z * self._middle().to(x.dtype)) @ a[: self.out_features].T
+        return (z * self._scaling().to(x.dtype)) @ a[: self.out_features].T
 
-    def _middle(self) -> Tensor:
+    def _scaling(self) -> Tensor:
         """(alpha / r) u S: a number, or (r,) with signs."""
         return self.gain if self.S is None else self.gain * self.S
 
-    def _pair(self) -> tuple[Tensor, Tensor]:
-        """`factors` at strength 1."""
-        a, a0, middle = self.A.detach(), self.A0, self._middle()
-        up, down = a[: self.out_features] * middle, a[: self.in_features].T
-        if a0 is not None:
-            up = torch.cat([up, a0[: self.out_features] * -middle], dim=1)
-            down = torch.cat([down, a0[: self.in_features].T])
-        return up, down
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """A S and A^T, and beside them those of A0 with the other sign, where it is subtracted."""
+        up, down = self._halves(self.A)
+        if self.A0 is None:
+            return up, down
+        up0, down0 = self._halves(self.A0)
+        return torch.cat([up, -up0], dim=1), torch.cat([down, down0])
+
+    def _halves(self, a: Tensor) -> tuple[Tensor, Tensor]:
+        up = a[: self.out_features]
+        return up if self.S is None else up * self.S, a[: self.in_features].T
+
+    def _scaled_pair(self) -> tuple[Tensor, Tensor]:
+        """`pair` with (alpha / r) u inside, at strength 1; constants to autograd."""
+        up, down = self.pair()
+        return up.detach() * self.gain, down.detach()
 
     def _dense(self) -> Tensor:
-        """dW at strength 1. The halves of an offset are multiplied apart, so that they cancel exactly at the start."""
-        up, down = self._pair()
-        products = [u @ d for u, d in zip(up.split(self.rank, dim=1), down.split(self.rank), strict=True)]
-        return torch.stack(products).sum(dim=0)
+        """dW at strength 1; exactly zero at the start of an offset."""
+        up, down = self._full_factors()
+        return up @ down
 
-    def factors(self) -> tuple[Tensor, Tensor]:
+    def factors(self) -> Factors | None:
         """An ordinary LoRA pair with dW = up @ down exactly: up (out, k), down (k, in), float32, scaled in up.
 
-        k = r, or 2 r with `init="offset"`.
+        k = r, or 2 r with `init="offset"`, whose pair is safe to round: it is not written as the difference of two
+        nearly equal products, but [P, Q] [R; T] = [P + Q, (P - Q) / 2] [(R + T) / 2; R - T], where P + Q and R - T are
+        small, as the update is, and its columns and rows are of about equal size, above what half precision underflows.
         """
-        up, down = self._pair()
-        return up * self.scale, down.clone(memory_format=torch.contiguous_format)
+        up, down = self._full_factors()
+        return Factors(up * self.scale, down)
+
+    def _full_factors(self) -> tuple[Tensor, Tensor]:
+        """The pair of `factors` at strength 1, in memory of its own."""
+        up, down = self._scaled_pair()
+        if self.A0 is not None:
+            (p, q), (r, t) = up.chunk(2, dim=1), down.chunk(2)
+            up, down = torch.cat([p + q, (p - q) / 2], dim=1), torch.cat([(r + t) / 2, r - t])
+            ratio = torch.linalg.vector_norm(down, dim=1) / torch.linalg.vector_norm(up, dim=0)
+            power = torch.exp2(ratio.log2().div(2).round())  # of two, so that nothing is rounded
+            power = torch.where(power.isfinite() & (power > 0), power, 1.0)  # one of them is zero
+            up, down = up * power, down / power[:, None]
+        return up, down.clone(memory_format=torch.contiguous_format)
 
     def delta_weight(self, weight: Tensor) -> Tensor:
         """dW, (out, in) float32. `weight` is W0, which this purely additive form does not need."""
         return self._dense() * self.scale
-
-    def extra_repr(self) -> str:
-        return f"in={self.in_features}, out={self.out_features}, rank={self.rank}, alpha={self.alpha:g}"

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from . import singlora_fused
+from .config import AdapterConfig
+from .delta import Factors
 from .singlora import SingLoRA
 
 TINY = 1e-24
@@ -23,16 +25,33 @@ TINY = 1e-24
 class DoraSingLoRA(SingLoRA):
     """`SingLoRA` with a magnitude m (out,) float32 as a second trained tensor; same arguments.
 
-    The strength at inference goes with the whole change, W0 + scale (W' - W0); `factors` is a UserError one level up.
+    A magnitude is a norm: it starts at ||W0||, is trained as it is, and `settle` puts what an optimizer step took below
+    zero back to it. Another parametrisation, as a logarithm, would change what Adam does and what stored files mean.
+
+    The strength at inference goes with the whole change, W0 + scale (W' - W0).
+
+    Args:
+        magnitude_ratio: the learning rate of the magnitudes over that of A.
     """
 
     squares: Tensor
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, **options: Any) -> None:
+    def __init__(
+        self, base: nn.Linear, rank: int, alpha: float, *, magnitude_ratio: float = 1.0, **options: Any
+    ) -> None:
         super().__init__(base, rank, alpha, **options)
+        self.magnitude_ratio = magnitude_ratio
         squares = base.weight.detach().float().square().sum(dim=1)  # ||W0||^2 per output row
         self.register_buffer("squares", squares, persistent=False)
         self.magnitude = nn.Parameter(squares.sqrt())
+
+    def settle(self) -> None:
+        """No magnitude below zero."""
+        with torch.no_grad():
+            self.magnitude.clamp_(min=0.0)
+
+    def rate(self, key: str, narrowest: int) -> float:
+        return self.magnitude_ratio if key == "magnitude" else super().rate(key, narrowest)
 
     def norm(self, weight: Tensor) -> Tensor:
         """||W0 + dW|| per output row, (out,) float32, without forming dW; a constant to autograd.
@@ -40,17 +59,19 @@ class DoraSingLoRA(SingLoRA):
         With dW = U V: ||w + uV||^2 = ||w||^2 + 2 u.(V w) + u (V V^T) u^T, so the largest product is W0 V^T, (out, k).
         """
         with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-            up, down = self._pair()
+            up, down = self._scaled_pair()
             cross = (weight.float() @ down.T * up).sum(dim=1)
             gram = (up @ (down @ down.T) * up).sum(dim=1)
             return (self.squares + 2 * cross + gram).clamp_min(TINY).sqrt()
 
     def forward(self, base: nn.Linear, x: Tensor) -> Tensor:
         """x W'^T + bias, (..., out) in x.dtype."""
+        if self.scale == 0.0:
+            return base(x)
         ratio = self.magnitude / self.norm(base.weight)
         # As a change of y, so that what has not moved yet answers exactly as the base does, whatever the dtype.
         if self.A0 is None and self.scale == 1.0 and singlora_fused.applies(base, x):
-            y = singlora_fused.adapted_linear(base, x, self.A, self._middle())
+            y = singlora_fused.adapted_linear(base, x, self.A, self._scaling())
             return torch.addcmul(y, (ratio - 1).to(x.dtype), y if base.bias is None else y - base.bias)
         y = base(x)
         linear = y if base.bias is None else y - base.bias
@@ -61,3 +82,22 @@ class DoraSingLoRA(SingLoRA):
         """scale (W' - W0), (out, in) float32, for W0 = `weight`."""
         ratio = (self.magnitude.detach() / self.norm(weight))[:, None]
         return self.scale * ((ratio - 1) * weight.detach().float() + ratio * self._dense())
+
+    def factors(self) -> Factors | None:
+        """The direction as a pair, at scale 1 whatever the scale is, and the magnitude."""
+        return Factors(*self._full_factors(), self.magnitude.detach())
+
+
+def delta(
+    base: nn.Linear, rank: int, alpha: float, config: AdapterConfig, generator: torch.Generator | None
+) -> SingLoRA:
+    """What the configuration asks for at one layer."""
+    options: dict[str, Any] = {
+        "init": config.init,
+        "signature": config.signature,
+        "by_width": config.rate_by_width,
+        "generator": generator,
+    }
+    if config.dora:
+        return DoraSingLoRA(base, rank, alpha, magnitude_ratio=config.magnitude_lr_ratio, **options)
+    return SingLoRA(base, rank, alpha, **options)

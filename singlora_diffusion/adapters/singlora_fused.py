@@ -1,12 +1,12 @@
 """The adapted linear layer as one differentiable operation: what `SingLoRA` computes, in fewer passes over the data.
 
-    y = x W^T + b + z A[:out]^T,   z = (x A[:in]) * middle
+    y = x W^T + b + z A[:out]^T,   z = (x A[:in]) * scaling
 
 Beside the plain form, which autograd differentiates piece by piece: the update is accumulated into the base's output
 and into its input gradient by the multiplications themselves, and the two terms of A's gradient meet in one buffer
 instead of two of full size:
 
-    dz = (dy A[:out]) * middle        dA[:in] += x^T dz        dA[:out] += dy^T z        dx = dy W + dz A[:in]^T
+    dz = (dy A[:out]) * scaling        dA[:in] += x^T dz        dA[:out] += dy^T z        dx = dy W + dz A[:in]^T
 """
 
 from __future__ import annotations
@@ -32,38 +32,38 @@ def applies(base: nn.Linear, x: Tensor) -> bool:
     return plain and frozen and x.dtype == base.weight.dtype and not torch.is_autocast_enabled(x.device.type)
 
 
-def adapted_linear(base: nn.Linear, x: Tensor, a: Tensor, middle: Tensor) -> Tensor:
-    """x (W + dW)^T + b with dW = (A[:out] * middle) A[:in]^T, (..., out); differentiable once, in x and A.
+def adapted_linear(base: nn.Linear, x: Tensor, a: Tensor, scaling: Tensor) -> Tensor:
+    """x (W + dW)^T + b with dW = (A[:out] * scaling) A[:in]^T, (..., out); differentiable once, in x and A.
 
     Args:
         base: a frozen layer (out, in) for which `applies`.
         x: (..., in), in the dtype of the base.
         a: (max(out, in), r), of any dtype.
-        middle: a number or (r,), a constant.
+        scaling: a number or (r,), a constant.
     """
     wide = base.product_dtype(x) if isinstance(base, CpuLinear) else x.dtype
-    return _AdaptedLinear.apply(x, base.weight, base.bias, a, middle, wide)
+    return _AdaptedLinear.apply(x, base.weight, base.bias, a, scaling, wide)
 
 
 class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, middle: Tensor, wide: torch.dtype
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, scaling: Tensor, wide: torch.dtype
     ) -> Tensor:
         outs, ins = weight.shape
         rows = x.reshape(-1, ins).to(wide)
-        z = (rows @ a[:ins].to(wide)).mul_(middle)
+        z = (rows @ a[:ins].to(wide)).mul_(scaling)
         y = F.linear(rows, weight.to(wide), None if bias is None else bias.to(wide)).addmm_(z, a[:outs].to(wide).T)
-        ctx.save_for_backward(x, weight, a, z, middle)
+        ctx.save_for_backward(x, weight, a, z, scaling)
         return y.to(x.dtype).view(*x.shape[:-1], outs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, a, z, middle = ctx.saved_tensors
+        x, weight, a, z, scaling = ctx.saved_tensors
         outs, ins = weight.shape
         dy_rows = dy.reshape(-1, outs).to(z.dtype)
-        dz = (dy_rows @ a[:outs].to(z.dtype)).mul_(middle)
+        dz = (dy_rows @ a[:outs].to(z.dtype)).mul_(scaling)
         dx = da = None
         if ctx.needs_input_grad[0]:  # a text encoder's output, cached, needs none
             dx = (dy_rows @ weight.to(z.dtype)).addmm_(dz, a[:ins].to(z.dtype).T).to(x.dtype).view(x.shape)

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..randomness import seeded
+
 INSTANCE, PRIOR = 0, 1  # two streams: pictures of the subject, pictures of its class
 
 
@@ -23,8 +25,8 @@ class Draw(NamedTuple):
     """(N, C, h, w) float32, what the latents are corrupted with."""
     latent_noise: Tensor
     """(N, C, h, w) float32, picks the latent out of the autoencoder's posterior."""
-    t: Tensor
-    """(N,) int64 timesteps."""
+    quantile: Tensor
+    """(N,) float64 in [0, 1), for `Family.times`."""
     flip: Tensor
     """(N,) bool."""
 
@@ -41,22 +43,20 @@ def examples(seed: int, positions: Sequence[int], count: int, stream: int = INST
     return chosen
 
 
-def draw(seed: int, positions: Sequence[int], shape: tuple[int, ...], timesteps: int, stream: int = INSTANCE) -> Draw:
-    """Noise, timesteps and flips for the examples at these positions.
+def draw(seed: int, positions: Sequence[int], shape: tuple[int, ...], stream: int = INSTANCE) -> Draw:
+    """Noise, quantiles of the time and flips for the examples at these positions.
 
     Args:
         shape: of one latent, (C, h, w).
-        timesteps: number of training timesteps; t is uniform below it.
     """
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     for position in positions:
-        key = int(np.random.SeedSequence((seed, stream, position)).generate_state(1, np.uint64)[0])
-        generator = torch.Generator().manual_seed(key)
+        generator = seeded(int(np.random.SeedSequence((seed, stream, position)).generate_state(1)[0]))
         parts.append(
             (
                 torch.randn(shape, generator=generator),
                 torch.randn(shape, generator=generator),
-                torch.randint(timesteps, (), generator=generator),
+                torch.rand((), generator=generator, dtype=torch.float64),
                 torch.rand((), generator=generator) < 0.5,
             )
         )

@@ -1,4 +1,4 @@
-"""Pictures as latents: encoded once, since nothing that makes them is trained, then drawn by position."""
+"""Images as latents: encoded once, since nothing that makes them is trained, then drawn by position."""
 
 from __future__ import annotations
 
@@ -7,40 +7,77 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from ..progress import track
-from . import crops, draws, images
+from . import crops, draws
+from .images import open_image
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from ..models import Family
 
 
-class Encoded(NamedTuple):
-    """Latent distributions of a folder of pictures."""
+class EncodedImages(NamedTuple):
+    """Latent distributions of n images, as `Family.encode_images` gives them, and how the images were cropped."""
 
     mean: Tensor
-    """(n, flips, C, h, w) float32; flips is 2 with --random_flip."""
+    """(n, views, C, h, w) float32; views is 2, the second one mirrored, where images are flipped at random."""
     std: Tensor
+    original: Tensor
+    """(n, 2) int64: height and width of the image file."""
+    crop: Tensor
+    """(n, 2) int64: top and left of the crop, after scaling."""
 
 
-def encode_pictures(family: Family, pictures: Sequence[Path], resolution: int, flip: bool, console: Console) -> Encoded:
-    """Decode, crop and encode every picture once: nothing that makes the latents is trained."""
-    means, stds = [], []
-    for path in track(pictures, "encoding pictures", console):
-        pixels = torch.from_numpy(crops.to_square(images.open_picture(path), resolution))
-        views = torch.stack([pixels, pixels.flip(-1)] if flip else [pixels])
-        mean, std = family.encode_images(views)
-        means.append(mean.cpu())
-        stds.append(std.cpu())
-    return Encoded(torch.stack(means), torch.stack(stds))
+class Examples(NamedTuple):
+    """What a step learns from, on the CPU, N examples."""
+
+    latents: Tensor
+    """(N, C, h, w) float32."""
+    noise: Tensor
+    """(N, C, h, w) float32."""
+    quantile: Tensor
+    """(N,) float64, for `Family.times`."""
+    original: Tensor
+    """(N, 2), as in `EncodedImages`."""
+    crop: Tensor
 
 
-def batch(data: Encoded, seed: int, positions: range, timesteps: int, stream: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents, noise and timesteps for these positions of the stream, on the CPU."""
-    drawn = draws.draw(seed, positions, tuple(data.mean.shape[2:]), timesteps, stream)
+def encode(family: Family, path: Path, resolution: int, flip: bool) -> EncodedImages:
+    """Decode, crop and encode one image.
+
+    Raises:
+        UserError: the image cannot be read.
+    """
+    image = open_image(path)
+    pixels = torch.from_numpy(crops.to_square(image, resolution))
+    views = torch.stack([pixels, pixels.flip(-1)] if flip else [pixels])
+    mean, std = family.encode_images(views)
+    crop = _middle(image, resolution)
+    return EncodedImages(mean.cpu()[None], std.cpu()[None], torch.tensor([[image.height, image.width]]), crop[None])
+
+
+def together(encoded: Sequence[EncodedImages]) -> EncodedImages:
+    """Several of them as one, in order."""
+    return EncodedImages(*(torch.cat(column) for column in zip(*encoded, strict=True)))
+
+
+def batch(data: EncodedImages, seed: int, positions: range, stream: int) -> Examples:
+    """The examples at these positions of a stream."""
+    drawn = draws.draw(seed, positions, tuple(data.mean.shape[2:]), stream)
     chosen = draws.examples(seed, positions, len(data.mean), stream)
     view = drawn.flip.long() * (data.mean.shape[1] - 1)
-    return data.mean[chosen, view] + data.std[chosen, view] * drawn.latent_noise, drawn.noise, drawn.t
+    latents = data.mean[chosen, view] + data.std[chosen, view] * drawn.latent_noise
+    return Examples(latents, drawn.noise, drawn.quantile, data.original[chosen], data.crop[chosen])
+
+
+def joined(parts: Sequence[Examples]) -> Examples:
+    """The examples of several streams in one batch, in order."""
+    return Examples(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def _middle(image: Image.Image, resolution: int) -> Tensor:
+    """Top and left of the crop that `crops.to_square` takes, in pixels of the scaled image; mirrored it is the same."""
+    side = min(image.size)
+    scaled = [round(length * resolution / side) for length in (image.height, image.width)]
+    return torch.tensor([(length - resolution) // 2 for length in scaled])

@@ -6,12 +6,15 @@ goes. Blank lines and lines that start with # are skipped.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import UserError
+from ..files import reason
+from ..terminal import escaped
 
 RARE_WORDS = ("sks", "ohwx", "zwx")
 """Identifiers in common use: next to no meaning to a text encoder, which is what makes them good ones."""
@@ -41,10 +44,14 @@ class Prompt:
 
 
 class InstancePrompt(NamedTuple):
-    """What the prompt of the training pictures says: "a photo of sks dog" -> ("sks", "dog")."""
+    """What the instance prompt says: "a photo of sks dog" -> ("sks", "dog")."""
 
     identifier: str
     class_noun: str
+
+    def without_identifier(self, prompt: str) -> str:
+        """The prompt as it is true of the whole class: "a photo of dog"."""
+        return " ".join(prompt.replace(self.identifier, " ", 1).split())
 
 
 def bundled() -> dict[str, Path]:
@@ -65,25 +72,26 @@ def load(source: str | Path) -> list[Prompt]:
         UserError: no such file or set, not a text file, no template in it, or a template that cannot be filled in.
     """
     path = _locate(source)
+    shown = escaped(path, 1000)
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (UnicodeDecodeError, OSError) as error:
-        raise UserError(
-            f"{path}: cannot be read as UTF-8 text ({error}); save it as one, a template per line"
-        ) from error
+    except OSError as error:
+        raise UserError(f"{shown}: cannot be read: {reason(error)}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{shown}: is not UTF-8 text ({error}); save it as that, a template per line") from error
     prompts: list[Prompt] = []
     for number, line in enumerate(lines, start=1):
         template = line.strip()
         if template and not template.startswith("#"):
-            _check(template, f"{path}, line {number}")
+            _check(template, f"{shown}, line {number}")
             prompts.append(Prompt(template, len(prompts)))
     if not prompts:
-        raise UserError(f"{path}: holds no prompts; write one per line, such as: a {{token}} {{class}} in the snow")
+        raise UserError(f"{shown}: holds no prompts; write one per line, such as: a {{token}} {{class}} in the snow")
     return prompts
 
 
 def split_instance_prompt(prompt: str, identifier: str | None = None) -> InstancePrompt:
-    """Finds the identifier and the class noun in the prompt of the training pictures.
+    """Find the identifier and the class noun in an instance prompt.
 
     The identifier is the one given, or else the first word that is written as a placeholder (`<dog>`, `[v]`, `S*`) or
     is one of `RARE_WORDS`. The class noun is what follows it, up to the first punctuation mark or the first word that
@@ -92,7 +100,7 @@ def split_instance_prompt(prompt: str, identifier: str | None = None) -> Instanc
     Raises:
         UserError: no identifier in the prompt, or nothing after it.
     """
-    words = prompt.split()
+    words, shown = prompt.split(), escaped(prompt)
     if identifier is not None:
         sought = identifier.split()
         if not sought:
@@ -100,50 +108,54 @@ def split_instance_prompt(prompt: str, identifier: str | None = None) -> Instanc
         starts = [i for i in range(len(words)) if [_bare(word) for word in words[i : i + len(sought)]] == sought]
         if not starts:
             raise UserError(
-                f'the instance prompt "{prompt}" lacks the identifier "{identifier}"; write it before the class noun'
+                f'the instance prompt "{shown}" lacks the identifier "{escaped(identifier)}"; '
+                f"write it before the class noun"
             )
         start, name = starts[0] + len(sought), " ".join(sought)
     else:
         guesses = [i for i, word in enumerate(words) if _is_identifier(_bare(word))]
         if not guesses:
             raise UserError(
-                f'the instance prompt "{prompt}" has no identifier: write a rare word before the class noun, as in '
+                f'the instance prompt "{shown}" has no identifier: write a rare word before the class noun, as in '
                 f'"a photo of sks dog", or say which word it is with --identifier'
             )
         start, name = guesses[0] + 1, _bare(words[guesses[0]])
     class_noun = _class_noun(words[start:])
     if not class_noun:
         raise UserError(
-            f'the instance prompt "{prompt}" has no class noun after "{name}": write what the subject is, as in '
+            f'the instance prompt "{shown}" has no class noun after "{name}": write what the subject is, as in '
             f'"a photo of {name} dog"'
         )
     return InstancePrompt(name, class_noun)
 
 
 def _locate(source: str | Path) -> Path:
-    path = Path(source).expanduser()
-    if path.is_file():
+    path = Path(os.path.expanduser(source))
+    shown = escaped(path, 1000)
+    if os.path.isfile(path):
         return path
     sets = bundled()
     if str(source) in sets:
         return sets[str(source)]
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder, not a prompt file")
+    if os.path.isdir(path):
+        raise UserError(f"{shown}: is a folder, not a prompt file")
     if path.stem in sets:
         hint = f"--prompts {path.stem} takes the one that comes with the package"
     else:
         hint = f"the sets that come with the package are {', '.join(sets)}"
-    raise UserError(f"{path}: no such prompt file; {hint}")
+    raise UserError(f"{shown}: no such prompt file; {hint}")
 
 
 def _check(template: str, where: str) -> None:
     fields = re.findall(r"{[^{}]*}", template)
     if unknown := [field for field in fields if field not in ("{token}", "{class}")]:
-        raise UserError(f"{where}: unknown placeholder {unknown[0]}; only {{token}} and {{class}} are filled in")
+        raise UserError(
+            f"{where}: unknown placeholder {escaped(unknown[0])}; only {{token}} and {{class}} are filled in"
+        )
     if re.search(r"[{}]", re.sub(r"{(token|class)}", "", template)):
-        raise UserError(f'{where}: a brace without its partner in "{template}"')
+        raise UserError(f'{where}: a brace without its partner in "{escaped(template)}"')
     if "{class}" not in fields:
-        raise UserError(f'{where}: "{template}" has no {{class}}, the place of the class noun')
+        raise UserError(f'{where}: "{escaped(template)}" has no {{class}}, the place of the class noun')
 
 
 def _class_noun(words: list[str]) -> str:

@@ -1,20 +1,24 @@
-"""Adapter files, in and out. Importing this package loads no torch: each verb brings what it needs when first used.
+"""Adapter files, in and out. Importing this package loads no torch: each function brings what it needs when first used.
 
 What users ask for:
-    native       our own file: save, load, verify, read_header
-    outward      export to kohya, diffusers, PEFT; merge_into a full pipeline
-    inward       import other programs' SingLoRAs; attach anything readable for generation
-    inspection   what is in a file, layer by layer
-    arithmetic   exact sums of SingLoRAs
-    settings     the flags of the verbs; verbs runs them
+    native          our own file: save, load, verify, read_header
+    exporting       LoRA files for other programs
+    merging         whole pipelines with an adapter merged in
+    importing       other programs' SingLoRAs become ours; anything readable is attached for generation
+    inspecting      what is in a file, layer by layer
+    arithmetic      exact sums of SingLoRAs
+    settings        the flags of the commands; commands runs them
 
 What they stand on:
-    container    safetensors files, read with suspicion and written whole or not at all
-    names        how the outside world spells layers and tensors
-    recognition  what a file is
-    columns      a SingLoRA as signed columns: sums, disguises
-    pairs        any adapter as ordinary LoRA pairs
-    proof        an exported file loaded back through diffusers and compared
+    header          what our file says about itself
+    safetensors_io  safetensors files, checked by the library and written whole or not at all
+    keys            how programs spell layers and tensors
+    file_kinds      what a file is
+    signed_factors  a SingLoRA as columns with signs: sums, tied LoRA pairs
+    lora_pairs      any adapter as ordinary LoRA pairs
+    metadata        what an exported file says about itself
+    verify_export   an exported file loaded back through diffusers and compared
+    diffusers_loader  LoRA files through diffusers' own loader
 """
 
 from __future__ import annotations
@@ -26,24 +30,27 @@ from .settings import AddSettings, ExportSettings, ImportSettings, InspectSettin
 
 if TYPE_CHECKING:
     from .arithmetic import add
-    from .inspection import inspect, show
-    from .inward import attach_files, import_, recognise
-    from .native import Header, load, read_header, save, verify
-    from .outward import export, merge_into
+    from .exporting import export
+    from .file_kinds import recognise
+    from .header import Header
+    from .importing import attach_files, import_
+    from .inspecting import inspect, show
+    from .merging import merge_into
+    from .native import load, read_header, save, verify
 
 _HOMES = {
     "add": "arithmetic",
-    "attach_files": "inward",
-    "export": "outward",
-    "Header": "native",
-    "import_": "inward",
-    "inspect": "inspection",
+    "attach_files": "importing",
+    "export": "exporting",
+    "Header": "header",
+    "import_": "importing",
+    "inspect": "inspecting",
     "load": "native",
-    "merge_into": "outward",
+    "merge_into": "merging",
     "read_header": "native",
-    "recognise": "inward",
+    "recognise": "file_kinds",
     "save": "native",
-    "show": "inspection",
+    "show": "inspecting",
     "verify": "native",
 }
 

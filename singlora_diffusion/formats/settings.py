@@ -1,4 +1,4 @@
-"""The flags of the verbs that handle adapter files."""
+"""The flags of the commands that handle adapter files."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tyro.conf import Positional
+
+from ..settings import CountOrZero, Number, Positive
 
 Format = Literal["kohya", "diffusers", "peft"]
 Precision = Literal["float32", "fp16", "bf16"]
@@ -20,7 +22,8 @@ class ExportSettings:
     output: str | None = None
     """The file to write, `.safetensors`."""
     format: Format = "kohya"
-    """kohya: ComfyUI, A1111, Forge, InvokeAI and diffusers. diffusers, peft: `pipe.load_lora_weights`."""
+    """kohya: ComfyUI, A1111, Forge, InvokeAI and diffusers. diffusers, peft: diffusers alone, which keeps DoRA's
+    magnitudes in these forms."""
     dtype: Precision = "float32"
     """Precision of the stored numbers. fp16 halves the file and rounds the adapter."""
     merge_into: str | None = None
@@ -41,9 +44,9 @@ class ImportSettings:
     """The adapter file to write, `.safetensors`."""
     pretrained_model_name_or_path: str
     """The base model it was trained on."""
-    alpha: float | None = None
-    """Its alpha, where the file does not say. None: what lies beside the file says, else the rank."""
-    ramp_steps: int = 1000
+    alpha: Positive | None = None
+    """Its alpha, where the file does not say. None: what lies beside the file says, else the rank, with a note."""
+    ramp_steps: CountOrZero = 1000
     """T of its ramp, used if the file carries the trainer's step: u = min(step / T, 1). 0: u = 1."""
     dtype: Precision = "float32"
     """Precision of the stored numbers."""
@@ -69,7 +72,7 @@ class AddSettings:
     """Run folders or adapter files."""
     output: str
     """The adapter file to write, `.safetensors`."""
-    scale: tuple[float, ...] = (1.0,)
+    scale: tuple[Number, ...] = (1.0,)
     """A factor for all adapters, or one for each."""
     overwrite: bool = False
     """Replace `output` if it exists."""

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
 
 class AttentionView:
-    """Stands for `attention`, a diffusers Attention, in the call of a processor.
+    """Stands for `attention`, an attention of diffusers, in the call of a processor.
 
     Args:
-        replaced: what the processor calls instead, by projection: to_q, to_k, to_v, to_out.0.
+        replaced: what the processor calls instead, by projection: to_q, add_k_proj, to_out.0.
     """
 
-    def __init__(self, attention: Any, replaced: dict[str, Callable[[Tensor], Tensor]]) -> None:
+    def __init__(self, attention: Any, replaced: Mapping[str, Callable[[Tensor], Tensor]]) -> None:
         self._attention = attention
         for name, projection in replaced.items():
-            if name == "to_out.0":
-                self.to_out = [projection, *attention.to_out[1:]]
+            name, _, place = name.partition(".")
+            if place:  # one of a list of modules
+                modules = [*getattr(self, name)]
+                modules[int(place)] = projection
+                setattr(self, name, modules)
             else:
                 setattr(self, name, projection)
 

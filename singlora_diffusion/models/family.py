@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..errors import UserError
 from .network import NetworkSpec
 
 
@@ -146,12 +147,27 @@ class Family(Protocol):
         prompts: Sequence[str],
         seeds: Sequence[int],
         *,
-        steps: int,
-        guidance: float,
-        height: int,
-        width: int,
+        steps: int | None = None,
+        guidance: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
         negative_prompt: str = "",
         sampler: str | None = None,
     ) -> list[Image.Image]:
-        """One image per prompt and seed. Each has its own generator, so it depends on its batch to rounding only."""
+        """One image per prompt and seed. Each has its own generator, so it depends on its batch to rounding only.
+
+        None stands for what the model likes: `steps`, `guidance`, `resolution`.
+        """
         ...
+
+
+def check_sides(family: Family, height: int | None, width: int | None) -> tuple[int, int]:
+    """Height and width in pixels to sample at; None: the model's native side.
+
+    Raises:
+        UserError: a side that is not a multiple of `family.multiple`.
+    """
+    height, width = height or family.resolution, width or family.resolution
+    if height % family.multiple or width % family.multiple or min(height, width) < family.multiple:
+        raise UserError(f"{width}x{height} pixels: both sides must be multiples of {family.multiple}")
+    return height, width

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 Role = Literal["denoiser", "text"]
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+JOINT_ATTENTION = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+"""Of transformers that attend to image and text together: each has projections of its own."""
 TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
+T5_ATTENTION = ("q", "k", "v", "o")
+MLP = ("ff.net.0.proj", "ff.net.2")
+JOINT_MLP = (*MLP, "ff_context.net.0.proj", "ff_context.net.2")
 
 
 def _same(path: str) -> str:
@@ -55,6 +60,19 @@ class NetworkSpec:
         return self.prefixes.get(form, self.name)
 
 
+class Part(NamedTuple):
+    """A network of a family: its class, and the spec of a module of it by the network's name."""
+
+    kind: Any
+    spec: Callable[[str, nn.Module], NetworkSpec]
+
+
+def specs_of(table: Mapping[str, Part], owner: object) -> dict[str, NetworkSpec]:
+    """Of the modules that `owner` has under the names of the table; None stands for one that it lacks."""
+    modules = {name: getattr(owner, name) for name in table}
+    return {name: table[name].spec(name, module) for name, module in modules.items() if module is not None}
+
+
 Networks = Mapping[str, "NetworkSpec | nn.Module"]
 
 
@@ -72,11 +90,55 @@ def bare(name: str, module: nn.Module) -> NetworkSpec:
     return NetworkSpec(name, module, "denoiser", ATTENTION)
 
 
-def unet(name: str, module: nn.Module, **more: Any) -> NetworkSpec:
+def unet(name: str, module: nn.Module) -> NetworkSpec:
     """A diffusers UNet2DConditionModel."""
-    prefixes = {"kohya": "lora_unet", **more.pop("prefixes", {})}
     return NetworkSpec(
-        name, module, "denoiser", ATTENTION, prefixes=prefixes, sample_inputs=lambda: unet_inputs(module), **more
+        name,
+        module,
+        "denoiser",
+        ATTENTION,
+        presets={"attention": ATTENTION, "attention+mlp": (*ATTENTION, *MLP)},
+        prefixes={"kohya": "lora_unet"},
+        sample_inputs=lambda: unet_inputs(module),
+    )
+
+
+def flux_transformer(name: str, module: nn.Module) -> NetworkSpec:
+    """A diffusers FluxTransformer2DModel.
+
+    `attention+mlp` are the targets of diffusers' train_dreambooth_lora_flux.py. `lora_transformer` is OneTrainer's
+    prefix for these paths; kohya's own names are those of another implementation, with fused projections.
+    """
+    return NetworkSpec(
+        name,
+        module,
+        "denoiser",
+        JOINT_ATTENTION,
+        presets={"attention": JOINT_ATTENTION, "attention+mlp": (*JOINT_ATTENTION, *JOINT_MLP)},
+        prefixes={"kohya": "lora_transformer"},
+        sample_inputs=lambda: flux_inputs(module),
+    )
+
+
+def sd3_transformer(name: str, module: nn.Module) -> NetworkSpec:
+    """A diffusers SD3Transformer2DModel.
+
+    `attention` are the targets of diffusers' train_dreambooth_lora_sd3.py. They leave out `attn2`, the second
+    attention of some blocks of Stable Diffusion 3.5 medium; `attention+attn2` takes it in.
+    """
+    attention = tuple(f"attn.{projection}" for projection in JOINT_ATTENTION)
+    return NetworkSpec(
+        name,
+        module,
+        "denoiser",
+        attention,
+        presets={
+            "attention": attention,
+            "attention+attn2": JOINT_ATTENTION,
+            "attention+mlp": (*attention, *JOINT_MLP),
+        },
+        prefixes={"kohya": "lora_transformer"},
+        sample_inputs=lambda: sd3_inputs(module),
     )
 
 
@@ -92,6 +154,19 @@ def clip_text_encoder(name: str, module: nn.Module, prefix: str = "lora_te") -> 
         TEXT_ATTENTION,
         prefixes={"kohya": prefix},
         file_path=lambda path: path if path.startswith("text_model.") else f"text_model.{path}",
+        sample_inputs=lambda: text_inputs(module),
+    )
+
+
+def t5_encoder(name: str, module: nn.Module, prefix: str) -> NetworkSpec:
+    """A T5EncoderModel of transformers. No training script of diffusers adapts it, so its layers must be named."""
+    return NetworkSpec(
+        name,
+        module,
+        "text",
+        targets=(),
+        presets={"t5_attention": T5_ATTENTION},
+        prefixes={"kohya": prefix},
         sample_inputs=lambda: text_inputs(module),
     )
 
@@ -112,10 +187,39 @@ def unet_inputs(module: nn.Module) -> dict[str, Any]:
     return inputs
 
 
+def flux_inputs(module: nn.Module) -> dict[str, Any]:
+    """A batch of two images of 2 x 3 patches with five tokens of text, as a FluxTransformer2DModel takes them."""
+    config: Any = module.config
+    draw, device = _normal(module), next(module.parameters()).device
+    inputs: dict[str, Any] = {
+        "hidden_states": draw(2, 6, config.in_channels),
+        "encoder_hidden_states": draw(2, 5, config.joint_attention_dim),
+        "pooled_projections": draw(2, config.pooled_projection_dim),
+        "timestep": torch.tensor([0.3, 0.8], device=device),
+        "img_ids": torch.cartesian_prod(torch.zeros(1), torch.arange(2.0), torch.arange(3.0)).to(device),
+        "txt_ids": torch.zeros(5, 3, device=device),
+    }
+    if config.guidance_embeds:
+        inputs["guidance"] = torch.ones(2, device=device)
+    return inputs
+
+
+def sd3_inputs(module: nn.Module) -> dict[str, Any]:
+    """A batch of two images of 2 x 3 patches with five tokens of text, as an SD3Transformer2DModel takes them."""
+    config: Any = module.config
+    draw = _normal(module)
+    return {
+        "hidden_states": draw(2, config.in_channels, 2 * config.patch_size, 3 * config.patch_size),
+        "encoder_hidden_states": draw(2, 5, config.joint_attention_dim),
+        "pooled_projections": draw(2, config.pooled_projection_dim),
+        "timestep": torch.tensor([300.0, 800.0], device=next(module.parameters()).device),
+    }
+
+
 def text_inputs(module: nn.Module) -> dict[str, Any]:
     """Two short random texts as token ids."""
     config: Any = module.config
-    length = min(8, config.max_position_embeddings)
+    length = min(8, getattr(config, "max_position_embeddings", 8))  # T5 takes any length
     ids = torch.randint(config.vocab_size, (2, length), generator=torch.Generator().manual_seed(1))
     return {"input_ids": ids.to(next(module.parameters()).device)}
 

@@ -1,4 +1,4 @@
-"""Pictures of any sizes on one sheet, captioned: previews, contact sheets, comparisons. Needs Pillow only."""
+"""Images of any sizes on one sheet, captioned: previews, contact sheets, comparisons."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw, ImageFont
 
 PAPER, INK = (255, 255, 255), (40, 40, 40)
-GAP = 8  # pixels between pictures and around the sheet
+GAP = 8  # pixels between images and around the sheet
 TEXT = 14  # pixels
 LINE = 18
-SMALLEST = 128  # smaller pictures are enlarged by a whole factor, so that captions fit and pixels stay pixels
+SMALLEST = 128  # smaller images are enlarged by a whole factor, so that captions fit and pixels stay pixels
 
 
 def grid(
@@ -20,24 +20,24 @@ def grid(
     *,
     largest: int = 384,
 ) -> Image.Image:
-    """Rows of pictures on white, each row's label wrapped below it, the columns' labels above the first row.
+    """Rows of images on white, each row's label wrapped below it, the columns' labels above the first row.
 
     Args:
-        rows: may differ in length and their pictures in size; a picture stands in the middle of its cell.
+        rows: may differ in length and their images in size; an image stands in the middle of its cell.
         row_labels: one per row, or none. column_labels: one per column, or none. An empty label takes no room.
-        largest: pixels that the longer side of a cell may have; pictures are reduced to fit, all by the same factor.
+        largest: pixels that the longer side of a cell may have; images are reduced to fit, all by the same factor.
 
     Returns:
-        An RGB picture.
+        An RGB image.
     """
     columns = max((len(row) for row in rows), default=0)
     if columns == 0:
-        raise ValueError("no pictures for the sheet")
+        raise ValueError("no images for the sheet")
     if len(row_labels) not in (0, len(rows)) or len(column_labels) not in (0, columns):
         raise ValueError(
             f"{len(rows)} rows of {columns} columns, labels for {len(row_labels)} and {len(column_labels)} of them"
         )
-    sizes = [picture.size for row in rows for picture in row]
+    sizes = [image.size for row in rows for image in row]
     factor = _factor(max(max(size) for size in sizes), largest)
     cell_width, cell_height = (max(1, round(max(sides) * factor)) for sides in zip(*sizes, strict=True))
 
@@ -54,8 +54,8 @@ def grid(
         _write(pen, lines, GAP + j * (cell_width + GAP), GAP, font)
     top = GAP + head_height
     for row, lines in zip(rows, captions, strict=True):
-        for j, picture in enumerate(row):
-            shown = _scaled(picture, factor)
+        for j, image in enumerate(row):
+            shown = _scaled(image, factor)
             left = GAP + j * (cell_width + GAP) + (cell_width - shown.width) // 2
             sheet.paste(shown, (left, top + (cell_height - shown.height) // 2))
         top += cell_height
@@ -70,17 +70,17 @@ def _factor(side: int, largest: int) -> float:
     return max(1, min(-(-SMALLEST // side), largest // side))
 
 
-def _scaled(picture: Image.Image, factor: float) -> Image.Image:
+def _scaled(image: Image.Image, factor: float) -> Image.Image:
     """RGB at the sheet's scale; what is transparent becomes paper."""
-    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-        solid = picture.convert("RGBA")
-        picture = Image.new("RGB", picture.size, PAPER)
-        picture.paste(solid, mask=solid.getchannel("A"))
-    picture = picture.convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        solid = image.convert("RGBA")
+        image = Image.new("RGB", image.size, PAPER)
+        image.paste(solid, mask=solid.getchannel("A"))
+    image = image.convert("RGB")
     if factor == 1:
-        return picture
-    size = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
-    return picture.resize(size, Image.Resampling.NEAREST if factor > 1 else Image.Resampling.LANCZOS)
+        return image
+    size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+    return image.resize(size, Image.Resampling.NEAREST if factor > 1 else Image.Resampling.LANCZOS)
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:

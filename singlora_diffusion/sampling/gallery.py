@@ -1,125 +1,107 @@
-"""A folder of generated pictures and its manifest: what is there, what is missing, what is in the way.
+"""A folder of generated images and its manifest: what is there, what is missing, what is in the way.
 
-A picture carries its manifest line in its own PNG metadata. That is what a later run goes by: what is there under the
-same settings is kept, so an interrupted run continues, and what is there under other settings is not touched.
+An image carries its record in its own PNG metadata. That is what a later run goes by: what is there under the same
+settings is kept, so an interrupted run continues, and what is there under other settings is not touched.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from .. import __version__
+from PIL import Image
+
+from .. import files
+from ..data import images, png
+from ..data.folders import CONTACT_SHEET
 from ..errors import UserError
+from ..terminal import escaped, note
+from . import contact_sheet
+from .manifest import MANIFEST, Record, read_manifest
+from .records import OF_THE_IMAGE, OF_THE_RUN
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-Line = dict[str, Any]
-"""What the manifest says of a picture: "file" and how it was made."""
-
-MANIFEST, SHEET = "manifest.jsonl", "contact_sheet.png"
-PNG_KEY = "singlora"  # the text chunk that holds a picture's line
-
-OF_THE_RUN = (
-    "adapter_sha256",
-    "scale",
-    "merged",
-    "base_hash",
-    "dtype",
-    "steps",
-    "guidance_scale",
-    "scheduler",
-    "negative_prompt",
-    "height",
-    "width",
-)
-"""What all pictures of a folder share."""
-OF_THE_PICTURE = ("prompt", "seed", *OF_THE_RUN)
-"""What determines a picture."""
+PNG_KEY = "singlora"  # the text chunk that holds an image's record
 
 REMEDY = "choose another --output_dir, or pass --overwrite"
 
 
-def missing(folder: Path, plan: Sequence[Line], overwrite: bool = False) -> list[Line]:
-    """The lines whose pictures are yet to be made. Makes the folder, and brings its manifest in step with its pictures.
+def missing(folder: Path, plan: Sequence[Record], overwrite: bool = False) -> list[Record]:
+    """The records whose images are yet to be made. Brings the folder's manifest in step with its images.
 
     Args:
-        plan: at least one line; all agree in `OF_THE_RUN`.
-        overwrite: pictures made under other settings are to be made anew, instead of being an error.
+        folder: there, and locked.
+        plan: at least one record; all agree in `OF_THE_RUN`.
+        overwrite: images made under other settings are to be made anew, instead of being an error.
 
     Raises:
         UserError: something is in the way that is not ours, or was made under other settings.
     """
-    if not overwrite and (folder / SHEET).exists() and not _is_ours(folder / SHEET):
-        raise UserError(f"{folder / SHEET} is in the way: {REMEDY}")
-    todo = [line for line in plan if not _is_there(folder / line["file"], line, overwrite)]
-    lacking = {line["file"] for line in todo}
-    there = [line for line in plan if line["file"] not in lacking]
-    lines = [*_others(folder, plan, overwrite), *there]
-    content = "".join(f"{json.dumps(line)}\n" for line in lines).encode()
+    sheet = folder / CONTACT_SHEET
+    if not overwrite and os.path.lexists(sheet) and not png.is_ours(sheet):
+        raise UserError(f"{_shown(sheet)} is in the way: {REMEDY}")
+    todo = [record for record in plan if not _is_there(folder / record["file"], record, overwrite)]
+    lacking = {record["file"] for record in todo}
+    there = [record for record in plan if record["file"] not in lacking]
+    content = "".join(map(_line, [*_others(folder, plan, overwrite), *there])).encode()
     manifest = folder / MANIFEST
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not manifest.exists() or manifest.read_bytes() != content:
-            _replace(manifest, content)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written to: {error.strerror}") from error
+    if not manifest.exists() or manifest.read_bytes() != content:
+        files.write_bytes(manifest, content)
     return todo
 
 
-def add(folder: Path, line: Line, picture: Image.Image) -> None:
-    """Write a picture with its line in it, whole or not at all; then the line into the manifest."""
-    _save(picture, folder / line["file"], json.dumps(line))
+def add(folder: Path, record: Record, image: Image.Image) -> None:
+    """Write an image with its record in it, whole or not at all; then the record into the manifest."""
+    png.write(image, folder / record["file"], **{PNG_KEY: json.dumps(record)})
+    manifest = folder / MANIFEST
+    length = manifest.stat().st_size
     try:
-        with (folder / MANIFEST).open("a", encoding="utf-8") as manifest:
-            manifest.write(json.dumps(line) + "\n")
+        with manifest.open("ab") as stream:
+            stream.write(_line(record).encode())
     except OSError as error:
-        raise UserError(f"{folder / MANIFEST}: cannot be written: {error.strerror}") from error
+        os.truncate(manifest, length)  # a full disk may have taken a part of the line
+        raise UserError(f"{_shown(manifest)}: cannot be written: {files.reason(error)}") from error
 
 
-def lay_out(folder: Path, plan: Sequence[Line]) -> None:
+def write_contact_sheet(folder: Path, plan: Sequence[Record]) -> None:
     """Write the contact sheet: a row per prompt, a column per seed."""
-    from PIL import Image
-
-    from . import contact_sheet
-
-    seeds = list(dict.fromkeys(line["seed"] for line in plan))
+    seeds = list(dict.fromkeys(record["seed"] for record in plan))
     largest = max(32, min(384, 6000 // len(seeds), int(math.sqrt(64e6 / len(plan)))))  # 64 megapixels in all
     rows: dict[int, list[Image.Image]] = {}
     captions: dict[int, str] = {}
-    for line in plan:
-        with Image.open(folder / line["file"]) as picture:
-            picture.thumbnail((largest, largest), Image.Resampling.LANCZOS)
-            rows.setdefault(line["prompt_index"], []).append(picture.convert("RGB"))
-        captions[line["prompt_index"]] = line["prompt"]
+    for record in plan:
+        with Image.open(folder / record["file"]) as image:
+            image.thumbnail((largest, largest), Image.Resampling.LANCZOS)
+            rows.setdefault(record["prompt_index"], []).append(image.convert("RGB"))
+        captions[record["prompt_index"]] = record["prompt"]
     heads = [f"seed {seed}" for seed in seeds]
-    _save(contact_sheet.grid(list(rows.values()), list(captions.values()), heads, largest=largest), folder / SHEET)
+    sheet = contact_sheet.grid(list(rows.values()), list(captions.values()), heads, largest=largest)
+    png.write(sheet, folder / CONTACT_SHEET)
 
 
-def _is_there(path: Path, line: Line, overwrite: bool) -> bool:
+def one_colour(folder: Path, plan: Sequence[Record]) -> list[str]:
+    """The names of images that show nothing."""
+    return [record["file"] for record in plan if images.is_one_colour(images.open_image(folder / record["file"]))]
+
+
+def _is_there(path: Path, record: Record, overwrite: bool) -> bool:
     if not os.path.lexists(path):
         return False
-    old = _line_of(path)
-    difference = _difference(old, line, OF_THE_PICTURE) if old else "not one of this program's"
+    old = _record_of(path)
+    difference = _difference(old, record, OF_THE_IMAGE) if old else "not one of this program's"
     if difference and not overwrite:
-        raise UserError(f"{path} is there already and is another picture ({difference}): {REMEDY}")
+        raise UserError(f"{_shown(path)} is there already and is another image ({difference}): {REMEDY}")
     return not difference
 
 
-def _others(folder: Path, plan: Sequence[Line], overwrite: bool) -> list[Line]:
-    """The lines of pictures that are in the folder and not in the plan."""
-    planned = {line["file"] for line in plan}
-    others: list[Line] = []
+def _others(folder: Path, plan: Sequence[Record], overwrite: bool) -> list[Record]:
+    """The records of images that are in the folder and not in the plan."""
+    planned = {record["file"] for record in plan}
+    others: list[Record] = []
     dropped: list[str] = []
-    for old in _read(folder / MANIFEST):
-        name = old["file"]
+    for name, old in read_manifest(folder / MANIFEST, interrupted=True).items():
         if name in planned or not (folder / name).is_file():
             continue
         difference = _difference(old, plan[0], OF_THE_RUN)
@@ -128,92 +110,36 @@ def _others(folder: Path, plan: Sequence[Line], overwrite: bool) -> list[Line]:
         elif overwrite:
             dropped.append(name)
         else:
-            raise UserError(f"{folder} holds pictures made under other settings ({difference}): {REMEDY}")
+            raise UserError(f"{_shown(folder)} holds images made under other settings ({difference}): {REMEDY}")
     if dropped:
-        named = ", ".join(dropped[:3]) + (", ..." if len(dropped) > 3 else "")
-        print(
-            f"note: {len(dropped)} pictures of other settings stay in {folder} but leave its manifest: {named}",
-            file=sys.stderr,
-        )
+        named = ", ".join(escaped(name) for name in dropped[:3]) + (", ..." if len(dropped) > 3 else "")
+        note(f"{len(dropped)} images of other settings stay in {_shown(folder)} but leave its manifest: {named}")
     return others
 
 
-def _difference(old: Line, new: Line, keys: Sequence[str]) -> str:
+def _difference(old: Record, new: Record, keys: Sequence[str]) -> str:
     """The first thing that differs, as in "guidance_scale 7.5 instead of 3.0"; empty if nothing does."""
     for key in keys:
         if old.get(key) != new[key]:
             values = [json.dumps(value) for value in (old.get(key), new[key])]
             if key.endswith(("sha256", "hash")):
                 values = [" + ".join(part[:12] for part in value.strip('"').split(" + ")) for value in values]
-            return f"{key} {' instead of '.join(values)}"
+            return f"{key} {' instead of '.join(escaped(value) for value in values)}"
     return ""
 
 
-def _line_of(path: Path) -> Line | None:
-    """The line in a picture's metadata; None if it has none."""
+def _record_of(path: Path) -> Record | None:
+    """The record in an image's metadata; None if it has none."""
     try:
-        line = json.loads(_metadata(path).get(PNG_KEY, ""))
-    except ValueError:
+        record = json.loads(png.texts(path).get(PNG_KEY, ""))
+    except (ValueError, RecursionError):
         return None
-    return line if isinstance(line, dict) else None
+    return record if isinstance(record, dict) else None
 
 
-def _is_ours(path: Path) -> bool:
-    return _metadata(path).get("Software", "").startswith("singlora-diffusion")
+def _line(record: Record) -> str:
+    return json.dumps(record) + "\n"
 
 
-def _metadata(path: Path) -> dict[str, str]:
-    from PIL import Image
-
-    try:
-        with Image.open(path) as picture:
-            return {str(key): value for key, value in picture.info.items() if isinstance(value, str)}
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return {}
-
-
-def _read(manifest: Path) -> list[Line]:
-    """Its lines; an unfinished last one, which a crash may leave, does not count."""
-    if not manifest.exists():
-        return []
-    try:
-        text = manifest.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{manifest}: cannot be read: {error}") from error
-    lines: list[Line] = []
-    for number, raw in enumerate(text.split("\n")[:-1], start=1):
-        try:
-            line = json.loads(raw)
-            if Path(line["file"]).name != line["file"]:
-                raise ValueError
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{manifest}, line {number}: is no JSON object with the name of a file beside it; mend or remove it"
-            ) from error
-        lines.append(line)
-    return lines
-
-
-def _save(picture: Image.Image, path: Path, line: str = "") -> None:
-    from PIL.PngImagePlugin import PngInfo
-
-    about = PngInfo()
-    about.add_text("Software", f"singlora-diffusion {__version__}")
-    if line:
-        about.add_text(PNG_KEY, line)
-    buffer = io.BytesIO()
-    picture.save(buffer, "png", pnginfo=about)
-    try:
-        _replace(path, buffer.getvalue())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(content)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+def _shown(path: Path) -> str:
+    return escaped(path, 1000)

@@ -19,11 +19,11 @@ from rich.table import Table
 from safetensors.torch import load_file
 
 from .. import models
+from ..models.hub import WEIGHTS
 from . import autoencoding, world
 from .captions import PATTERN_WORDS
 from .reader import Reader
 
-WEIGHTS = Path(__file__).parent / "weights"
 UNSEEN = 900_000  # picture and subject seeds from here on are never trained on
 
 
@@ -67,7 +67,7 @@ def load_reader() -> Reader:
 
 def autoencoder(n: int) -> dict[str, float]:
     """PSNR in dB of n unseen pictures."""
-    vae = models.load("toyworld").vae
+    vae = models.load("toyworld").pipeline().vae
     return {"autoencoder PSNR, dB": autoencoding.psnr(vae, world.batch(range(UNSEEN, UNSEEN + n))["images"])}
 
 

@@ -128,6 +128,6 @@ def _restore(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, av
         average[key] = tensors[f"average.{key}"].to(p.device)
         prefix = f"optimizer.{key}."
         state = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-        optimizer.state[p] = {k: t if k == "step" else t.to(p.device) for k, t in state.items()}
+        optimizer.state[p] = {k: t.to(p.device) for k, t in state.items()}  # fused AdamW counts steps there too
     with safe_open(path, "pt") as file:
         return json.loads(file.metadata()["step"])

@@ -19,6 +19,7 @@ import torch
 import tyro
 from safetensors.torch import save_file
 
+from ..models.hub import WEIGHTS
 from . import architecture, autoencoding, denoising, encoders, world
 from .fitting import console
 
@@ -32,7 +33,7 @@ class Pretraining:
 
     work_dir: Path = Path("runs/toyworld")
     """Pictures, checkpoints and sheets."""
-    output_dir: Path = Path(__file__).parent / "weights"
+    output_dir: Path = WEIGHTS
     """Where the finished weights are put."""
     stages: tuple[Stage, ...] = get_args(Stage)
     """What to do, of: pictures autoencoder denoiser reader clip dino package."""

@@ -17,7 +17,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..data import png
 from ..errors import UserError
+from ..files import check_writable
+from ..terminal import escaped
 from .identities import BACKGROUNDS, Identity, Scene, draw_identity, identity, scene
 from .render import render
 
@@ -130,7 +133,7 @@ def unused_backgrounds(subject: Subject) -> tuple[str, ...]:
 def references(
     subject: Subject, n: int = 5, start: int = 0, backgrounds: Sequence[str] | None = None
 ) -> list[tuple[np.ndarray, np.ndarray, Scene]]:
-    """References `start` to `start + n - 1` of a subject: (picture (64, 64, 3) uint8, mask (64, 64) bool, scene).
+    """References `start` to `start + n - 1` of a subject: (image (64, 64, 3) uint8, mask (64, 64) bool, scene).
 
     Without `backgrounds` the places are those of the module's docstring, else the given names, taken in turn.
     """
@@ -149,22 +152,36 @@ def references(
 def write_subject(name: str, output_dir: str | Path, n: int = 5, masks: bool = False) -> list[Path]:
     """Write the first n training references as 00.png, 01.png, ... (64 pixels) into a folder, made if need be.
 
-    With `masks` also masks/00.png, ... (255 on the object, 0 elsewhere). Returns the pictures' paths. Raises UserError
-    for an unknown name, n < 1, or a folder that already holds something.
+    Args:
+        masks: also write masks/00.png, ... (255 on the object, 0 elsewhere).
+
+    Returns:
+        The images' paths.
+
+    Raises:
+        UserError: an unknown name, n < 1, or a folder that already holds something or cannot be written to. Of the
+            images nothing is left then.
     """
     chosen = subject(name)
     if n < 1:
-        raise UserError(f"cannot write {n} pictures of {name}; ask for at least 1")
+        raise UserError(f"cannot write {n} images of {name}; ask for at least 1")
     folder = Path(output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; name a new or empty folder for the pictures of {name}")
+    check_writable(folder, f"the folder for {name}")
     if folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"{folder} already holds files; name a new or empty folder for the pictures of {name}")
-    (folder / "masks" if masks else folder).mkdir(parents=True, exist_ok=True)
-    paths = []
-    for k, (picture, mask, _) in enumerate(references(chosen, n)):
-        paths.append(folder / f"{k:02d}.png")
-        Image.fromarray(picture).save(paths[-1])
-        if masks:
-            Image.fromarray(mask.astype(np.uint8) * 255).save(folder / "masks" / f"{k:02d}.png")
-    return paths
+        raise UserError(f"{escaped(folder, 1000)} already holds files; name a new or empty folder for {name}")
+    written: list[Path] = []
+    try:
+        for k, (pixels, mask, _) in enumerate(references(chosen, n)):
+            files = {folder / f"{k:02d}.png": pixels}
+            if masks:
+                files[folder / "masks" / f"{k:02d}.png"] = mask.astype(np.uint8) * 255
+            for path, content in files.items():
+                png.write(Image.fromarray(content), path)
+                written.append(path)
+    except UserError:
+        for path in written:
+            path.unlink()
+        if masks and (folder / "masks").is_dir():
+            (folder / "masks").rmdir()
+        raise
+    return [path for path in written if path.parent == folder]

@@ -1,37 +1,52 @@
-"""Resumable training state: `checkpoint-N/` with the adapter, the optimizer's moments and the step. Atomic, no pickle.
+"""Resumable training state: `checkpoint-N/` with the adapter, the optimizer's moments and the step. No pickle.
 
-The loop draws all its randomness from (seed, position), so these three are the whole state: a run resumed from a
-checkpoint ends with the same bits as one that was never interrupted.
+The loop draws all its randomness from (seed, position), so these are the whole state: a run resumed from a checkpoint
+ends with the same bits as one that was never interrupted. `state.json` holds the digests of the other two files.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from .. import formats
-from ..adapters.registry import Adapter
+from .. import files, formats
+from ..adapters import Adapter
 from ..errors import UserError
+from ..terminal import escaped
+from . import identity as identities
+from . import run_folder
+
+if TYPE_CHECKING:
+    from ..adapters.config import AdapterConfig
 
 ADAPTER, OPTIMIZER, STATE = "adapter.safetensors", "optimizer.safetensors", "state.json"
-FREE = {"output_dir", "max_train_steps", "resume_from_checkpoint", "overwrite", "device", "report_to"} | {
-    "validation_prompt",
-    "num_validation_images",
-    "validation_steps",
-    "checkpointing_steps",
-    "checkpoints_total_limit",
-    "sample_batch_size",
-}
-"""Settings that may differ between a run and its continuation."""
+VERSION = 2
+
+
+@dataclass(frozen=True)
+class State:
+    """A checkpoint, read and found sound."""
+
+    path: Path
+    step: int
+    recipe: Mapping[str, Any]
+    config: AdapterConfig
+    tensors: Mapping[str, Tensor]
+    """The adapter's."""
+    moments: Mapping[str, Tensor]
+    identity: Mapping[str, Any] | None = None
+    """None: written before there were identities."""
+    scaler: Mapping[str, float] = field(default_factory=dict)
+    """fp16's loss scaling; empty without."""
 
 
 def save(
@@ -41,85 +56,154 @@ def save(
     optimizer: torch.optim.Optimizer,
     recipe: Mapping[str, Any],
     *,
-    limit: int | None,
+    about: Mapping[str, Any] | None = None,
+    identity: Mapping[str, Any] | None = None,
+    scaler: Mapping[str, float] | None = None,
+    limit: int | None = None,
 ) -> Path:
-    """Write `run/checkpoint-{step}`, complete or not at all, then drop the oldest beyond `limit`."""
+    """Write `run/checkpoint-{step}`, complete or not at all, then drop the oldest beyond `limit`.
+
+    Args:
+        about: for the adapter's header, so that a checkpoint can be used like a finished adapter.
+
+    Raises:
+        UserError: it cannot be written; earlier checkpoints are as they were.
+    """
     final, part = run / f"checkpoint-{step}", run / f".checkpoint-{step}.part"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    formats.save(adapter, part / ADAPTER, about={"step": step})
-    names = _names(adapter)
-    moments = {
-        f"{names[p.data_ptr()]}/{key}": torch.as_tensor(value).detach().cpu().contiguous()
-        for p, state in optimizer.state.items()
-        for key, value in state.items()
-    }
-    save_file(moments, part / OPTIMIZER)
-    (part / STATE).write_text(json.dumps({"step": step, "recipe": dict(recipe)}, indent=2))
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(part, final)
-    for old in existing(run)[: -limit if limit else 0]:
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        formats.save(adapter, part / ADAPTER, about={**(about or {}), "step": step})
+        with files.replacing(part / OPTIMIZER) as path:
+            save_file(_moments(adapter, optimizer), path)
+        written = {name: files.sha256(part / name) for name in (ADAPTER, OPTIMIZER)}
+        state = {"version": VERSION, "step": step, "recipe": dict(recipe), "files": written}
+        files.write_json(part / STATE, {**state, "identity": identity, "scaler": dict(scaler or {})})
+        _put_in_place(part, final)
+    except UserError as error:  # the user knows the name that the file would have had
+        raise UserError(str(error).replace(str(part), str(final))) from error
+    except (OSError, SafetensorError) as error:
+        why = files.reason(error) if isinstance(error, OSError) else error
+        raise UserError(f"{final}: cannot be written: {why}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    for old in run_folder.checkpoints(run)[: -limit if limit else 0]:
         shutil.rmtree(old)
     return final
 
 
-def existing(run: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    found = [
-        (int(m[1]), path) for path in run.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", path.name))
-    ]
-    return [path for _, path in sorted(found) if (path / STATE).is_file()]
-
-
-def find(run: Path, wanted: str) -> Path:
-    """The checkpoint folder that `latest` or a path means.
+def find(run: Path, wanted: str) -> tuple[State, list[str]]:
+    """The checkpoint that `latest` or a path means, and remarks on damaged ones that `latest` passed over.
 
     Raises:
-        UserError: there is none; a run is never silently begun anew.
+        UserError: there is none, or none that is sound; a run is never silently begun anew.
     """
-    if wanted == "latest":
-        if not existing(run):
+    if wanted != "latest":
+        if not (Path(wanted) / STATE).is_file():
             raise UserError(
-                f"{run} holds no checkpoint to resume from: leave out --resume_from_checkpoint to begin anew"
+                f"{escaped(wanted, 1000)} is no checkpoint: it has no {STATE}; give a checkpoint-N folder or `latest`"
             )
-        return existing(run)[-1]
-    path = Path(wanted)
-    if not (path / STATE).is_file():
-        raise UserError(f"{path} is no checkpoint: it has no {STATE}; give a checkpoint-N folder or `latest`")
-    return path
+        return read(Path(wanted)), []
+    found = run_folder.checkpoints(run)
+    if not found:
+        raise UserError(
+            f"{escaped(run, 1000)} holds no checkpoint to resume from: leave out --resume_from_checkpoint to begin anew"
+        )
+    remarks: list[str] = []
+    for path in reversed(found):
+        try:
+            return read(path), remarks
+        except UserError as error:
+            remarks.append(str(error))
+    raise UserError(f"{escaped(run, 1000)} holds no sound checkpoint: {'; '.join(remarks)}")
 
 
-def restore(path: Path, adapter: Adapter, optimizer: torch.optim.Optimizer, recipe: Mapping[str, Any]) -> int:
-    """Load a checkpoint into a freshly attached adapter and its fresh optimizer; returns the step to go on from.
+def read(path: Path) -> State:
+    """Read a checkpoint folder and hold its files to each other.
 
     Raises:
-        UserError: damaged, or made with settings that make an exact continuation impossible.
+        UserError: it is damaged, edited, or put together from several.
     """
     try:
-        saved = json.loads((path / STATE).read_text())
-        step, before = int(saved["step"]), dict(saved["recipe"])
-        moments = load_file(path / OPTIMIZER)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(f"{path} is damaged ({error}): resume from an earlier checkpoint") from error
-    now = json.loads(json.dumps(dict(recipe)))
-    for key in sorted(set(before) - FREE):
-        if before[key] != now.get(key):
+        return _read(path)
+    except (UserError, OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        why = str(error).replace(f"{path}/", "").replace(f"{path}: ", "")
+        raise UserError(
+            f"{escaped(path, 1000)} is damaged ({escaped(why, 300)}): resume from an earlier checkpoint"
+        ) from error
+
+
+def _read(path: Path) -> State:
+    raw = files.read_json(path / STATE)
+    step, recipe = raw["step"], raw["recipe"]
+    if type(step) is not int or step < 0:
+        raise ValueError(f"{STATE} has an impossible step")
+    identity, scaler, digests = raw.get("identity"), raw.get("scaler") or {}, raw.get("files") or {}
+    if not all(isinstance(part, dict) for part in (recipe, scaler, digests)):
+        raise ValueError(f"{STATE} has an impossible recipe, scaler or list of files")
+    if identity is not None and not identities.is_one(identity):
+        raise ValueError(f"{STATE} has an impossible identity")
+    for name, digest in digests.items():
+        if name not in (ADAPTER, OPTIMIZER) or files.sha256(path / name) != digest:
+            raise ValueError(f"{name} is not the file that {STATE} was written with")
+    header, tensors = formats.native.read(path / ADAPTER)
+    if header.step != step:
+        raise ValueError(f"{STATE} says step {step}, {ADAPTER} was saved at step {header.step}")
+    moments = load_file(path / OPTIMIZER)
+    if step and not moments:
+        raise ValueError(f"{OPTIMIZER} is empty")
+    return State(path, step, recipe, header.config, tensors, moments, identity, scaler)
+
+
+def restore(state: State, adapter: Adapter, optimizer: torch.optim.Optimizer) -> None:
+    """Put a checkpoint's state into a freshly attached adapter and its fresh optimizer.
+
+    Raises:
+        UserError: it was made with another adapter.
+    """
+    config = replace(state.config, ramp_steps=state.config.ramp_steps or 0)  # as `adapters.attach` understands it
+    for key, before in vars(config).items():
+        if before != (now := getattr(adapter.config, key)):
             raise UserError(
-                f"{path} was made with --{key} {before[key]}, now it is {now.get(key)}: resume with the same"
+                f"{escaped(state.path, 1000)} was made with --{key} {escaped(before)}, now it is {escaped(now)}: "
+                f"resume with the same"
             )
-    _, state = formats.native.read(path / ADAPTER)
-    adapter.load_state_dict(state)
-    names = _names(adapter)
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            prefix = f"{names[p.data_ptr()]}/"
-            own = {key.removeprefix(prefix): value for key, value in moments.items() if key.startswith(prefix)}
-            # AdamW keeps its step count on the CPU; the moments live beside the parameter.
-            optimizer.state[p] = {key: value if value.ndim == 0 else value.to(p.device) for key, value in own.items()}
-    return step
+    parameters = {p.data_ptr(): p for group in optimizer.param_groups for p in group["params"]}
+    found: dict[str, dict[str, Tensor]] = {name: {} for name in adapter.state_dict()}
+    for key, value in state.moments.items():
+        name, _, moment = key.rpartition("/")
+        if name not in found:
+            raise UserError(f"{escaped(state.path, 1000)} is damaged: {escaped(name)} is no tensor of this adapter")
+        found[name][moment] = value
+    for name, tensor in adapter.state_dict().items():
+        parameter = parameters.get(tensor.data_ptr())
+        if parameter is None or not found[name]:
+            continue
+        if any(value.ndim and value.shape != parameter.shape for value in found[name].values()):
+            raise UserError(f"{escaped(state.path, 1000)} is damaged: moments of {escaped(name)} have another shape")
+        # AdamW keeps its step count on the CPU; the moments live beside the parameter.
+        optimizer.state[parameter] = {
+            key: value if value.ndim == 0 and not optimizer.defaults.get("fused") else value.to(parameter.device)
+            for key, value in found[name].items()
+        }
+    adapter.load_state_dict(state.tensors)
 
 
-def _names(adapter: Adapter) -> dict[int, str]:
-    """Each parameter's name in files by its address: found by identity, never by order."""
-    return {tensor.data_ptr(): name for name, tensor in adapter.state_dict().items()}
+def _moments(adapter: Adapter, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state by the names of the parameters in files, found by identity, never by order."""
+    names = {tensor.data_ptr(): name for name, tensor in adapter.state_dict().items()}
+    return {
+        f"{names[p.data_ptr()]}/{key}": torch.as_tensor(value).detach().cpu().contiguous()
+        for p, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def _put_in_place(part: Path, final: Path) -> None:
+    """Rename, with a checkpoint of that step out of the way first."""
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    os.replace(part, final)
+    shutil.rmtree(old, ignore_errors=True)

@@ -19,7 +19,7 @@ def loss(
 
     Args:
         prediction, target: (N, C, h, w); the difference is taken in float32.
-        weights: (N,) per-example weights, such as `min_snr`.
+        weights: (N,) per-example weights, as `Family.loss_weights` has them.
     """
     error = (prediction.float() - target.float()).square().flatten(1).mean(dim=1)
     if weights is not None:
@@ -27,8 +27,3 @@ def loss(
     if not prior:
         return error.mean()
     return error[:-prior].mean() + prior_weight * error[-prior:].mean()
-
-
-def min_snr(snr: Tensor, gamma: float, prediction_type: str) -> Tensor:
-    """Weights min(SNR, gamma) / SNR for noise and / (SNR + 1) for velocity prediction (arXiv 2303.09556), (N,)."""
-    return snr.clamp(max=gamma) / (snr + 1 if prediction_type == "v_prediction" else snr)

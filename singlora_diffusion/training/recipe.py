@@ -1,153 +1,228 @@
-"""Settings as frozen dataclasses: flags, the recipe file and the adapter's header are made from their fields."""
+"""The settings of one training, in groups by concern: flags, recipe.json and the adapter's header come from them."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
+from annotated_types import Interval
 from tyro.conf import arg
 
+from .. import settings
 from ..adapters.config import AdapterConfig
+from ..errors import UserError
+from ..settings import Count, CountOrZero, Decay, NotNegative, Positive, Seed, Side
+from ..terminal import escaped
 
-Method = Literal["singlora", "lora", "lora+", "dora", "oft", "lokr"]
+
+class MayDiffer:
+    """Marks, in a field's annotation, a setting that a run and its continuation need not share."""
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """The subject."""
+
+    instance_data_dir: Annotated[Path, MayDiffer]  # a checkpoint knows the images themselves
+    """Folder with 3 to 20 images of the subject."""
+    instance_prompt: str
+    """What the images show: a rare word, then the class noun, as in "a photo of sks dog"."""
+    identifier: str | None = None
+    """The rare word of the prompt. None: found in it (sks, ohwx, zwx, <name>, [v])."""
+    resolution: Side | None = None
+    """Side of the training images in pixels. None: the model's own."""
+    random_flip: bool = False
+    """Mirror images at random. Leave it off where left and right matter, as with writing."""
+    strict: Annotated[bool, MayDiffer] = False
+    """Refuse a folder with images that cannot be used, instead of leaving these out."""
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The base model."""
+
+    pretrained_model_name_or_path: str = "toyworld"
+    """`toyworld` (comes with the package), a diffusers folder, or a hub id."""
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """What the frozen base computes in. The adapter stays in float32."""
+    device: Annotated[str | None, MayDiffer] = None
+    """A torch device. None: the GPU if there is one."""
+
+
+@dataclass(frozen=True)
+class PriorSettings:
+    """Prior preservation: training on images of the class as well."""
+
+    with_prior_preservation: bool = False
+    """Train on class images as well, so that other dogs stay other dogs."""
+    class_data_dir: Annotated[Path | None, MayDiffer, arg(aliases=["--reg_data_dir"])] = None
+    """Folder with class images. What is missing is generated. None: OUTPUT_DIR/class_images."""
+    class_prompt: str | None = None
+    """What the class images show. None: the instance prompt without its identifier."""
+    num_class_images: Annotated[int, Interval(ge=1, le=100_000)] = 100
+    """How many class images there are to be."""
+    prior_loss_weight: NotNegative = 1.0
+    """Weight of the class images in the loss."""
+    sample_batch_size: Annotated[Count, MayDiffer] = 4
+    """Images generated at once, for class images and previews."""
+
+
+@dataclass(frozen=True)
+class OptimizationSettings:
+    """The optimization: AdamW on a denoising loss."""
+
+    max_train_steps: Annotated[Count, MayDiffer] = 400
+    """Optimizer steps."""
+    train_batch_size: Count = 4
+    """Images per forward pass and process."""
+    gradient_accumulation_steps: Count = 1
+    """Forward passes per optimizer step."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice to save memory."""
+    learning_rate: Annotated[Positive, arg(aliases=["--unet_lr"])] = 1e-3
+    """Peak learning rate."""
+    train_text_encoder: bool = False
+    """Adapt the text encoders too."""
+    text_encoder_lr: Positive | None = None
+    """Peak learning rate in the text encoders. None: as --learning_rate."""
+    lr_scheduler: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+    ] = "constant"
+    """How the learning rate goes over the steps."""
+    lr_warmup_steps: CountOrZero = 0
+    """Steps over which the learning rate rises from zero; not with `constant`."""
+    adam_beta1: Decay = 0.9
+    """First-moment decay of AdamW."""
+    adam_beta2: Decay = 0.999
+    """Second-moment decay of AdamW."""
+    adam_weight_decay: NotNegative = 1e-2
+    """Decoupled weight decay of AdamW."""
+    adam_epsilon: Positive = 1e-8
+    """Epsilon of AdamW."""
+    max_grad_norm: Positive = 1.0
+    """Gradients are clipped to this norm."""
+    snr_gamma: Annotated[Positive | None, arg(aliases=["--min_snr_gamma"])] = None
+    """Min-SNR weighting of the loss; 5 is usual. None: off."""
+    seed: Seed = 0
+    """All randomness follows from it."""
+
+
+@dataclass(frozen=True)
+class ValidationSettings:
+    """Previews while the training runs."""
+
+    validation_prompt: Annotated[str | None, MayDiffer] = None
+    """What the previews show. None: the instance prompt."""
+    num_validation_images: Annotated[int, Interval(ge=1, le=1000), MayDiffer] = 4
+    """Images per preview."""
+    validation_steps: Annotated[CountOrZero, MayDiffer] = 100
+    """A preview every so many steps. 0: none."""
+
+
+@dataclass(frozen=True)
+class OutputSettings:
+    """What is written, and going on with an earlier run."""
+
+    output_dir: Annotated[Path, MayDiffer] = Path("runs/subject")
+    """Where the adapter, previews, logs and checkpoints go."""
+    checkpointing_steps: Annotated[CountOrZero, MayDiffer, arg(aliases=["--save_every_n_steps"])] = 100
+    """A checkpoint every so many steps. 0: only when the run is interrupted."""
+    checkpoints_total_limit: Annotated[Count | None, MayDiffer] = None
+    """Keep only the newest so many checkpoints. None: all."""
+    resume_from_checkpoint: Annotated[str | None, MayDiffer, arg(aliases=["--resume"])] = None
+    """Go on from `latest`, or from a checkpoint folder."""
+    overwrite: Annotated[bool, MayDiffer] = False
+    """Begin anew where there is a run already. Its files are put away into OUTPUT_DIR/.old-1, .old-2, ..."""
+    report_to: Annotated[Literal["tensorboard", "none"], MayDiffer] = "tensorboard"
+    """Where curves go besides log.jsonl."""
 
 
 @dataclass(frozen=True)
 class Recipe:
     """One personalization run. Flags keep the names of diffusers' DreamBooth scripts; kohya's names work as aliases."""
 
-    instance_data_dir: Path
-    """Folder with 3 to 20 pictures of the subject."""
-    instance_prompt: str
-    """What the pictures show: a rare word, then the class noun, as in "a photo of sks dog"."""
-    output_dir: Path = Path("runs/subject")
-    """Where the adapter, previews, logs and checkpoints go."""
-    pretrained_model_name_or_path: str = "toyworld"
-    """The base model: `toyworld` (comes with the package), a diffusers folder, or a hub id."""
+    data: DataSettings
+    model: ModelSettings = field(default_factory=ModelSettings)
+    prior: PriorSettings = field(default_factory=PriorSettings)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    optimization: OptimizationSettings = field(default_factory=OptimizationSettings)
+    validation: ValidationSettings = field(default_factory=ValidationSettings)
+    output: OutputSettings = field(default_factory=OutputSettings)
 
-    identifier: str | None = None
-    """The rare word of the prompt. None: found in it (sks, ohwx, zwx, <name>, [v])."""
-    resolution: int | None = None
-    """Side of the training pictures in pixels. None: the model's own."""
-    random_flip: bool = False
-    """Mirror pictures at random. Leave it off where left and right matter, as with writing."""
 
-    with_prior_preservation: bool = False
-    """Train on pictures of the class as well, so that other dogs stay other dogs."""
-    class_data_dir: Annotated[Path | None, arg(aliases=["--reg_data_dir"])] = None
-    """Folder with pictures of the class. What is missing is generated. None: OUTPUT_DIR/class_pictures."""
-    class_prompt: str | None = None
-    """What the class pictures show. None: the instance prompt without its identifier."""
-    num_class_images: int = 100
-    """How many class pictures there shall be."""
-    prior_loss_weight: float = 1.0
-    """Weight of the class pictures in the loss."""
-    sample_batch_size: int = 4
-    """Pictures generated at once."""
+def check(recipe: Recipe) -> None:
+    """Hold every setting to its range, and the settings to each other.
 
-    method: Method = "singlora"
-    """The adapter: singlora, or lora, lora+, dora, oft, lokr out of PEFT."""
-    rank: Annotated[int, arg(aliases=["--network_dim", "--lora_rank"])] = 16
-    """Rank r. SingLoRA has one matrix per layer, so it fits twice the rank of LoRA into about the same size."""
-    alpha: Annotated[float | None, arg(aliases=["--network_alpha", "--lora_alpha"])] = None
-    """The update is scaled by alpha / rank. None: alpha = rank."""
-    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    """Attention projections of the UNet to adapt."""
-    train_text_encoder: bool = False
-    """Adapt the text encoder too."""
-    text_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
-    """Projections of the text encoder to adapt, with --train_text_encoder."""
-    text_rank: int | None = None
-    """Rank in the text encoder. None: as in the UNet."""
-    text_alpha: float | None = None
-    """Alpha in the text encoder. None: equal to its rank."""
-    ramp_steps: int | None = None
-    """SingLoRA's T: u(t) = min(t / T, 1). None: 1 % of the steps, as in the paper's appendix A.1. 0: no ramp."""
-    init: Literal["kaiming", "offset"] = "kaiming"
-    """SingLoRA's start. offset subtracts the initial product, so that the update starts at exactly zero."""
-    signature: Literal["positive", "balanced"] = "positive"
-    """SingLoRA's signs. balanced: A S A^T with S = diag(+1, -1, ...), which may also subtract."""
-    dora: bool = False
-    """SingLoRA with DoRA's learned magnitude on top."""
-    rate_by_width: bool = False
-    """SingLoRA: lower the rate of wide layers as n^-1/2."""
-    loraplus_ratio: Annotated[float, arg(aliases=["--loraplus_lr_ratio"])] = 16.0
-    """lora+: the rate of B over the rate of A. SingLoRA with --dora: of the magnitudes over A."""
-
-    max_train_steps: int = 400
-    """Optimizer steps."""
-    train_batch_size: int = 4
-    """Pictures per forward pass and process."""
-    gradient_accumulation_steps: int = 1
-    """Forward passes per optimizer step."""
-    gradient_checkpointing: bool = False
-    """Compute activations twice to save memory."""
-    learning_rate: Annotated[float, arg(aliases=["--unet_lr"])] = 1e-3
-    """Peak rate of the optimizer."""
-    text_encoder_lr: float | None = None
-    """Peak rate in the text encoder. None: as --learning_rate."""
-    lr_scheduler: Literal[
-        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
-    ] = "constant"
-    """How the rate goes over the steps."""
-    lr_warmup_steps: int = 0
-    """Steps over which the rate rises from zero (not with `constant`)."""
-    adam_beta1: float = 0.9
-    """First-moment decay of AdamW."""
-    adam_beta2: float = 0.999
-    """Second-moment decay of AdamW."""
-    adam_weight_decay: float = 1e-2
-    """Decoupled weight decay of AdamW."""
-    adam_epsilon: float = 1e-8
-    """Epsilon of AdamW."""
-    max_grad_norm: float = 1.0
-    """Gradients are clipped to this norm."""
-    snr_gamma: Annotated[float | None, arg(aliases=["--min_snr_gamma"])] = None
-    """Min-SNR weighting of the loss; 5 is usual. None: off."""
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """What the frozen base computes in. The adapter stays in float32."""
-    seed: int = 0
-    """All randomness follows from it."""
-
-    validation_prompt: str | None = None
-    """What the previews show. None: the instance prompt."""
-    num_validation_images: int = 4
-    """Pictures per preview."""
-    validation_steps: int = 100
-    """A preview every so many steps. 0: none."""
-    checkpointing_steps: Annotated[int, arg(aliases=["--save_every_n_steps"])] = 500
-    """A checkpoint every so many steps. 0: none."""
-    checkpoints_total_limit: int | None = None
-    """Keep only the newest so many checkpoints. None: all."""
-    resume_from_checkpoint: Annotated[str | None, arg(aliases=["--resume"])] = None
-    """`latest`, or the path of a checkpoint folder."""
-    report_to: Literal["tensorboard", "none"] = "tensorboard"
-    """Where curves go besides log.jsonl."""
-    device: str | None = None
-    """A torch device. None: the GPU if there is one."""
-    overwrite: bool = False
-    """Replace the adapter of an earlier run in --output_dir."""
-
-    def adapter(self) -> AdapterConfig:
-        """The adapter this recipe asks for."""
-        one_percent = max(1, round(0.01 * self.max_train_steps))
-        return AdapterConfig(
-            method=self.method,
-            rank=self.rank,
-            alpha=self.alpha,
-            targets=self.targets,
-            text_rank=self.text_rank,
-            text_alpha=self.text_alpha,
-            text_targets=self.text_targets if self.train_text_encoder else (),
-            init=self.init,
-            signature=self.signature,
-            dora=self.dora,
-            ramp_steps=one_percent if self.ramp_steps is None else self.ramp_steps,
-            loraplus_ratio=self.loraplus_ratio,
-            rate_by_width=self.rate_by_width,
+    Raises:
+        UserError: what cannot work, before anything is read or loaded.
+    """
+    settings.check(recipe)
+    optimization, adapter, output = recipe.optimization, recipe.adapter, recipe.output
+    if not optimization.train_text_encoder:
+        about_text = {
+            "text_encoder_lr": optimization.text_encoder_lr,
+            "text_rank": adapter.text_rank,
+            "text_alpha": adapter.text_alpha,
+            "text_targets": adapter.text_targets,
+        }
+        if given := [f"--{name}" for name, value in about_text.items() if value]:
+            raise UserError(f"{', '.join(given)}: only with --train_text_encoder")
+    if optimization.lr_warmup_steps and optimization.lr_scheduler == "constant":
+        raise UserError("--lr_warmup_steps: not with --lr_scheduler constant; constant_with_warmup has one")
+    if optimization.lr_warmup_steps > optimization.max_train_steps:
+        raise UserError(
+            f"--lr_warmup_steps {optimization.lr_warmup_steps}: is more than --max_train_steps "
+            f"{optimization.max_train_steps}"
         )
+    if output.overwrite and output.resume_from_checkpoint:
+        raise UserError("--overwrite begins anew and --resume_from_checkpoint goes on: use one of them")
+    for name, value in settings.as_json(recipe).items():
+        _check_text(name, value)
 
-    def as_json(self) -> dict[str, Any]:
-        """Every field as JSON knows it."""
-        return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
+
+def adapter_config(recipe: Recipe, ramp_steps: int | None = None) -> AdapterConfig:
+    """The adapter that the recipe asks for.
+
+    Args:
+        ramp_steps: what a ramp without a length gets; None: 1 % of the steps (arXiv 2507.05566, appendix A.1).
+    """
+    chosen = recipe.adapter
+    if chosen.ramp_steps is None:
+        one_percent = max(1, round(0.01 * recipe.optimization.max_train_steps))
+        chosen = replace(chosen, ramp_steps=one_percent if ramp_steps is None else ramp_steps)
+    if recipe.optimization.train_text_encoder and not chosen.text_targets:
+        chosen = replace(chosen, text_targets=None)
+    return chosen
+
+
+def recorded(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as files keep it, flat: how one would run it from its beginning, however often it was resumed."""
+    return settings.as_json(settings.replaced(recipe, resume_from_checkpoint=None, overwrite=False))
+
+
+def to_be_shared(recipe: Recipe) -> dict[str, Any]:
+    """The settings, flat, that a continuation must share with its run; the adapter's own are checked by its file."""
+    return {key: value for key, value in settings.as_json(recipe).items() if key in _shared(Recipe)}
+
+
+def _shared(kind: Any) -> set[str]:
+    """Names of the fields that are not marked `MayDiffer`, those of the adapter aside."""
+    hints = get_type_hints(kind, include_extras=True)
+    names: set[str] = set()
+    for one in fields(kind):
+        hint = hints[one.name]
+        if hint is AdapterConfig:
+            continue
+        if is_dataclass(hint):
+            names |= _shared(hint)
+        elif MayDiffer not in getattr(hint, "__metadata__", ()):
+            names.add(one.name)
+    return names
+
+
+def _check_text(name: str, value: Any) -> None:
+    """Raises a UserError for bytes that the terminal sent and that are no UTF-8, and for NUL characters."""
+    for text in value if isinstance(value, list) else [value]:
+        if isinstance(text, str) and ("\0" in text or any("\ud800" <= character <= "\udfff" for character in text)):
+            raise UserError(f"--{name} {escaped(text)}: is not valid text")

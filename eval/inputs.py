@@ -1,0 +1,152 @@
+"""What there is to score: images and what is known of each, references, the base model's images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from singlora_diffusion.data.images import check
+from singlora_diffusion.errors import UserError
+from singlora_diffusion.sampling.manifest import MANIFEST, read_manifest
+from singlora_diffusion.terminal import escaped
+
+from .metrics import METRICS, Metric, Need
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything that a scoring reads, as paths and manifest lines."""
+
+    images: list[Path]
+    lines: list[dict[str, Any]]  # of the manifest, one per image; {} without a manifest
+    manifest: Path | None
+    left_out: dict[str, str]  # file name -> why
+    references: list[Path] = field(default_factory=list)
+    base_images: list[Path] = field(default_factory=list)  # one per image, or none
+
+    @property
+    def prompts(self) -> list[Hashable]:
+        """What tells the prompt of each image: prompts of two files may share an index."""
+        return [tuple(line.get(name) for name in ("prompt_index", "prompt")) for line in self.lines]
+
+
+def read(
+    images: Path,
+    references: Path | None = None,
+    base_images: Path | None = None,
+    *,
+    prompt: str | None = None,
+    manifest: Path | None = None,
+) -> Inputs:
+    """Look through the folders.
+
+    Args:
+        images: folder; with a manifest in it, the images that it lists.
+        references: folder of real images.
+        base_images: folder with an image of the same name for each of `images`.
+        prompt: of all images, where there is no manifest.
+        manifest: one that lies elsewhere.
+
+    Raises:
+        UserError: a folder without images, a manifest that cannot be read or does not fit, a prompt said twice.
+    """
+    report = check(images, decode=False)
+    left_out = dict(report.skipped)
+    listing = manifest or report.folder / MANIFEST
+    if manifest is None and not listing.is_file():
+        known = {} if prompt is None else {"prompt_without_token": prompt}
+        paths, lines, found = list(report.pictures), [known] * len(report.pictures), None
+    elif prompt is not None:
+        raise UserError(f"{listing}: says the prompts already; leave out --prompt")
+    else:
+        left_out.pop(listing.name, None)
+        by_name, present = read_manifest(listing), {path.name: path for path in report.pictures}
+        if missing := [name for name in by_name if name not in present]:
+            raise UserError(
+                f"{listing}: lists {len(missing)} images that are not in {report.folder}, such as "
+                f"{escaped(missing[0])}; generate again, the missing ones are made anew"
+            )
+        left_out.update({name: "not in the manifest" for name in present if name not in by_name})
+        paths, lines, found = [present[name] for name in by_name], list(by_name.values()), listing
+    real = [] if references is None else _references(references, report.folder)
+    base = [] if base_images is None else _same_names(base_images, paths)
+    return Inputs(paths, lines, found, left_out, real, base)
+
+
+def _references(folder: Path, images: Path) -> list[Path]:
+    report = check(folder, decode=False)
+    if report.folder.resolve() == images.resolve():
+        raise UserError(
+            f"{report.folder}: is named both as images and as references; an image is no reference of itself"
+        )
+    return list(report.pictures)
+
+
+def _same_names(folder: Path, images: list[Path]) -> list[Path]:
+    present = {path.name: path for path in check(folder, decode=False).pictures}
+    if missing := [path.name for path in images if path.name not in present]:
+        raise UserError(
+            f"{folder}: lacks {len(missing)} of {len(images)} images, such as {escaped(missing[0])}; generate them "
+            f"with the base model, the same prompts and seeds"
+        )
+    return [present[path.name] for path in images]
+
+
+# --- which metrics it allows -----------------------------------------------------------------------------------------
+
+
+def _no_references(inputs: Inputs) -> str | None:
+    return None if inputs.references else "needs real images of the subject (--references)"
+
+
+def _no_base_images(inputs: Inputs) -> str | None:
+    return None if inputs.base_images else "needs the base model's images of the same prompts and seeds (--base_images)"
+
+
+def _no_text(name: str) -> Callable[[Inputs], str | None]:
+    def missing(inputs: Inputs) -> str | None:
+        if all(line.get(name) is not None for line in inputs.lines):
+            return None
+        if inputs.manifest is None and any(inputs.lines):
+            return "--prompt is taken to have no identifier"
+        where = f"{inputs.manifest} lacks {name}" if inputs.manifest else f"there is no {MANIFEST}"
+        return f"the prompts are not known: {where}; --prompt names one for all images"
+
+    return missing
+
+
+MISSING: dict[Need, Callable[[Inputs], str | None]] = {
+    "references": _no_references,
+    "base_images": _no_base_images,
+    "prompt": _no_text("prompt"),
+    "prompt_without_token": _no_text("prompt_without_token"),
+    "prompt_groups": lambda inputs: None,
+}
+"""Why a need of a metric cannot be met, and what to do; None: it can."""
+
+
+def choose(names: tuple[str, ...], inputs: Inputs) -> tuple[dict[str, Metric], dict[str, str]]:
+    """The metrics to compute, and why the others cannot be.
+
+    Args:
+        names: rows of `METRICS`; empty: all that need not be asked for.
+
+    Raises:
+        UserError: one that is named cannot be computed, or none can.
+    """
+    chosen: dict[str, Metric] = {}
+    skipped: dict[str, str] = {}
+    for name in names or [name for name, metric in METRICS.items() if not metric.on_request]:
+        metric = METRICS[name]
+        reasons = [why for need in metric.needs if (why := MISSING[need](inputs)) is not None]
+        if not reasons:
+            chosen[name] = metric
+        elif names:
+            raise UserError(f"{name} cannot be computed: {reasons[0]}")
+        else:
+            skipped[name] = reasons[0]
+    if not chosen:
+        raise UserError(f"{inputs.images[0].parent}: nothing can be scored; name real images with --references")
+    return chosen, skipped

@@ -1,0 +1,96 @@
+"""What a safetensors file is, as far as adapters go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import UserError
+from ..terminal import escaped
+from . import keys, native, safetensors_io, signed_factors
+from .header import KEY
+from .safetensors_io import Index
+
+NATIVE, SINGLORA, TIED, LORA, UNKNOWN = "native", "singlora", "tied lora", "lora", "unknown"
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """A file's kind, and the program family whose spelling it uses.
+
+    kind: `native` ours; `singlora` one matrix per layer by another program; `tied lora` a LoRA whose pairs are
+    SingLoRAs; `lora`; `unknown`. note: why unknown, else empty.
+    """
+
+    kind: str
+    form: str
+    index: Index
+    note: str = ""
+
+
+def recognise(path: str | Path) -> Recognised:
+    """Say what a file or run folder is.
+
+    Raises:
+        UserError: not a sound safetensors file; NaN or infinity in the tensors of a LoRA.
+    """
+    index = safetensors_io.read_index(native.find(path))
+    if KEY in index.metadata:
+        return Recognised(NATIVE, "singlora-diffusion", index)
+    tags = {key: keys.tag(key) for key in index.tensors}
+    parts = {tagged.part for tagged in tags.values() if tagged is not None}
+    foreign = [key for key, tagged in tags.items() if tagged is None]
+    if "one" in parts and parts <= {"one", "step", "base", "alpha"} and (not foreign or "base" in parts):
+        form = "PEFT-SingLoRA" if any(".lora_A" in key for key in index.tensors) else "SingLoRA (bare A)"
+        return Recognised(SINGLORA, form, index)
+    if {"up", "down"} <= parts <= {"up", "down", "alpha", "magnitude"} and not foreign:
+        kind = TIED if "magnitude" not in parts and _tied(index) else LORA
+        return Recognised(kind, _form(index), index)
+    return Recognised(UNKNOWN, "", index, _reason(index, foreign))
+
+
+def _form(index: Index) -> str:
+    if any(key.startswith("lora_") for key in index.tensors):
+        return "kohya"
+    return "PEFT" if any(".lora_A." in key for key in index.tensors) else "diffusers"
+
+
+def _tied(index: Index) -> bool:
+    """Whether every pair of the file agrees with itself, up to a factor per column, on its first min(out, in) rows."""
+    parts: dict[str, dict[str, str]] = {}
+    for key in index.tensors:
+        tagged = keys.tag(key)
+        if tagged is not None:
+            parts.setdefault(tagged.layer, {})[tagged.part] = key
+    for part in parts.values():
+        if not {"up", "down"} <= set(part):
+            return False
+        up, down = index.tensors[part["up"]].shape, index.tensors[part["down"]].shape
+        if len(up) != 2 or len(down) != 2 or up[1] != down[0] or 0 in (*up, *down):
+            return False
+    for part in parts.values():
+        tensors = safetensors_io.read_tensors(index, [part["up"], part["down"]])
+        if (
+            signed_factors.of_tied_pair(tensors[part["up"]], tensors[part["down"]], signed_factors.tolerance(index))
+            is None
+        ):
+            return False
+    return True
+
+
+def _reason(index: Index, foreign: list[str]) -> str:
+    names = list(index.tensors)
+    if not names:
+        return "it holds no tensors"
+    if any(".hada_" in key or ".lokr_" in key or ".oft_" in key for key in names):
+        return "it is a LyCORIS adapter (LoHa, LoKr, OFT), which has no LoRA form"
+    if any(
+        key.startswith(("model.diffusion_model.", "first_stage_model.", "down_blocks.", "conv_in.")) for key in names
+    ):
+        return "it is a model, or a part of one, not an adapter"
+    return f"its tensor {escaped(foreign[0] if foreign else names[0])} is not one of an adapter"
+
+
+def refuse(found: Recognised) -> UserError:
+    """The error for a file of no use here."""
+    return UserError(f"{found.index.path}: is not an adapter this program reads: {found.note}")

@@ -1,0 +1,260 @@
+"""Adapters of other programs: their SingLoRAs become ours, their LoRAs can be generated with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..models.network import Networks, specs
+from ..terminal import escaped, note
+from . import diffusers_loader, file_kinds, keys, lora_pairs, native, safetensors_io, signed_factors
+from .file_kinds import recognise
+from .header import Header
+from .lora_pairs import Pair
+from .safetensors_io import Index
+from .signed_factors import SignedFactors
+
+if TYPE_CHECKING:
+    from ..adapters.registry import Adapter
+
+__all__ = ["Attached", "attach_files", "import_", "recognise"]
+
+NAME = "attached"  # the name in diffusers of what is generated with
+
+
+class Attached(Protocol):
+    """Something in the networks that can be turned up and down, merged into the weights and taken out again."""
+
+    def set_scale(self, scale: float) -> None: ...
+    def merge(self) -> None: ...
+    def detach(self) -> None: ...
+
+
+def import_(
+    path: str | Path,
+    networks: Networks,
+    *,
+    alpha: float | None = None,
+    ramp_steps: int = 1000,
+) -> tuple[Adapter, Header]:
+    """Attach a SingLoRA of another program, or a LoRA with tied pairs, as an adapter of ours.
+
+    PEFT-SingLoRA (SimpleTuner) and bare-A files (kyegomez/SingLoRA, Takenoko) hold `<module>.lora_A` or `<module>.A` of
+    max(out, in) rows, the trainer's step perhaps, and no alpha. Where a whole projection family is not in the file, its
+    layers get A = 0.
+
+    Args:
+        networks: by name, of the base it was trained on.
+        alpha: None: of the file's metadata or an `adapter_config.json` beside it, else equal to the rank, with a note.
+        ramp_steps: T of u = min(step / T, 1) where the file carries the step, else u = 1, with a note. PEFT-SingLoRA
+            ramps over 1000 steps whatever it was asked for. 0: u = 1.
+
+    Returns:
+        The attached adapter and a header to `native.save` it with.
+
+    Raises:
+        UserError: not such a file, or made for another model; the networks are untouched then.
+    """
+    found = recognise(path)
+    index = found.index
+    if found.kind == file_kinds.NATIVE:
+        raise UserError(f"{index.path}: is an adapter of singlora-diffusion already")
+    if found.kind == file_kinds.LORA:
+        raise UserError(
+            f"{index.path}: is an ordinary LoRA ({found.form}), not a SingLoRA: `generate` takes it as it is"
+        )
+    if found.kind == file_kinds.UNKNOWN:
+        raise file_kinds.refuse(found)
+    if found.kind == file_kinds.TIED and alpha is not None:
+        raise UserError(f"{index.path}: its pairs have their strength in them: leave out --alpha")
+    if found.kind == file_kinds.TIED:
+        layers = _untied(index, lora_pairs.of_file(index, networks))
+        step = 0
+    else:
+        layers, step = _single(index, networks, alpha, ramp_steps)
+    roles = {name: network.role for name, network in specs(networks).items()}
+    targets: dict[str, tuple[str, ...]] = {}
+    for name in layers:
+        role = roles[name.partition(".")[0]]
+        targets[role] = tuple(dict.fromkeys((*targets.get(role, ()), keys.target(name))))
+    modules = keys.modules(networks)
+    for name, module in modules.items():  # a family of projections is adapted as a whole
+        role = roles[name.partition(".")[0]]
+        chosen = any(name.endswith(f".{one}") for one in targets.get(role, ()))
+        if chosen and name not in layers and isinstance(module, nn.Linear):
+            layers[name] = signed_factors.zero((module.out_features, module.in_features))
+    try:
+        config, state = signed_factors.as_adapter(layers, targets, roles)
+    except UserError as error:
+        raise UserError(f"{index.path}: {error}") from error
+    header = Header(config=config, step=step, layers={name: part.shape for name, part in layers.items()}, roles=roles)
+    identifier, _, noun = index.metadata.get("modelspec.trigger_phrase", "").partition(" ")
+    header = replace(header, identifier=identifier, class_noun=noun)
+    return native.attach(index.path, networks, header, state), header
+
+
+def _untied(index: Index, found: Mapping[str, Pair]) -> dict[str, SignedFactors]:
+    layers: dict[str, SignedFactors] = {}
+    for name, pair in found.items():
+        part = signed_factors.of_tied_pair(pair.up, pair.down, signed_factors.tolerance(index))
+        if part is None:
+            raise UserError(f"{index.path}: {name} is not a SingLoRA")
+        layers[name] = part
+    return layers
+
+
+def _single(
+    index: Index, networks: Networks, alpha: float | None, ramp_steps: int
+) -> tuple[dict[str, SignedFactors], int]:
+    path = index.path
+    spellings, modules = keys.spellings(networks), keys.modules(networks)
+    matrices: dict[str, Tensor] = {}
+    alphas: dict[str, float] = {}
+    steps: set[float] = set()
+    wanted = [key for key in index.tensors if (tagged := keys.tag(key)) is not None and tagged.part != "base"]
+    for key, tensor in safetensors_io.read_tensors(index, wanted).items():
+        tagged = keys.tag(key)
+        assert tagged is not None
+        if tagged.part == "step":
+            steps |= {float(value) for value in tensor.reshape(-1)[:1]}
+            continue
+        name = spellings.get(tagged.layer)
+        if name is None or not isinstance(modules[name], nn.Linear):
+            raise UserError(f"{path}: {escaped(tagged.layer)} is no linear layer of this model: made for another model")
+        if tagged.part == "alpha":
+            if tensor.numel() != 1:
+                raise UserError(f"{path}: {escaped(key)} is {tensor.numel()} numbers, want one")
+            alphas[name] = float(tensor.reshape(()))
+        elif name in matrices:
+            raise UserError(f"{path}: {escaped(tagged.layer)} occurs twice")
+        else:
+            matrices[name] = tensor.double()
+    if len(steps) > 1:
+        raise UserError(f"{path}: its layers stand at different steps: {escaped(sorted(steps))}")
+    step = steps.pop() if steps else math.inf
+    u = min(step / ramp_steps, 1.0) if ramp_steps > 0 else 1.0
+    if u <= 0.0:
+        raise UserError(
+            f"{path}: stands at step 0 of its ramp, where it does nothing: --ramp_steps 0 uses it at full strength"
+        )
+    stated = alpha if alpha is not None else _alpha(index)
+    assumed = ["alpha = rank"] if stated is None and set(alphas) != set(matrices) else []
+    assumed += ["a finished ramp, u = 1"] if not steps and step == math.inf else []
+    layers: dict[str, SignedFactors] = {}
+    for name, matrix in matrices.items():
+        module: Any = modules[name]
+        shape = (module.out_features, module.in_features)
+        if matrix.ndim != 2 or len(matrix) != max(shape) or matrix.shape[1] < 1:
+            raise UserError(
+                f"{path}: {name}: A has shape {tuple(matrix.shape)}, want ({max(shape)}, rank) for a weight {shape}: "
+                f"made for another model?"
+            )
+        rank = matrix.shape[1]
+        strength = next(a for a in (alpha, alphas.get(name), stated, float(rank)) if a is not None) / rank
+        if not math.isfinite(strength):
+            raise UserError(f"{path}: its alpha is not a finite number")
+        layers[name] = signed_factors.of_matrix(matrix, shape).scaled(strength * u)
+    if not layers:
+        raise UserError(f"{path}: holds no layers")
+    if assumed:
+        note(
+            f"{escaped(path, 1000)} does not state everything: {' and '.join(assumed)} assumed; --alpha says otherwise"
+        )
+    return layers, int(step) if math.isfinite(step) else 0
+
+
+def _alpha(index: Index) -> float | None:
+    """alpha from the metadata or from PEFT's `adapter_config.json` beside the file."""
+    beside = index.path.with_name("adapter_config.json")
+    try:
+        if "lora_adapter_metadata" in index.metadata:
+            facts = safetensors_io.parse_json(index.metadata["lora_adapter_metadata"])
+            values = {float(value) for key, value in facts.items() if key.endswith("lora_alpha")}
+        elif beside.is_file() and beside.stat().st_size < 1 << 20:
+            values = {float(safetensors_io.parse_json(beside.read_bytes())["lora_alpha"])}
+        else:
+            return None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
+        return None
+    return values.pop() if len(values) == 1 else None
+
+
+def attach_files(paths: Sequence[str | Path], networks: Networks, scales: Sequence[float] | None = None) -> Attached:
+    """Put adapters of any readable kind into networks, several at once: the updates add up, each times its scale.
+
+    One adapter of ours is attached as it is, whatever its method. Several, and LoRA files of other programs, go in
+    through diffusers as one LoRA whose pairs stand side by side.
+
+    Raises:
+        UserError: a file is unreadable, of no use or for another model, or has no LoRA form to add up; the networks are
+            untouched then.
+    """
+    scales = [1.0] * len(paths) if scales is None else list(scales)
+    if not paths or len(scales) != len(paths):
+        raise UserError(f"{len(paths)} adapters and {len(scales)} scales: want one scale for each")
+    if not all(math.isfinite(scale) for scale in scales):
+        raise UserError("a scale must be a finite number")
+    found = [recognise(path) for path in paths]
+    if len(found) == 1 and found[0].kind in (file_kinds.NATIVE, file_kinds.SINGLORA):
+        native_ = found[0].kind == file_kinds.NATIVE
+        adapter = native.load(paths[0], networks) if native_ else import_(paths[0], networks)[0]
+        adapter.set_scale(scales[0])
+        return adapter
+    parts: list[tuple[Mapping[str, Pair], float]] = []
+    for one, scale in zip(found, scales, strict=True):
+        path = one.index.path
+        if one.kind == file_kinds.UNKNOWN:
+            raise file_kinds.refuse(one)
+        if one.kind in (file_kinds.LORA, file_kinds.TIED):
+            parts.append((lora_pairs.of_file(one.index, networks), scale))
+            continue
+        adapter = native.load(path, networks) if one.kind == file_kinds.NATIVE else import_(path, networks)[0]
+        try:
+            parts.append((dict(lora_pairs.of_adapter(adapter)), scale))
+        except UserError as error:
+            raise UserError(f"{path}: cannot be combined with others: {error}") from error
+        finally:
+            adapter.detach()
+    return _Lora(lora_pairs.as_peft(lora_pairs.total(parts), specs(networks)), networks)
+
+
+class _Lora:
+    """LoRA pairs inside networks through diffusers."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], networks: Networks) -> None:
+        layers = keys.modules(networks)
+        adapted = {tagged.layer for key in tensors if (tagged := keys.tag(key)) is not None}
+        self._weights: list[Any] = [layers[name].weight for name in adapted]
+        self._originals: list[Tensor] | None = None  # of these weights, while merged
+        self._pipeline = diffusers_loader.pipeline({name: network.module for name, network in specs(networks).items()})
+        try:
+            with diffusers_loader.quiet():
+                self._pipeline.load_lora_weights(dict(tensors), adapter_name=NAME)
+        except Exception as error:  # diffusers has many ways to say no; nothing may stay behind
+            self.detach()
+            raise UserError(f"diffusers does not take the adapter: {escaped(error)}") from error
+
+    def set_scale(self, scale: float) -> None:
+        """The strength, as long as it is not merged."""
+        self._pipeline.set_adapters([NAME], [float(scale)])
+
+    def merge(self) -> None:
+        """Write the update into the weights: the networks are plain ones then. `detach` brings the old weights back."""
+        if self._originals is None:
+            self._originals = [weight.detach().clone() for weight in self._weights]
+            with diffusers_loader.quiet():
+                self._pipeline.fuse_lora()
+                self._pipeline.unload_lora_weights()
+
+    def detach(self) -> None:
+        with diffusers_loader.quiet():
+            self._pipeline.unload_lora_weights()
+        for weight, original in zip(self._weights, self._originals or (), strict=False):  # none unless merged
+            weight.data.copy_(original)
+        self._originals = None

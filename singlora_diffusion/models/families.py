@@ -1,0 +1,72 @@
+"""The table of families, and loading by it: a model folder says itself which family it is of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UserError
+from ..terminal import escaped
+from . import hub, parts
+from .family import Family
+
+if TYPE_CHECKING:
+    from .network import NetworkSpec, Part
+
+FAMILIES = {
+    "StableDiffusionPipeline": "stable_diffusion",
+    "StableDiffusionXLPipeline": "stable_diffusion_xl",
+    "StableDiffusionXLImg2ImgPipeline": "stable_diffusion_xl",  # what the refiner names itself
+    "StableDiffusion3Pipeline": "stable_diffusion_3",
+    "FluxPipeline": "flux",
+}
+"""The file of this package for each pipeline class that a folder's model_index.json may name.
+
+It has `load(path, source, dtype, device) -> Family` and `NETWORKS`, the networks by name, the denoiser first.
+"""
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def load(name_or_path: str, dtype: str = "float32", device: str = "cpu") -> Family:
+    """Load a base model, frozen and in eval mode.
+
+    Args:
+        name_or_path: `toyworld`, a diffusers folder, or a hub id.
+        dtype: float32, bfloat16 or float16: what the frozen networks compute in.
+        device: a torch device.
+
+    Raises:
+        UserError: not a model, an unsupported pipeline, or damaged files.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"unknown precision {dtype!r}: give one of {', '.join(DTYPES)}")
+    path = hub.folder(name_or_path)
+    family: Family = _home(path, parts.index(path)).load(path, name_or_path, dtype, device)
+    return family
+
+
+def meta_networks(name_or_path: str | Path) -> dict[str, NetworkSpec]:
+    """The networks of a base model without weights, on torch's meta device, from its config files alone.
+
+    Raises:
+        UserError: as `load`.
+    """
+    path = hub.configs(str(name_or_path))
+    index = parts.index(path)
+    table: dict[str, Part] = _home(path, index).NETWORKS
+    return {
+        name: part.spec(name, parts.without_weights(part.kind, path / name))
+        for name, part in table.items()
+        if parts.listed(index, name)
+    }
+
+
+def _home(path: Path, index: Mapping[str, Any]) -> Any:
+    """The file of the family that a folder is of."""
+    pipeline = str(index["_class_name"])
+    if pipeline not in FAMILIES:
+        raise UserError(f"{escaped(path, 1000)} is a {escaped(pipeline)}; supported: {', '.join(FAMILIES)}")
+    return import_module(f".{FAMILIES[pipeline]}", __package__)

@@ -1,0 +1,192 @@
+"""FLUX.1 (dev, schnell, Krea): a transformer over image patches and text, trained by flow matching."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from PIL import Image
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+
+from ..errors import UserError
+from ..randomness import seeded
+from . import autoencoder, flow_matching, network, parts
+from .family import Conditioning, Corrupted, Geometry, Latents, check_sides
+from .network import Part
+
+NETWORKS = {  # kohya's tools call T5 the third text encoder in every family
+    "transformer": Part(FluxTransformer2DModel, network.flux_transformer),
+    "text_encoder": Part(CLIPTextModel, partial(network.clip_text_encoder, prefix="lora_te1")),
+    "text_encoder_2": Part(T5EncoderModel, partial(network.t5_encoder, prefix="lora_te3")),
+}
+PATCH = 2  # latents along a side of what the transformer sees as one token
+
+
+class Flux:
+    """FLUX.1 behind the contract of `family.Family`; times and answers are those of `flow_matching`.
+
+    Latents are (N, C, h, w) everywhere but inside the transformer, which sees patches of 2 x 2 as tokens (N, hw/4, 4C).
+    A model that was distilled with guidance (dev, Krea) is told the guidance scale: 1.0 in training, as diffusers and
+    kohya's sd-scripts recommend, `guidance` in sampling.
+    """
+
+    name = "flux"
+
+    def __init__(
+        self,
+        transformer: FluxTransformer2DModel,
+        text_encoder: CLIPTextModel,
+        text_encoder_2: T5EncoderModel,
+        vae: AutoencoderKL,
+        tokenizer: CLIPTokenizer,
+        tokenizer_2: T5TokenizerFast,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        *,
+        source: str,
+        fingerprint: str,
+        hints: Mapping[str, Any],
+    ) -> None:
+        self.transformer, self.text_encoder, self.text_encoder_2 = transformer, text_encoder, text_encoder_2
+        self.vae, self.tokenizer, self.tokenizer_2, self.scheduler = vae, tokenizer, tokenizer_2, scheduler
+        self.samplers: Mapping[str, Any] = flow_matching.SAMPLERS
+        self.noise_levels = flow_matching.levels(scheduler)
+        self.source, self.fingerprint = source, fingerprint
+        self.networks = network.specs_of(NETWORKS, self)
+        self.multiple = PATCH * autoencoder.downsampling(vae)
+        self.resolution = int(vae.config.sample_size)  # the transformer's own config names none
+        self.device, self.dtype = transformer.device, transformer.dtype
+        # As the model cards say: dev and Krea are told a guidance scale, schnell is not and needs few steps.
+        self.guided = bool(transformer.config.guidance_embeds)
+        self.guidance = float(hints.get("guidance_scale", 3.5 if self.guided else 0.0))
+        self.steps = 28 if self.guided else 4
+        self.prompt_length = min(tokenizer_2.model_max_length, 512 if self.guided else 256)
+        self.prompts: str | None = hints.get("prompts")
+
+    def encode_images(self, pixels: Tensor) -> Latents:
+        return autoencoder.encode(self.vae, pixels)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """`text`: (N, L, D), T5's last hidden states, padding included; `pooled`: (N, P) of CLIP; differentiable."""
+        ids = parts.token_ids(self.tokenizer, prompts).to(self.device)
+        ids_2 = parts.token_ids(self.tokenizer_2, prompts, self.prompt_length).to(self.device)
+        text = self.text_encoder_2(ids_2).last_hidden_state
+        return Conditioning({"text": text, "pooled": self.text_encoder(ids).pooler_output})
+
+    def with_geometry(self, conditioning: Conditioning, geometry: Geometry) -> Conditioning:
+        """This family is told nothing of sizes and crops."""
+        return conditioning
+
+    def prompt_overflow(self, prompt: str) -> int:
+        """Of T5, which reads the whole text; CLIP gives no more than a summary of the first 77 tokens."""
+        return parts.overflow(self.tokenizer_2, prompt, self.prompt_length)
+
+    def times(self, quantiles: Tensor) -> Tensor:
+        return flow_matching.times(self.noise_levels, quantiles)
+
+    def corrupt(self, latents: Tensor, noise: Tensor, times: Tensor) -> Corrupted:
+        return flow_matching.corrupt(latents, noise, times)
+
+    def recover(self, noisy: Tensor, answer: Tensor, times: Tensor) -> Tensor:
+        return flow_matching.recover(noisy, answer, times)
+
+    def loss_weights(self, times: Tensor, snr_gamma: float | None) -> Tensor | None:
+        flow_matching.no_min_snr(snr_gamma)
+        return None
+
+    def denoise(self, noisy: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
+        height, width = noisy.shape[2:]
+        text = conditioning["text"].to(self.dtype)
+        answer = self.transformer(
+            hidden_states=pack(noisy).to(self.dtype),
+            timestep=times,  # a noise level: diffusers' timestep / 1000
+            guidance=torch.ones(len(noisy), device=noisy.device) if self.guided else None,
+            pooled_projections=conditioning["pooled"].to(self.dtype),
+            encoder_hidden_states=text,
+            txt_ids=torch.zeros(text.shape[1], 3, device=noisy.device, dtype=self.dtype),
+            img_ids=image_ids(height // PATCH, width // PATCH).to(noisy.device, self.dtype),
+        ).sample
+        return unpack(answer, height, width)
+
+    def pipeline(self, sampler: str | None = None) -> FluxPipeline:
+        """The autoencoder is in float32: with the others in half precision, ask it for `output_type="latent"`."""
+        pipe = FluxPipeline(
+            scheduler=parts.sampler(self.scheduler, self.samplers, sampler),
+            vae=self.vae,
+            text_encoder=self.text_encoder,
+            tokenizer=self.tokenizer,
+            text_encoder_2=self.text_encoder_2,
+            tokenizer_2=self.tokenizer_2,
+            transformer=self.transformer,
+        )
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        steps: int | None = None,
+        guidance: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        negative_prompt: str = "",
+        sampler: str | None = None,
+    ) -> list[Image.Image]:
+        """`guidance` is what the model is told; schnell takes none.
+
+        Raises:
+            UserError: a negative prompt, which only guidance by two answers could use.
+        """
+        if negative_prompt:
+            raise UserError(f"--negative_prompt: {self.source} is a FLUX.1 model, which takes none: leave it out")
+        height, width = check_sides(self, height, width)
+        tokens = self.pipeline(sampler)(
+            list(prompts),
+            num_inference_steps=self.steps if steps is None else steps,
+            guidance_scale=self.guidance if guidance is None else guidance,
+            height=height,
+            width=width,
+            generator=[seeded(seed) for _, seed in zip(prompts, seeds, strict=True)],
+            max_sequence_length=self.prompt_length,
+            output_type="latent",
+        ).images
+        downsampling = autoencoder.downsampling(self.vae)
+        return autoencoder.decode(self.vae, unpack(tokens, height // downsampling, width // downsampling))
+
+
+def pack(latents: Tensor) -> Tensor:
+    """(N, C, h, w) to (N, hw/4, 4C): patches row by row, in each the channels first, then its rows and columns."""
+    return nn.functional.pixel_unshuffle(latents, PATCH).flatten(2).transpose(1, 2)
+
+
+def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of `pack`, to latents of this height and width."""
+    maps = tokens.transpose(1, 2).unflatten(2, (height // PATCH, width // PATCH))
+    return nn.functional.pixel_shuffle(maps, PATCH)
+
+
+def image_ids(rows: int, columns: int) -> Tensor:
+    """The place of each patch for the rotary embedding, (rows * columns, 3) float32: 0, row, column."""
+    return torch.cartesian_prod(torch.zeros(1), torch.arange(float(rows)), torch.arange(float(columns)))
+
+
+def load(path: Path, source: str, dtype: str, device: str) -> Flux:
+    """Load the parts from a diffusers folder, frozen; the autoencoder in float32, the rest in `dtype`."""
+    with parts.loading(path, "FLUX.1"):
+        return Flux(
+            **parts.networks(NETWORKS, parts.index(path), path, device, dtype),
+            vae=parts.network(AutoencoderKL, path / "vae", device, torch.float32),
+            tokenizer=parts.tokenizer(CLIPTokenizer, path / "tokenizer"),
+            tokenizer_2=parts.tokenizer(T5TokenizerFast, path / "tokenizer_2"),
+            scheduler=flow_matching.scheduler(path / "scheduler"),
+            source=source,
+            fingerprint=parts.fingerprint(parts.weights(path / "transformer")[0]),
+            hints=parts.hints(path),
+        )

@@ -1,0 +1,191 @@
+"""Stable Diffusion 3 and 3.5, medium and large: a transformer over image and text, trained by flow matching."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from PIL import Image
+from torch import Tensor, nn
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+
+from ..errors import UserError
+from ..randomness import seeded
+from . import autoencoder, flow_matching, network, parts
+from .family import Conditioning, Corrupted, Geometry, Latents, check_sides
+from .network import Part
+
+NETWORKS = {
+    "transformer": Part(SD3Transformer2DModel, network.sd3_transformer),
+    "text_encoder": Part(CLIPTextModelWithProjection, partial(network.clip_text_encoder, prefix="lora_te1")),
+    "text_encoder_2": Part(CLIPTextModelWithProjection, partial(network.clip_text_encoder, prefix="lora_te2")),
+    "text_encoder_3": Part(T5EncoderModel, partial(network.t5_encoder, prefix="lora_te3")),
+}
+T5_LENGTH = 256
+"""Tokens of a prompt that T5 reads: the stock pipeline's own."""
+
+
+class StableDiffusion3:
+    """Stable Diffusion 3 behind the contract of `family.Family`; noise and answers are those of `flow_matching`.
+
+    Times are logit-normal, of mean 0 and deviation 1, as in diffusers' train_dreambooth_lora_sd3.py. The loss is the
+    velocity's; the script's default compares images, which weighs it by s^2 (--precondition_outputs).
+    T5 may be absent, as the stock pipeline allows: zeros stand for its hidden states.
+    """
+
+    name = "stable_diffusion_3"
+
+    def __init__(
+        self,
+        transformer: SD3Transformer2DModel,
+        text_encoder: CLIPTextModelWithProjection,
+        text_encoder_2: CLIPTextModelWithProjection,
+        vae: AutoencoderKL,
+        tokenizer: CLIPTokenizer,
+        tokenizer_2: CLIPTokenizer,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        *,
+        text_encoder_3: T5EncoderModel | None = None,
+        tokenizer_3: T5TokenizerFast | None = None,
+        source: str,
+        fingerprint: str,
+        hints: Mapping[str, Any],
+    ) -> None:
+        self.transformer, self.vae, self.scheduler = transformer, vae, scheduler
+        self.text_encoder, self.text_encoder_2, self.text_encoder_3 = text_encoder, text_encoder_2, text_encoder_3
+        self.tokenizer, self.tokenizer_2, self.tokenizer_3 = tokenizer, tokenizer_2, tokenizer_3
+        self.samplers: Mapping[str, Any] = flow_matching.SAMPLERS
+        self.noise_levels = flow_matching.levels(scheduler)
+        self.source, self.fingerprint = source, fingerprint
+        self.networks = network.specs_of(NETWORKS, self)
+        downsampling = autoencoder.downsampling(vae)
+        self.multiple = int(transformer.config.patch_size) * downsampling
+        self.resolution = int(transformer.config.sample_size) * downsampling
+        self.largest = int(transformer.config.pos_embed_max_size) * self.multiple  # it has learned no further positions
+        self.device, self.dtype = transformer.device, transformer.dtype
+        self.guidance, self.steps = float(hints.get("guidance_scale", 7.0)), 28  # the stock pipeline's
+        self.prompt_length = T5_LENGTH if tokenizer_3 is None else min(T5_LENGTH, tokenizer_3.model_max_length)
+        self.prompts: str | None = hints.get("prompts")
+
+    def encode_images(self, pixels: Tensor) -> Latents:
+        return autoencoder.encode(self.vae, pixels)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """Differentiable, in the text encoders' dtype.
+
+        `text`: (N, L + L3, D): the last hidden states but one of both CLIPs side by side, filled up with zeros to T5's
+        width, then T5's last ones, padding included. `pooled`: (N, P1 + P2), the projected texts of both CLIPs.
+        """
+        ids = parts.token_ids(self.tokenizer, prompts).to(self.device)
+        ids_2 = parts.token_ids(self.tokenizer_2, prompts).to(self.device)
+        first = self.text_encoder(ids, output_hidden_states=True)
+        second = self.text_encoder_2(ids_2, output_hidden_states=True)
+        clip = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+        if self.text_encoder_3 is None:
+            t5 = clip.new_zeros(len(clip), self.prompt_length, self.transformer.config.joint_attention_dim)
+        else:
+            ids_3 = parts.token_ids(self.tokenizer_3, prompts, self.prompt_length).to(self.device)
+            t5 = self.text_encoder_3(ids_3).last_hidden_state
+        clip = nn.functional.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
+        pooled = torch.cat([first.text_embeds, second.text_embeds], dim=-1)
+        return Conditioning({"text": torch.cat([clip, t5], dim=1), "pooled": pooled})
+
+    def with_geometry(self, conditioning: Conditioning, geometry: Geometry) -> Conditioning:
+        """This family is told nothing of sizes and crops."""
+        return conditioning
+
+    def prompt_overflow(self, prompt: str) -> int:
+        """Of T5, which reads the whole text, or of CLIP where there is no T5."""
+        if self.tokenizer_3 is None:
+            return parts.overflow(self.tokenizer, prompt)
+        return parts.overflow(self.tokenizer_3, prompt, self.prompt_length)
+
+    def times(self, quantiles: Tensor) -> Tensor:
+        return flow_matching.times(self.noise_levels, flow_matching.logit_normal(quantiles))
+
+    def corrupt(self, latents: Tensor, noise: Tensor, times: Tensor) -> Corrupted:
+        return flow_matching.corrupt(latents, noise, times)
+
+    def recover(self, noisy: Tensor, answer: Tensor, times: Tensor) -> Tensor:
+        return flow_matching.recover(noisy, answer, times)
+
+    def loss_weights(self, times: Tensor, snr_gamma: float | None) -> Tensor | None:
+        flow_matching.no_min_snr(snr_gamma)
+        return None
+
+    def denoise(self, noisy: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
+        return self.transformer(
+            hidden_states=noisy.to(self.dtype),
+            timestep=1000 * times,
+            encoder_hidden_states=conditioning["text"].to(self.dtype),
+            pooled_projections=conditioning["pooled"].to(self.dtype),
+        ).sample
+
+    def pipeline(self, sampler: str | None = None) -> StableDiffusion3Pipeline:
+        """The autoencoder is in float32: with the others in half precision, ask it for `output_type="latent"`."""
+        pipe = StableDiffusion3Pipeline(
+            transformer=self.transformer,
+            scheduler=parts.sampler(self.scheduler, self.samplers, sampler),
+            vae=self.vae,
+            text_encoder=self.text_encoder,
+            tokenizer=self.tokenizer,
+            text_encoder_2=self.text_encoder_2,
+            tokenizer_2=self.tokenizer_2,
+            text_encoder_3=self.text_encoder_3,
+            tokenizer_3=self.tokenizer_3,
+        )
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        steps: int | None = None,
+        guidance: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        negative_prompt: str = "",
+        sampler: str | None = None,
+    ) -> list[Image.Image]:
+        height, width = check_sides(self, height, width)
+        if max(height, width) > self.largest:
+            raise UserError(f"{width}x{height} pixels: {self.source} knows sides of up to {self.largest} pixels")
+        latents = self.pipeline(sampler)(
+            list(prompts),
+            num_inference_steps=self.steps if steps is None else steps,
+            guidance_scale=self.guidance if guidance is None else guidance,
+            height=height,
+            width=width,
+            negative_prompt=[negative_prompt] * len(prompts),
+            generator=[seeded(seed) for _, seed in zip(prompts, seeds, strict=True)],
+            max_sequence_length=self.prompt_length,
+            output_type="latent",
+        ).images
+        return autoencoder.decode(self.vae, latents)
+
+
+def load(path: Path, source: str, dtype: str, device: str) -> StableDiffusion3:
+    """Load the parts from a diffusers folder, frozen; the autoencoder in float32, the rest in `dtype`."""
+    index = parts.index(path)
+    with parts.loading(path, "Stable Diffusion 3"):
+        optional = {}
+        if parts.listed(index, "tokenizer_3"):
+            optional["tokenizer_3"] = parts.tokenizer(T5TokenizerFast, path / "tokenizer_3")
+        return StableDiffusion3(
+            **parts.networks(NETWORKS, index, path, device, dtype),
+            **optional,
+            vae=parts.network(AutoencoderKL, path / "vae", device, torch.float32),
+            tokenizer=parts.tokenizer(CLIPTokenizer, path / "tokenizer"),
+            tokenizer_2=parts.tokenizer(CLIPTokenizer, path / "tokenizer_2"),
+            scheduler=flow_matching.scheduler(path / "scheduler"),
+            source=source,
+            fingerprint=parts.fingerprint(parts.weights(path / "transformer")[0]),
+            hints=parts.hints(path),
+        )

@@ -1,0 +1,188 @@
+"""Stable Diffusion XL: two text encoders, and a UNet that is told sizes and crops (arXiv 2307.01952)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from ..errors import UserError
+from ..randomness import seeded
+from ..terminal import escaped
+from . import autoencoder, network, noise_schedule, parts
+from .family import Conditioning, Corrupted, Geometry, Latents, check_sides
+from .network import Part
+from .stable_diffusion import SAMPLERS
+
+NETWORKS = {  # kohya's tools number the text encoders from 1
+    "unet": Part(UNet2DConditionModel, network.unet),
+    "text_encoder": Part(CLIPTextModel, partial(network.clip_text_encoder, prefix="lora_te1")),
+    "text_encoder_2": Part(CLIPTextModelWithProjection, partial(network.clip_text_encoder, prefix="lora_te2")),
+}
+
+
+class StableDiffusionXL:
+    """Stable Diffusion XL behind the contract of `family.Family`; times and answers are those of `noise_schedule`."""
+
+    name = "stable_diffusion_xl"
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        text_encoder: CLIPTextModel,
+        text_encoder_2: CLIPTextModelWithProjection,
+        vae: AutoencoderKL,
+        tokenizer: CLIPTokenizer,
+        tokenizer_2: CLIPTokenizer,
+        scheduler: Any,
+        *,
+        force_zeros_for_empty_prompt: bool,
+        source: str,
+        fingerprint: str,
+        hints: Mapping[str, Any],
+    ) -> None:
+        self.unet, self.text_encoder, self.text_encoder_2, self.vae = unet, text_encoder, text_encoder_2, vae
+        self.tokenizer, self.tokenizer_2, self.scheduler = tokenizer, tokenizer_2, scheduler
+        self.samplers: Mapping[str, Any] = SAMPLERS
+        self.noise_schedule = noise_schedule.of(scheduler)
+        self.force_zeros_for_empty_prompt = force_zeros_for_empty_prompt
+        self.source, self.fingerprint = source, fingerprint
+        self.networks = network.specs_of(NETWORKS, self)
+        downsampling = autoencoder.downsampling(vae)
+        self.multiple = math.lcm(downsampling, 8)  # as the stock pipeline asks
+        self.resolution = int(unet.config.sample_size) * downsampling
+        self.device, self.dtype = unet.device, unet.dtype
+        self.guidance = float(hints.get("guidance_scale", 5.0))  # the stock pipeline's
+        self.steps = 30
+        self.prompts: str | None = hints.get("prompts")
+
+    def encode_images(self, pixels: Tensor) -> Latents:
+        return autoencoder.encode(self.vae, pixels)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """Differentiable, in the text encoders' dtype.
+
+        `text`: (N, L, D1 + D2), the last hidden states but one of both encoders side by side, without a final norm.
+        `pooled`: (N, P), the projected text of the second.
+        """
+        ids = parts.token_ids(self.tokenizer, prompts).to(self.device)
+        ids_2 = parts.token_ids(self.tokenizer_2, prompts).to(self.device)
+        first = self.text_encoder(ids, output_hidden_states=True)
+        second = self.text_encoder_2(ids_2, output_hidden_states=True)
+        text = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+        return Conditioning({"text": text, "pooled": second.text_embeds})
+
+    def with_geometry(self, conditioning: Conditioning, geometry: Geometry) -> Conditioning:
+        """`sizes`: (N, 6), in the order of diffusers' train_dreambooth_lora_sdxl.py: original height and width, top and
+        left of the crop, target height and width."""
+        sizes = torch.cat([geometry.original, geometry.crop, geometry.target], dim=1)
+        return Conditioning({**conditioning.tensors, "sizes": sizes.to(self.device)})
+
+    def prompt_overflow(self, prompt: str) -> int:
+        return max(parts.overflow(tokenizer, prompt) for tokenizer in (self.tokenizer, self.tokenizer_2))
+
+    def times(self, quantiles: Tensor) -> Tensor:
+        return noise_schedule.times(self.noise_schedule, quantiles)
+
+    def corrupt(self, latents: Tensor, noise: Tensor, times: Tensor) -> Corrupted:
+        return noise_schedule.corrupt(self.noise_schedule, latents, noise, times)
+
+    def recover(self, noisy: Tensor, answer: Tensor, times: Tensor) -> Tensor:
+        return noise_schedule.recover(self.noise_schedule, noisy, answer, times)
+
+    def loss_weights(self, times: Tensor, snr_gamma: float | None) -> Tensor | None:
+        return noise_schedule.min_snr(self.noise_schedule, times, snr_gamma)
+
+    def denoise(self, noisy: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
+        """Without `sizes` in the conditioning the image counts as one that was not cropped, as in sampling."""
+        sizes = conditioning.tensors.get("sizes")
+        if sizes is None:
+            height, width = (side * autoencoder.downsampling(self.vae) for side in noisy.shape[2:])
+            sizes = torch.tensor([height, width, 0, 0, height, width], device=noisy.device).expand(len(noisy), 6)
+        return self.unet(
+            noisy.to(self.dtype),
+            times,
+            conditioning["text"].to(self.dtype),
+            added_cond_kwargs={"text_embeds": conditioning["pooled"].to(self.dtype), "time_ids": sizes.to(self.dtype)},
+        ).sample
+
+    def pipeline(self, sampler: str | None = None) -> StableDiffusionXLPipeline:
+        """The autoencoder is in float32: with the others in half precision, ask it for `output_type="latent"`."""
+        pipe = StableDiffusionXLPipeline(
+            vae=self.vae,
+            text_encoder=self.text_encoder,
+            text_encoder_2=self.text_encoder_2,
+            tokenizer=self.tokenizer,
+            tokenizer_2=self.tokenizer_2,
+            unet=self.unet,
+            scheduler=parts.sampler(self.scheduler, self.samplers, sampler),
+            force_zeros_for_empty_prompt=self.force_zeros_for_empty_prompt,
+            add_watermarker=False,
+        )
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        steps: int | None = None,
+        guidance: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        negative_prompt: str = "",
+        sampler: str | None = None,
+    ) -> list[Image.Image]:
+        """An empty negative prompt is zeros where the model says so, else an encoded empty text."""
+        height, width = check_sides(self, height, width)
+        latents = self.pipeline(sampler)(
+            list(prompts),
+            num_inference_steps=self.steps if steps is None else steps,
+            guidance_scale=self.guidance if guidance is None else guidance,
+            height=height,
+            width=width,
+            negative_prompt=[negative_prompt] * len(prompts) if negative_prompt else None,
+            generator=[seeded(seed) for _, seed in zip(prompts, seeds, strict=True)],
+            output_type="latent",
+        ).images
+        return autoencoder.decode(self.vae, latents)
+
+
+def load(path: Path, source: str, dtype: str, device: str) -> StableDiffusionXL:
+    """Load the parts from a diffusers folder, frozen; the autoencoder in float32, the rest in `dtype`.
+
+    Raises:
+        UserError: the refiner, which reads one text encoder and is told five numbers of another meaning.
+    """
+    index = parts.index(path)
+    if not parts.listed(index, "text_encoder"):
+        raise UserError(
+            f"{escaped(path, 1000)} is a Stable Diffusion XL refiner: adapters are trained and used on the base model"
+        )
+    with parts.loading(path, "Stable Diffusion XL"):
+        networks = parts.networks(NETWORKS, index, path, device, dtype)
+        unet, projection = networks["unet"].config, networks["text_encoder_2"].config.projection_dim
+        told = unet.projection_class_embeddings_input_dim or 0
+        if told != 6 * (unet.addition_time_embed_dim or 0) + projection:
+            raise ValueError(f"its UNet takes {told} numbers beside the text, not a pooled text and six sizes")
+        return StableDiffusionXL(
+            **networks,
+            vae=parts.network(AutoencoderKL, path / "vae", device, torch.float32),
+            tokenizer=parts.tokenizer(CLIPTokenizer, path / "tokenizer"),
+            tokenizer_2=parts.tokenizer(CLIPTokenizer, path / "tokenizer_2"),
+            scheduler=parts.scheduler(path / "scheduler"),
+            force_zeros_for_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", True)),
+            source=source,
+            fingerprint=parts.fingerprint(parts.weights(path / "unet")[0]),
+            hints=parts.hints(path),
+        )

@@ -1,0 +1,158 @@
+"""What a training tells of itself while it runs. Listeners are functions of an event; the loop prints nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from ..data.folders import FolderReport
+
+
+@dataclass(frozen=True)
+class Remark:
+    """Something that the user should know, in one line."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Images:
+    """A folder was read: instance images or class images, with what was left out and why."""
+
+    report: FolderReport
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The base model is there, with the adapter attached."""
+
+    base_model: str
+    prompts: str | None
+    """The bundled prompt set that the model names for itself."""
+    method: str
+    rank: int
+    layers: int
+    parameters: int
+    resolution: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A part of the work before the first step: encoding images, generating class images."""
+
+    what: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Images are latents now."""
+
+    what: str
+    """`instance images` or `class images`."""
+    count: int
+
+
+@dataclass(frozen=True)
+class PutAway:
+    """Files of an earlier run were moved out of the way."""
+
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """The state of a checkpoint was restored."""
+
+    path: Path
+    step: int
+
+
+@dataclass(frozen=True)
+class Started:
+    """The first step is next."""
+
+    step: int
+    """Steps that are done already."""
+    total: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the optimizer."""
+
+    step: int
+    """From 1 on."""
+    loss: float
+    lr: float
+    """Of the first group of parameters."""
+    u: float
+    """The ramp's value."""
+    grad_norm: float
+    """Before clipping; infinite in a step that fp16's loss scaling skipped."""
+    seconds: float
+    """Since this process began its first step."""
+
+
+@dataclass(frozen=True)
+class Preview:
+    """An image of what has been learned."""
+
+    path: Path
+    step: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state was saved."""
+
+    path: Path
+    step: int
+
+
+@dataclass(frozen=True)
+class Interrupted:
+    """The run was asked to stop, and did after a whole step."""
+
+    step: int
+    path: Path | None
+    """The checkpoint to go on from; None: no step had been done."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The adapter was written, read back and compared with the live model. The last event."""
+
+    path: Path
+    size: int
+    """Bytes."""
+
+
+Event = (
+    Remark
+    | Images
+    | Loaded
+    | Progress
+    | Encoded
+    | PutAway
+    | Resumed
+    | Started
+    | Step
+    | Preview
+    | Checkpoint
+    | Interrupted
+    | Saved
+)
+
+
+class Listener(Protocol):
+    """Who is told what happens."""
+
+    def __call__(self, event: Event) -> None: ...
+
+    def close(self) -> None:
+        """Called once, however the run ended."""
+        ...

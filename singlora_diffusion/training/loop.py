@@ -1,0 +1,233 @@
+"""One training, from its recipe to the adapter's file, as a stream of events.
+
+    for event in run(recipe):
+        ...
+
+Whoever iterates is told what happens, and decides what becomes of it: nothing is printed here. What is trained and what
+it is trained on are known by their contracts only, those of `models.Family` and of an adapter.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import files
+from ..data import prompts
+from ..data.folders import read_folder
+from ..errors import UserError
+from ..terminal import escaped
+from . import run_folder
+from .diagnosis import NotFinite, cause
+from .events import Checkpoint, Event, Images, Interrupted, Loaded, Preview, PutAway, Resumed, Saved, Started, Step
+from .recipe import OutputSettings, Recipe, adapter_config, check, recorded
+
+if TYPE_CHECKING:  # torch and what needs it are imported once the recipe's own mistakes are named
+    from accelerate import Accelerator
+
+    from ..adapters import Adapter
+    from ..models import Family
+    from .step import Stepper
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that the steps need."""
+
+    recipe: Recipe
+    accelerator: Accelerator
+    family: Family
+    adapter: Adapter
+    stepper: Stepper
+    identity: dict[str, Any]
+    about: dict[str, Any]
+    """For the header of adapter files."""
+    resolution: int
+    start: int
+    """Steps that are done already."""
+
+    @property
+    def out(self) -> Path:
+        return self.recipe.output.output_dir
+
+    @property
+    def writes(self) -> bool:
+        """Of several processes, the first one writes."""
+        return self.accelerator.is_main_process
+
+
+def run(recipe: Recipe, stop: Callable[[], bool] = lambda: False) -> Iterator[Event]:
+    """Train an adapter; the last event is `Saved`, or `Interrupted`.
+
+    Args:
+        stop: asked after every step; once it says yes, the state is saved and the run ends.
+
+    Raises:
+        UserError: something in the recipe or its files must be mended first, the training diverged, or a file cannot be
+            written. Nothing is left half-written, and checkpoints stay.
+    """
+    check(recipe)
+    subject = prompts.split_instance_prompt(recipe.data.instance_prompt, recipe.data.identifier)
+    class_prompt = recipe.prior.class_prompt or subject.without_identifier(recipe.data.instance_prompt)
+    instance = read_folder(recipe.data.instance_data_dir, strict=recipe.data.strict, resolution=recipe.data.resolution)
+    run_folder.check(recipe.output)
+    yield Images(instance)
+
+    from .. import adapters
+    from . import identity, memory, preparation, result
+    from .step import Stepper
+
+    state = yield from preparation.checkpoint_to_resume(recipe)
+    accelerator, family, resolution = preparation.load(recipe)
+    config = adapter_config(recipe, state.config.ramp_steps if state else None)
+    memory.require(family, config, recipe, resolution)
+    with ExitStack() as stack:
+        if accelerator.is_main_process:
+            stack.enter_context(files.locked(recipe.output.output_dir, "a training"))
+            yield from _clear(recipe.output)
+        classes = yield from preparation.class_images(recipe, accelerator, family, class_prompt, resolution)
+        streams = yield from preparation.encoded(recipe, family, resolution, instance.images, classes, class_prompt)
+        adapter = adapters.attach(family.networks, config, recipe.optimization.seed)
+        stack.callback(adapter.detach)
+        yield _loaded(family, adapter, resolution)
+        stepper = Stepper(accelerator, family, adapter, recipe, streams, resolution)
+        identified = identity.of(recipe, family.fingerprint, instance.images, classes)
+        if state is not None:
+            preparation.restore(state, recipe, identified, stepper)
+            yield Resumed(state.path, state.step)
+        stepper.prepare()
+        about = result.about(recipe, family, subject, resolution)
+        start = state.step if state else 0
+        job = Job(recipe, accelerator, family, adapter, stepper, identified, about, resolution, start)
+        yield from _begin(job)
+        finished = yield from _steps(job, stop)
+        if finished and job.writes:
+            yield _saved(job)
+
+
+def _clear(output: OutputSettings) -> Iterator[Event]:
+    """Take what killed runs left half-written out of a folder that is now locked, and put an earlier run away."""
+    out = output.output_dir
+    run_folder.check(output)
+    run_folder.clean(out)
+    if not output.resume_from_checkpoint:
+        made = [run_folder.class_images(out)] if output.overwrite else []  # they may belong to another prompt
+        yield from _put_away(out, [*run_folder.ours(out), *made])
+
+
+def _begin(job: Job) -> Iterator[Event]:
+    job.accelerator.wait_for_everyone()  # all have read the checkpoint that they go on from
+    if job.writes:
+        later = [path for path in run_folder.checkpoints(job.out) if run_folder.step_of(path) > job.start]
+        yield from _put_away(job.out, later)  # or `latest` would mean one of these, and the limit keep them
+        files.write_json(job.out / run_folder.RECIPE, recorded(job.recipe))
+    yield Started(job.start, job.recipe.optimization.max_train_steps)
+
+
+def _put_away(out: Path, entries: Sequence[Path]) -> Iterator[Event]:
+    away = run_folder.put_away(out, [entry for entry in entries if entry.exists()])
+    if away is not None:
+        yield PutAway(away)
+
+
+def _loaded(family: Family, adapter: Adapter, resolution: int) -> Loaded:
+    return Loaded(
+        base_model=family.source,
+        prompts=family.prompts,
+        method=adapter.config.method,
+        rank=adapter.config.rank,
+        layers=len(adapter.layers()),
+        parameters=adapter.num_parameters(),
+        resolution=resolution,
+    )
+
+
+def _steps(job: Job, stop: Callable[[], bool]) -> Generator[Event, None, bool]:
+    """All steps that are left; returns whether they were done."""
+    began, last = time.monotonic(), job.recipe.optimization.max_train_steps
+    for step in range(job.start + 1, last + 1):
+        try:
+            figures = job.stepper.advance(step)
+        except NotFinite as error:
+            raise UserError(_diagnosis(job, error)) from error
+        yield Step(step, *figures, seconds=time.monotonic() - began)
+        if _anyone(job.accelerator, stop()) and step < last:
+            yield Interrupted(step, _save_checkpoint(job, step) if job.writes else None)
+            return False
+        if job.writes:
+            yield from _outputs(job, step)
+    job.accelerator.wait_for_everyone()
+    return True
+
+
+def _anyone(accelerator: Accelerator, asked: bool) -> bool:
+    """Whether any of the processes says so: all stop after the same step, or some would wait for the others forever."""
+    if accelerator.num_processes == 1:
+        return asked
+    import torch
+
+    return bool(accelerator.reduce(torch.tensor(float(asked), device=accelerator.device), "sum") > 0)
+
+
+def _outputs(job: Job, step: int) -> Iterator[Event]:
+    """The checkpoint and the preview that are due after a step."""
+    if _is_due(step, job.recipe.output.checkpointing_steps):
+        yield Checkpoint(_save_checkpoint(job, step), step)
+    if _is_due(step, job.recipe.validation.validation_steps):
+        from . import validation
+
+        yield Preview(validation.preview(job.family, job.recipe, step, job.resolution), step)
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _save_checkpoint(job: Job, step: int) -> Path:
+    from . import checkpoint
+
+    scaler = job.accelerator.scaler
+    try:
+        return checkpoint.save(
+            job.out,
+            step,
+            job.adapter,
+            job.stepper.raw_optimizer,
+            recorded(job.recipe),
+            about=job.about,
+            identity=job.identity,
+            scaler=None if scaler is None else scaler.state_dict(),
+            limit=job.recipe.output.checkpoints_total_limit,
+        )
+    except UserError as error:
+        raise UserError(f"{error}{_kept(job)}") from error
+
+
+def _saved(job: Job) -> Saved:
+    from . import result
+
+    path = job.out / run_folder.ADAPTER
+    try:
+        result.save(job.family, job.adapter, path, {**job.about, "step": job.recipe.optimization.max_train_steps})
+    except UserError as error:
+        raise UserError(f"{error}{_kept(job)}") from error
+    return Saved(path, path.stat().st_size)
+
+
+def _diagnosis(job: Job, error: NotFinite) -> str:
+    """What happened, why, most likely, and what is left; the state before the bad step is saved."""
+    before = error.step - 1
+    if before > job.start and job.writes and not (job.out / f"checkpoint-{before}").exists():
+        with suppress(UserError):  # numbers that are not finite are not saved: the step before was bad already
+            _save_checkpoint(job, before)
+    return f"{error}; {cause(error, job.recipe)}{_kept(job)}"
+
+
+def _kept(job: Job) -> str:
+    """Where the newest checkpoint is, for messages of runs that end early."""
+    kept = run_folder.checkpoints(job.out)
+    return f"; what was learned by step {run_folder.step_of(kept[-1])} is in {escaped(kept[-1], 1000)}" if kept else ""

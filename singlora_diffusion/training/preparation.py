@@ -1,0 +1,122 @@
+"""What comes before the first step: the base model, images as latents, the checkpoint to go on from."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from .. import device, models
+from ..data import latents
+from ..data.latents import EncodedImages
+from ..errors import UserError
+from ..models import Family
+from ..terminal import escaped
+from . import checkpoint, identity
+from . import class_images as generating
+from .checkpoint import State
+from .events import Encoded, Event, Progress, Remark
+from .recipe import Recipe
+from .step import Stepper, Streams
+
+DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def checkpoint_to_resume(recipe: Recipe) -> Generator[Event, None, State | None]:
+    if not recipe.output.resume_from_checkpoint:
+        return None
+    state, remarks = checkpoint.find(recipe.output.output_dir, recipe.output.resume_from_checkpoint)
+    for remark in remarks:
+        yield Remark(remark)
+    if remarks:
+        yield Remark(f"going on from {escaped(state.path, 1000)} instead")
+    if state.identity is None:
+        yield Remark(
+            f"{escaped(state.path, 1000)} is of an older version and does not know its images: go on only if they are "
+            f"the same"
+        )
+    if state.step > recipe.optimization.max_train_steps:
+        raise UserError(
+            f"{escaped(state.path, 1000)} has done {state.step} steps already: --max_train_steps "
+            f"{recipe.optimization.max_train_steps} lies behind it"
+        )
+    return state
+
+
+def load(recipe: Recipe) -> tuple[Accelerator, Family, int]:
+    """Processes, base model, and the side of the images in pixels."""
+    where, precision = recipe.model.device, recipe.model.mixed_precision
+    chosen = device.choose(where)
+    if precision == "fp16" and torch.device(chosen).type == "cpu":
+        raise UserError("--mixed_precision fp16 needs a GPU: take bf16 or no on the CPU")
+    accelerator = Accelerator(
+        mixed_precision="fp16" if precision == "fp16" else "no",
+        gradient_accumulation_steps=recipe.optimization.gradient_accumulation_steps,
+        cpu=torch.device(chosen).type == "cpu",
+        device_placement=False,  # the base model is where it was loaded to
+    )
+    if where is None and accelerator.num_processes > 1:
+        chosen = str(accelerator.device)
+    dtype = device.compute_dtype(chosen, DTYPES[precision])
+    family = models.load(recipe.model.pretrained_model_name_or_path, dtype, chosen)
+    resolution = recipe.data.resolution or family.resolution
+    if resolution % family.multiple:
+        raise UserError(f"--resolution {resolution} is no multiple of {family.multiple}, as {family.source} needs")
+    family.loss_weights(family.times(torch.tensor([0.5], dtype=torch.float64)), recipe.optimization.snr_gamma)
+    return accelerator, family, resolution
+
+
+def class_images(
+    recipe: Recipe, accelerator: Accelerator, family: Family, prompt: str, resolution: int
+) -> Generator[Event, None, Sequence[Path]]:
+    if not recipe.prior.with_prior_preservation:
+        return ()
+    if accelerator.is_main_process:
+        yield from generating.prepare(recipe, family, prompt, resolution)
+    accelerator.wait_for_everyone()
+    return generating.images(recipe)
+
+
+def encoded(
+    recipe: Recipe,
+    family: Family,
+    resolution: int,
+    instance: Sequence[Path],
+    others: Sequence[Path],
+    class_prompt: str,
+) -> Generator[Event, None, Streams]:
+    """Instance images and class images as latents, with their prompts."""
+    kinds = {"instance images": (instance, recipe.data.instance_prompt), "class images": (others, class_prompt)}
+    streams: list[EncodedImages] = []
+    texts: list[str] = []
+    for what, (paths, prompt) in kinds.items():
+        if not paths:
+            continue
+        encoded = []
+        for number, path in enumerate(paths):
+            yield Progress(f"encoding {what}", number, len(paths))
+            encoded.append(latents.encode(family, path, resolution, recipe.data.random_flip))
+        yield Progress(f"encoding {what}", len(paths), len(paths))
+        streams.append(latents.together(encoded))
+        texts.append(prompt)
+        yield Encoded(what, len(paths))
+    return Streams(streams, texts)
+
+
+def restore(state: State, recipe: Recipe, who: dict[str, Any], stepper: Stepper) -> None:
+    """
+    Raises:
+        UserError: the checkpoint is of another run.
+    """
+    if state.identity is None:
+        words = identity.difference_of_old(state.recipe, recipe)
+    else:
+        words = identity.difference(state.identity, who)
+    if words:
+        raise UserError(f"{escaped(state.path, 1000)} was made {words}: resume with the same")
+    checkpoint.restore(state, stepper.adapter, stepper.raw_optimizer)
+    if stepper.accelerator.scaler is not None and state.scaler:
+        stepper.accelerator.scaler.load_state_dict(dict(state.scaler))

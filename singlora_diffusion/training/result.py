@@ -1,0 +1,54 @@
+"""The adapter's file at the end of a training: written, read back, and compared with the live model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import formats
+from ..adapters import Adapter
+from ..data.prompts import InstancePrompt
+from ..errors import UserError
+from ..models import Family
+from .recipe import Recipe, recorded
+
+
+def about(recipe: Recipe, family: Family, subject: InstancePrompt, resolution: int) -> dict[str, Any]:
+    """What the header of an adapter file says of its training."""
+    return {
+        "family": family.name,
+        "base_model": family.source,
+        "base_hash": family.fingerprint,
+        "instance_prompt": recipe.data.instance_prompt,
+        "identifier": subject.identifier,
+        "class_noun": subject.class_noun,
+        "resolution": resolution,
+        "recipe": recorded(recipe),
+    }
+
+
+def save(family: Family, adapter: Adapter, path: Path, header: Mapping[str, Any]) -> None:
+    """Write the adapter's file and prove that it answers as the live model does; the adapter is detached.
+
+    Raises:
+        UserError: the file cannot be written, or a model made from it answers differently.
+    """
+    formats.save(adapter, path, about=header)
+    live = answers(family)
+    adapter.detach()
+    read_back = formats.load(path, family.networks)
+    same = torch.equal(live, answers(family))
+    read_back.detach()
+    if not same:
+        raise UserError(f"{path} does not answer like the model it was saved from: do not use it")
+
+
+def answers(family: Family) -> Tensor:
+    """What all networks answer to their sample inputs, flat, float32."""
+    with torch.inference_mode():
+        outputs = [network.module(**network.sample_inputs())[0] for network in family.networks.values()]
+        return torch.cat([output.float().flatten().cpu() for output in outputs])

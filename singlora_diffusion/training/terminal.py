@@ -1,0 +1,122 @@
+"""The terminal: a listener that says in plain lines what happens, with a bar for what takes long."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import settings
+from ..data import prompts
+from ..progress import bar
+from ..terminal import escaped
+from .events import (
+    Event,
+    Images,
+    Interrupted,
+    Loaded,
+    Progress,
+    PutAway,
+    Remark,
+    Resumed,
+    Saved,
+    Started,
+    Step,
+)
+from .recipe import Recipe
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+class Terminal:
+    """Announcements, bars and the command to type next.
+
+    Args:
+        hint: end with the command to type next.
+    """
+
+    def __init__(self, recipe: Recipe, console: Console, *, hint: bool = True) -> None:
+        self.recipe, self.console, self.hint = recipe, console, hint
+        self.prompts: str | None = None
+        self.bars: Any = None
+        self.task: Any = None
+        self.what = ""
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case Remark(text):
+                self.say(f"note: {text}")
+            case Images(report):
+                self.say(str(report))
+            case Loaded():
+                self.prompts = event.prompts
+                self.say(self.announcement(event))
+            case PutAway(folder):
+                self.say(f"what an earlier run left there was put away into {shown(folder)}")
+            case Resumed(path, step):
+                self.say(f"resumed from {shown(path)} at step {step}")
+            case Progress(what, done, total):
+                self.advance(what, done, total)
+            case Started(step, total):
+                self.advance("training", step, total)
+            case Step(step):
+                self.advance("training", step)
+            case Interrupted(step, path):
+                self.close()
+                self.say(f"stopped after step {step}" + (f", saved in {shown(path)}" if path else ""))
+                self.say(f"to go on: {self.command_to_go_on()}")
+            case Saved(path, size):
+                self.close()
+                self.say(f"{shown(path)}, {size / 1e6:.2f} MB, read back and verified")
+                if self.hint:
+                    self.say(f"next: {self.command_to_generate()}")
+            case _:
+                pass
+
+    def say(self, text: str) -> None:
+        """Lines as they stand: paths may hold what rich takes for markup."""
+        self.console.print(text, markup=False)
+
+    def announcement(self, loaded: Loaded) -> str:
+        """What is about to happen, with the exact number of trained parameters."""
+        optimization = self.recipe.optimization
+        return (
+            f"{loaded.method} rank {loaded.rank} on {loaded.layers} layers of {escaped(loaded.base_model, 1000)}: "
+            f"{loaded.parameters:,} trained parameters\n"
+            f"{optimization.max_train_steps} steps of {optimization.train_batch_size} images at {loaded.resolution} px"
+        )
+
+    def command_to_go_on(self) -> str:
+        """The same command line, resuming."""
+        again = settings.replaced(self.recipe, resume_from_checkpoint="latest", overwrite=False)
+        return settings.command_line("train", again)
+
+    def command_to_generate(self) -> str:
+        """A first look at the adapter."""
+        subject = prompts.split_instance_prompt(self.recipe.data.instance_prompt, self.recipe.data.identifier)
+        out = self.recipe.output.output_dir
+        words = ["--adapter", str(out), "--prompts", prompts.suggested(self.prompts, subject.class_noun)]
+        return escaped(shlex.join(["singlora", "generate", *words, "--output_dir", str(out / "samples")]), 4000)
+
+    def advance(self, what: str, done: int, total: int | None = None) -> None:
+        """Show how far a part of the work is; a bar for each part."""
+        if what != self.what:
+            self.close()
+            self.bars, self.what = bar(self.console), what
+            self.bars.start()
+            self.task = self.bars.add_task(what, total=total, completed=done)
+        else:
+            self.bars.update(self.task, completed=done)
+        if done == total:
+            self.close()
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        if self.bars is not None:
+            self.bars.stop()
+        self.bars, self.what = None, ""
+
+
+def shown(path: Path) -> str:
+    return escaped(path, 1000)
