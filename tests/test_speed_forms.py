@@ -118,6 +118,7 @@ def test_hooks_of_the_base_are_heard(cast: bool) -> None:
     torch.testing.assert_close(hooked.float(), usual + 1, rtol=0, atol=0.1 if cast else 1e-5)
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="its compiler reads neither generators nor vars()")
 @pytest.mark.parametrize(("dora", "dtype"), ((True, torch.float32), (False, torch.bfloat16)))
 def test_a_step_compiles_without_graph_breaks(dora, dtype, make_networks, monkeypatch) -> None:
     """Through the attention processors and the layers' CPU forms; answers and gradients are those of the eager step."""
