@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from singlora_diffusion.data.images import open_image
+from singlora_diffusion.data.images import is_one_colour, open_image
 from singlora_diffusion.errors import UserError
 from singlora_diffusion.progress import bar
 from singlora_diffusion.terminal import note
@@ -25,7 +25,7 @@ class Embedded:
     """One row per image."""
 
     keys: list[str]  # sha256 of the pixels
-    blank: list[bool]  # black, or of one colour: what a safety filter or a diverged model leaves
+    blank: list[bool]  # of one colour: what a safety filter or a diverged model leaves
     vectors: dict[str, Vectors]  # by role of the encoder
 
 
@@ -76,6 +76,4 @@ def keep(stores: Iterable[VectorStore]) -> None:
 
 def _read(path: Path) -> tuple[Image.Image, str, bool]:
     image = open_image(path)
-    low, high = np.array(image.getextrema()).T  # of each channel
-    blank = bool((low == high).all() or (high <= 2).all())
-    return image, image_key(image), blank
+    return image, image_key(image), is_one_colour(image)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from singlora_diffusion.data.folders import read_folder
+from singlora_diffusion.data.folders import CONTACT_SHEET, read_folder
 from singlora_diffusion.errors import UserError
-from singlora_diffusion.sampling.manifest import MANIFEST, read_manifest
+from singlora_diffusion.sampling.manifest import MANIFEST, prompt_of, read_manifest
 from singlora_diffusion.terminal import escaped
 
 from .metrics import METRICS, Metric, Need
+
+WRITTEN_BY_US = (".*", MANIFEST, CONTACT_SHEET, "scores*.json", "report*.html")
+"""Names of what is no image and goes without saying: what the commands put beside images, and hidden files."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +32,8 @@ class Inputs:
 
     @property
     def prompts(self) -> list[Hashable]:
-        """What tells the prompt of each image: prompts of two files may share an index."""
-        return [tuple(line.get(name) for name in ("prompt_index", "prompt")) for line in self.lines]
+        """What tells the prompt of each image."""
+        return [prompt_of(line) for line in self.lines]
 
 
 def read(
@@ -53,7 +57,7 @@ def read(
         UserError: a folder without images, a manifest that cannot be read or does not fit, a prompt said twice.
     """
     report = read_folder(images, strict=True, decode=False)
-    left_out = dict(report.skipped)
+    left_out = {name: why for name, why in report.skipped if not any(fnmatch(name, one) for one in WRITTEN_BY_US)}
     listing = manifest or report.folder / MANIFEST
     if manifest is None and not listing.is_file():
         known = {} if prompt is None else {"prompt_without_token": prompt}
@@ -61,7 +65,7 @@ def read(
     elif prompt is not None:
         raise UserError(f"{listing}: says the prompts already; leave out --prompt")
     else:
-        left_out.pop(listing.name, None)
+        left_out.pop(listing.name, None)  # one of another name
         by_name, present = read_manifest(listing), {path.name: path for path in report.images}
         if missing := [name for name in by_name if name not in present]:
             raise UserError(

@@ -96,8 +96,6 @@ def page(
     Raises:
         UserError: a folder, manifest, result or log that cannot be read.
     """
-    import jinja2
-
     if not sets:
         raise UserError("nothing to show: name at least one folder of images with --runs")
     loaded = [load(one) for one in sets]
@@ -105,20 +103,10 @@ def page(
     keys = scored(loaded)
     real = {key: real_score(loaded, key) for key in keys}
     colours = _colours(loaded)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    return environment.get_template("report.html.j2").render(
+    return _template().render(
         title=title,
         lead=lead,
-        references={
-            caption: [_shown(path, path.name) for path in image_files(folder)]
-            for caption, folder in (references or {}).items()
-        },
+        references={caption: _gallery(folder) for caption, folder in (references or {}).items()},
         colours=colours,
         generated=[one.name for one in generated],
         logged=[one.name for one in generated if one.log],
@@ -136,6 +124,19 @@ def page(
         commands=commands,
         made=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
     )
+
+
+def _template() -> Any:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return environment.get_template("report.html.j2")
 
 
 def write(html: str, output: Path) -> Path:
@@ -265,6 +266,11 @@ def _shown(path: Path, tip: str) -> Shown:
     stream = io.BytesIO()
     image.resize((2 * width, 2 * height), Image.Resampling.LANCZOS).save(stream, "WEBP", quality=88)
     return Shown("data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode(), width, height, tip)
+
+
+def _gallery(folder: Path) -> list[Shown]:
+    """Every image of a folder."""
+    return [_shown(path, path.name) for path in image_files(folder)]
 
 
 def _sheet(loaded: Sequence[ScoredSet], per_prompt: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import numpy as np
 from singlora_diffusion.data.folders import read_folder
 from singlora_diffusion.errors import UserError
 from singlora_diffusion.files import read_json, reason
-from singlora_diffusion.sampling.manifest import MANIFEST, check_line, read_manifest
+from singlora_diffusion.sampling.manifest import MANIFEST, check_line, prompt_of, read_manifest
 from singlora_diffusion.terminal import escaped
 
 from .encoders import ROLES
@@ -75,10 +75,7 @@ class ScoredImage:
     @property
     def prompt(self) -> Hashable:
         """What it shares with other images of its prompt; an image of unknown prompt is known by its name."""
-        for name in ("template", "prompt_without_token", "prompt"):
-            if self.about.get(name):
-                return str(self.about[name])
-        return self.path.stem
+        return prompt_of(self.about) or self.path.stem
 
 
 @dataclass(frozen=True)

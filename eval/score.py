@@ -27,7 +27,7 @@ from . import score_table
 from .embedding import Embedded, embed_images, embed_texts, keep
 from .encoders import PROTOCOLS, ROLES, Encoder, encoder
 from .inputs import Inputs
-from .metrics import METRICS, Metric, Need, Vectors, mean_over_prompts
+from .metrics import METRICS, Metric, Need, Scores, Vectors, mean_over_prompts
 from .vector_store import VectorStore
 
 if TYPE_CHECKING:
@@ -98,14 +98,9 @@ def score(settings: ScoreSettings) -> dict[str, Any]:
     )
     chosen, skipped = reading.choose(settings.metrics, inputs)
     protocol, why = _protocol(settings, inputs)
-
     encoders = {
         role: encoder(
-            protocol,
-            role,
-            getattr(settings.encoders, role),
-            device=settings.device,
-            batch_size=settings.batch_size,
+            protocol, role, getattr(settings.encoders, role), device=settings.device, batch_size=settings.batch_size
         )
         for role in sorted({metric.encoder for metric in chosen.values()})  # no encoder that no metric needs
     }
@@ -116,20 +111,12 @@ def score(settings: ScoreSettings) -> dict[str, Any]:
         embedded = embed_images(paths, encoders, stores, settings.batch_size)
         given = _given(inputs, embedded, encoders, stores)
         values: dict[str, Any] = {
-            name: metric.function(
-                given["images"](metric.encoder), *(given[need](metric.encoder) for need in metric.needs)
-            )
+            name: metric.function(*(given[need](metric.encoder) for need in ("images", *metric.needs)))
             for name, metric in chosen.items()
         }
     finally:  # an interrupted run continues where it was
         keep(stores.values())
 
-    references = embedded.keys[len(inputs.images) :][: len(inputs.references)]
-    rows = _rows(inputs, embedded, references)
-    for name, metric in chosen.items():
-        if metric.per == "image":
-            for row, value in zip(rows, values[name], strict=True):
-                row[name] = float(value)
     result = {
         "protocol": protocol,
         "protocol_because": why,
@@ -139,23 +126,9 @@ def score(settings: ScoreSettings) -> dict[str, Any]:
             for name, metric in chosen.items()
         },
         "skipped": skipped,
-        "count": len(rows),
-        "blank": sum(row["blank"] for row in rows),
-        "copies": sum(row["copy"] for row in rows),
         "left_out": inputs.left_out,
-        "images": rows,
-        "references": [
-            {"file": path.name, "sha256": key} for path, key in zip(inputs.references, references, strict=True)
-        ],
-        "encoders": {
-            role: {**made.about, "fingerprint": made.fingerprint, "source": made.source}
-            for role, made in encoders.items()
-        },
-        "dtype": "float32",
-        "device": devices.choose(settings.device) if "torch" in sys.modules else "none, all vectors were stored",
-        "versions": _versions(),
-        "settings": as_json(settings),
-        "command": command_line("score", settings),
+        **_rows(inputs, embedded, {name: values[name] for name, metric in chosen.items() if metric.per == "image"}),
+        **_made_with(settings, encoders),
         "output": str(output),
     }
     write_json(output, result)
@@ -195,20 +168,48 @@ def _given(
     }
 
 
-def _rows(inputs: Inputs, embedded: Embedded, references: list[str]) -> list[dict[str, Any]]:
-    """One per image, without its scores."""
-    kept = ("prompt", "prompt_without_token", "prompt_index", "seed")
-    return [
+def _rows(inputs: Inputs, embedded: Embedded, scores: Mapping[str, Scores]) -> dict[str, Any]:
+    """The result's rows, one per image and per reference, and how many images are odd."""
+    kept = ("prompt", "prompt_without_token", "template", "prompt_index", "seed")
+    # the embedded rows of references and base images come after those of the images
+    references = embedded.keys[len(inputs.images) :][: len(inputs.references)]
+    rows = [
         {
             "file": path.name,
             **{name: line[name] for name in kept if name in line},
             "sha256": key,
             "blank": blank,
             "copy": key in references,
+            **{name: float(values[place]) for name, values in scores.items()},
         }
-        # the embedded rows of references and base images come after those of the images
-        for path, line, key, blank in zip(inputs.images, inputs.lines, embedded.keys, embedded.blank, strict=False)
+        for place, (path, line, key, blank) in enumerate(
+            zip(inputs.images, inputs.lines, embedded.keys, embedded.blank, strict=False)
+        )
     ]
+    return {
+        "count": len(rows),
+        "blank": sum(row["blank"] for row in rows),
+        "copies": sum(row["copy"] for row in rows),
+        "images": rows,
+        "references": [
+            {"file": path.name, "sha256": key} for path, key in zip(inputs.references, references, strict=True)
+        ],
+    }
+
+
+def _made_with(settings: ScoreSettings, encoders: Mapping[str, Encoder]) -> dict[str, Any]:
+    """What the result says of encoders, machine and settings: enough to repeat it."""
+    return {
+        "encoders": {
+            role: {**made.about, "fingerprint": made.fingerprint, "source": made.source}
+            for role, made in encoders.items()
+        },
+        "dtype": "float32",
+        "device": devices.choose(settings.device) if "torch" in sys.modules else "none, all vectors were stored",
+        "versions": _versions(),
+        "settings": as_json(settings),
+        "command": command_line("score", settings),
+    }
 
 
 def _summary(metric: Metric, found: Any, inputs: Inputs, references: Vectors) -> dict[str, Any]:

@@ -40,12 +40,11 @@ class VectorStore:
     The file is named by the encoder's fingerprint, replaced as a whole when saved, and may be deleted at any time.
     """
 
-    def __init__(self, folder: Path | None, fingerprint: str) -> None:
-        """With None for a folder, vectors are remembered for as long as the store lives."""
-        self.path = None if folder is None else folder / f"{fingerprint[:16]}.safetensors"
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        self.path = folder / f"{fingerprint[:16]}.safetensors"
         self._vectors: dict[str, Vectors] = {}
         self._changed = False
-        if self.path is not None and os.path.isfile(self.path):
+        if os.path.isfile(self.path):
             from safetensors.numpy import load_file
 
             with contextlib.suppress(Exception):  # a damaged cache is an empty one
@@ -69,7 +68,7 @@ class VectorStore:
         Raises:
             UserError: it cannot be written.
         """
-        if self.path is None or not self._changed:
+        if not self._changed:
             return
         from safetensors.numpy import save
 

@@ -439,11 +439,3 @@ def test_a_damaged_store_is_an_empty_one(tmp_path: Path) -> None:
     store.vectors(["k"], ["x"], lambda things: np.ones((1, 2), dtype=np.float32))
     store.save()
     assert VectorStore(tmp_path, "a" * 64).vectors(["k"], ["x"], lambda things: np.zeros((1, 2)))[0, 0] == 1.0
-
-
-def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    store = VectorStore(None, "a" * 64)
-    store.vectors(["k"], ["x"], lambda things: np.ones((1, 2), dtype=np.float32))
-    store.save()
-    assert list(tmp_path.iterdir()) == []

@@ -17,9 +17,11 @@ from encoder_folders import clip_folder, timm_folder
 from PIL import Image
 
 from eval import encoders as encoders_module
+from eval import results
 from eval.encoders import ROLES, encoder
 from eval.metrics import METRICS, Metric
 from eval.score import EncoderSources, ScoreSettings, run, score
+from singlora_diffusion.data import png
 from singlora_diffusion.errors import UserError
 from singlora_diffusion.settings import parse
 
@@ -141,6 +143,47 @@ def test_prompts_of_two_files_do_not_mix(folders: tuple[Path, Path], encoders: d
     manifest.write_text(manifest.read_text().replace('"prompt_index": 1', '"prompt_index": 0'))
     result = score(settings(folders, encoders, metrics=("dino",)))
     assert result["metrics"]["dino"]["prompts"] == 2
+
+
+def test_a_prompt_listed_twice_is_one_prompt_in_score_and_report(
+    folders: tuple[Path, Path], encoders: dict[str, str]
+) -> None:
+    """Else the same folder would have two means."""
+    manifest = folders[0] / "manifest.jsonl"
+    lines = [json.loads(row) for row in manifest.read_text().splitlines()]
+    about = {**lines[-1], "prompt_index": 2}
+    for seed in (5, 6, 7):
+        paint(folders[0] / f"002-{seed}.png", 200 + seed)
+        lines.append({**about, "file": f"002-{seed}.png", "seed": seed})
+    templates = {prompt.format("sks "): prompt.format("{identifier} ") for prompt in PROMPTS}
+    for templated in (False, True):
+        known = [{**line, "template": templates[line["prompt"]]} if templated else line for line in lines]
+        manifest.write_text("".join(json.dumps(line) + "\n" for line in known))
+        result = score(settings(folders, encoders, metrics=("dino", "diversity")))
+        rows = np.array([row["dino"] for row in result["images"]])
+        assert result["metrics"]["dino"]["prompts"] == 2
+        assert result["metrics"]["dino"]["mean"] == pytest.approx((rows[:3].mean() + rows[3:].mean()) / 2)
+        for elsewhere in (False, True):  # the report knows the manifest, or the rows of the result alone
+            if elsewhere:
+                manifest.unlink()
+            loaded = results.load(results.ImageSet("dog", folders[0]))
+            shared = results.ScoreKey("dino", "train")
+            assert len(loaded.per_prompt(shared)) == 2
+            assert loaded.mean(shared) == pytest.approx(result["metrics"]["dino"]["mean"])
+
+
+def test_what_the_commands_put_beside_images_is_not_reported(
+    folders: tuple[Path, Path], encoders: dict[str, str]
+) -> None:
+    images = folders[0]
+    (images / "contact_sheet.png").unlink()
+    png.write(Image.new("RGB", (9, 9)), images / "contact_sheet.png", prompt="")
+    (images / ".lock").touch()
+    (images / "report.html").touch()
+    (images / "notes.txt").write_text("mine")
+    for _ in range(2):  # the second time scores.json and .features are there too
+        result = score(settings(folders, encoders, metrics=("dino",)))
+        assert result["left_out"] == {"notes.txt": "not an image"}
 
 
 def test_only_the_encoders_that_are_needed(folders: tuple[Path, Path], encoders: dict[str, str]) -> None:

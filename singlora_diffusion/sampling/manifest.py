@@ -82,6 +82,18 @@ def read_manifest(path: Path, *, interrupted: bool = False) -> dict[str, Record]
     return lines
 
 
+def prompt_of(line: Record) -> str | None:
+    """What an image shares with the other images of its prompt, whatever the identifier; None where nothing is known.
+
+    It is the prompt without its identifier, the template first, so that two runs have their prompts in common. An
+    image whose prompt is not known stands for itself.
+    """
+    for field in ("template", "prompt_without_token", "prompt"):
+        if line.get(field):
+            return str(line[field])
+    return Path(line["file"]).stem if line.get("file") else None
+
+
 def check_line(line: object) -> Record:
     """A line of a manifest, returned as it is.
 
