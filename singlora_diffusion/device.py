@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import terminal
 from .errors import UserError
 
 
@@ -33,21 +32,24 @@ def compute_dtype(device: str, wanted: str | None) -> str:
 
     Args:
         device: a torch device, as `choose` returns it.
-        wanted: what the user asked for, taken as it is; a line on stderr says so where bfloat16 gains no time. None:
-            bfloat16 on a GPU that has it, float16 on an older one, float32 anywhere else. Apple's MPS has bfloat16 from
-            macOS 14 on only, so it is left to whoever asks for it.
+        wanted: what the user asked for, taken as it is. None: bfloat16 on a GPU that has it, float16 on an older one,
+            float32 anywhere else. Apple's MPS has bfloat16 from macOS 14 on only, so it is left to whoever asks for it.
     """
     import torch
 
-    kind, _, _ = device.partition(":")
-    if wanted is None:
-        if kind != "cuda":
-            return "float32"
-        major, _ = torch.cuda.get_device_capability(device)
-        return "bfloat16" if major >= 8 else "float16"
-    if wanted == "bfloat16" and kind == "cpu" and not _has_bfloat16():
-        terminal.note("this CPU has no bfloat16 instructions: bfloat16 saves memory there, but float32 is faster")
-    return wanted
+    if wanted is not None:
+        return wanted
+    if device.partition(":")[0] != "cuda":
+        return "float32"
+    major, _ = torch.cuda.get_device_capability(device)
+    return "bfloat16" if major >= 8 else "float16"
+
+
+def slow_bfloat16(device: str, dtype: str) -> str | None:
+    """What the user should know where bfloat16 gains no time, in one line; None elsewhere."""
+    if dtype != "bfloat16" or device.partition(":")[0] != "cpu" or _has_bfloat16():
+        return None
+    return "this CPU has no bfloat16 instructions: bfloat16 saves memory there, but float32 is faster"
 
 
 def _has_bfloat16() -> bool:

@@ -241,12 +241,12 @@ def test_several_adapters_are_for_one_model(settings: GenerateSettings, tmp_path
     assert str(settings.adapters.adapter[0]) in str(error.value) and not settings.output.output_dir.exists()
 
 
-def test_literal_prompts_and_the_samplers(settings: GenerateSettings, tmp_path: Path) -> None:
+def test_literal_prompts_and_the_schedulers(settings: GenerateSettings, tmp_path: Path) -> None:
     found = []
-    for sampler in ("ddim", "dpm++", "euler"):
-        out = tmp_path / sampler
+    for scheduler in ("ddim", "dpm++", "euler"):
+        out = tmp_path / scheduler
         some = replaced(
-            settings, prompts=None, prompt=("sks, a dog", "sksy"), seeds="1", scheduler=sampler, output_dir=out
+            settings, prompts=None, prompt=("sks, a dog", "sksy"), seeds="1", scheduler=scheduler, output_dir=out
         )
         lines = generate(some, quiet=True)
         assert [line["prompt"] for line in lines] == ["sks, a dog", "sksy"]
@@ -255,15 +255,15 @@ def test_literal_prompts_and_the_samplers(settings: GenerateSettings, tmp_path: 
     assert not np.array_equal(found[0], found[1]) and not np.array_equal(found[1], found[2])
 
 
-@pytest.mark.parametrize("sampler", [None, "ddim", "dpm++", "euler"])
-def test_samplers_can_take_all_the_steps_that_are_allowed(
-    settings: GenerateSettings, samples_counted: list[int], sampler: str | None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("scheduler", [None, "ddim", "dpm++", "euler"])
+def test_schedulers_can_take_all_the_steps_that_are_allowed(
+    settings: GenerateSettings, samples_counted: list[int], scheduler: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from diffusers import UNet2DConditionModel
 
     monkeypatch.setattr(UNet2DConditionModel, "forward", lambda self, x, *_, **__: (x * 0.1,))
     for steps in (1, 999):
-        one = replaced(settings, seeds="1", prompts=None, prompt=("a dog",), guidance_scale=1.0, scheduler=sampler)
+        one = replaced(settings, seeds="1", prompts=None, prompt=("a dog",), guidance_scale=1.0, scheduler=scheduler)
         generate(replaced(one, num_inference_steps=steps, overwrite=True), quiet=True)
     assert samples_counted == [1, 1]
 

@@ -83,7 +83,7 @@ def test_encode_predict_and_train(dtype: str, tiny_model: Path) -> None:
     stock = family.pipeline().encode_prompt(PROMPTS[:2], "cpu", 1, False)[0]
     assert torch.equal(text["text"], stock)  # training and sampling read prompts alike
     adapters.attach(family.networks, AdapterConfig(rank=2, text_targets=("q_proj",)))
-    noisy, target = family.corrupt(mean, torch.randn_like(mean), torch.tensor([10, 900]))
+    noisy, target = family.noise_process.corrupt(mean, torch.randn_like(mean), torch.tensor([10, 900]))
     answer = family.denoise(noisy, torch.tensor([10, 900]), family.encode_prompts(PROMPTS[:2]))
     assert answer.shape == target.shape == (2, 4, 8, 8) and answer.dtype == family.dtype
     (answer.float() - target).square().mean().backward()
@@ -99,18 +99,18 @@ def test_corrupt(kind: str, copied: Path) -> None:
     t = torch.tensor([0, 250, 999])
     alpha = (1 - beta).cumprod(0)[t]
     x0, noise = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    noisy, target = family.corrupt(x0, noise, t)
+    noisy, target = family.noise_process.corrupt(x0, noise, t)
     a, s = alpha.sqrt().view(3, 1, 1, 1), (1 - alpha).sqrt().view(3, 1, 1, 1)
     torch.testing.assert_close(noisy.double(), a * x0 + s * noise, rtol=1e-4, atol=1e-4)
     expected = noise.double() if kind == "epsilon" else a * noise - s * x0
     torch.testing.assert_close(target.double(), expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(family.recover(noisy, target, t)[:2], x0[:2], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(family.noise_process.recover(noisy, target, t)[:2], x0[:2], rtol=1e-4, atol=1e-4)
     snr = alpha / (1 - alpha)
-    weights = family.loss_weights(t, 5.0)
-    assert weights is not None and family.loss_weights(t, None) is None
+    weights = family.noise_process.loss_weights(t, 5.0)
+    assert weights is not None and family.noise_process.loss_weights(t, None) is None
     expected = snr.clamp(max=5) / (snr if kind == "epsilon" else snr + 1)
     torch.testing.assert_close(weights.double(), expected, rtol=1e-3, atol=1e-5)
-    assert family.times(torch.tensor([0.0, 0.5, 0.9999], dtype=torch.float64)).tolist() == [0, 500, 999]
+    assert family.noise_process.times(torch.tensor([0.0, 0.5, 0.9999], dtype=torch.float64)).tolist() == [0, 500, 999]
 
 
 def test_a_picture_depends_on_its_prompt_and_seed_alone(family: models.Family) -> None:
@@ -144,11 +144,11 @@ def test_sample_is_the_stock_pipeline(family: models.Family, tiny_model: Path) -
     assert np.abs(pixels(ours) - pixels(theirs)).max() <= 1
 
 
-@pytest.mark.parametrize("sampler", [None, "ddim", "dpm++", "euler"])
-def test_samplers_and_half_precision(sampler: str | None, tiny_model: Path) -> None:
+@pytest.mark.parametrize("scheduler", [None, "ddim", "dpm++", "euler"])
+def test_schedulers_and_half_precision(scheduler: str | None, tiny_model: Path) -> None:
     family = models.load(str(tiny_model), "bfloat16")
-    pictures = pixels(family.sample(PROMPTS[:2], [0, 1], steps=3, sampler=sampler))
-    single = pixels(family.sample(PROMPTS[:1], [0], steps=3, sampler=sampler))
+    pictures = pixels(family.sample(PROMPTS[:2], [0, 1], steps=3, scheduler=scheduler))
+    single = pixels(family.sample(PROMPTS[:1], [0], steps=3, scheduler=scheduler))
     assert pictures.std() > 5 and np.abs(pictures[:1] - single).mean() < 8  # half precision rounds batches differently
 
 
@@ -211,7 +211,7 @@ def test_a_folder_as_real_ones_are(copied: Path, family: models.Family) -> None:
     assert isinstance(loaded.scheduler, PNDMScheduler)
     assert loaded.fingerprint == parts.fingerprint([copied / "unet" / "diffusion_pytorch_model.safetensors"])
     assert {p.dtype for p in loaded.unet.parameters()} == {torch.float32}
-    assert (loaded.guidance, loaded.prompts, family.guidance, family.prompts) == (3.0, "toyworld", 7.5, None)
+    assert (loaded.guidance, loaded.prompt_set, family.guidance, family.prompt_set) == (3.0, "toyworld", 7.5, None)
     assert torch.equal(loaded.encode_prompts(PROMPTS)["text"], family.encode_prompts(PROMPTS)["text"])
     state = family.unet.state_dict()
     assert all(torch.equal(t, state[key].bfloat16().float()) for key, t in loaded.unet.state_dict().items())

@@ -21,6 +21,10 @@ from singlora_diffusion.adapters.config import AdapterConfig
 from singlora_diffusion.errors import UserError
 from singlora_diffusion.models import autoencoder, flux
 from singlora_diffusion.models.family import Geometry
+from singlora_diffusion.sampling.generate import generate
+from singlora_diffusion.sampling.settings import GenerateSettings
+from singlora_diffusion.settings import build, replaced
+from singlora_diffusion.training.loop import run
 
 PROMPTS = ["a photo of sks dog", "a cat in the snow"]
 FOLDERS = {
@@ -123,19 +127,19 @@ def test_networks_from_configs_alone(family: Any, folder: Path, tmp_path: Path) 
 @pytest.mark.numerical
 def test_the_exact_answer_gives_the_image_back(family: Any) -> None:
     quantiles = torch.linspace(0, 1, 8, dtype=torch.float64)[:-1]
-    times = family.times(quantiles)
+    times = family.noise_process.times(quantiles)
     assert len(times) == 7 and (times.diff() > 0).all()
     x0, noise = normal(2, 7, 4, 8, 8)
-    noisy, target = family.corrupt(x0, noise, times)
-    recovered = family.recover(noisy, target, times)
+    noisy, target = family.noise_process.corrupt(x0, noise, times)
+    recovered = family.noise_process.recover(noisy, target, times)
     # Rounding of x_t is divided by the image's share of it, which is 0.1 or more at these times.
     torch.testing.assert_close(recovered, x0, rtol=0, atol=100 * torch.finfo(torch.float32).eps)
     # Little noise at small quantiles, and next to nothing but noise at the largest.
-    assert (noisy[0] - x0[0]).abs().max() < 0.2 and family.corrupt(
-        x0, noise, family.times(quantiles * 0)
+    assert (noisy[0] - x0[0]).abs().max() < 0.2 and family.noise_process.corrupt(
+        x0, noise, family.noise_process.times(quantiles * 0)
     ).noisy.isfinite().all()
-    last = family.times(torch.full((7,), 1 - 1e-9, dtype=torch.float64))
-    assert (family.corrupt(x0, noise, last).noisy - noise).norm() < 0.1 * noise.norm()
+    last = family.noise_process.times(torch.full((7,), 1 - 1e-9, dtype=torch.float64))
+    assert (family.noise_process.corrupt(x0, noise, last).noisy - noise).norm() < 0.1 * noise.norm()
 
 
 @pytest.mark.numerical
@@ -193,13 +197,13 @@ def test_seeds_of_64_bits(family: Any) -> None:
     assert np.abs(pixels(few[0]) - pixels(few[1])).max() > 1
 
 
-def test_sides_and_samplers_that_cannot_be_used(family: Any) -> None:
+def test_sides_and_schedulers_that_cannot_be_used(family: Any) -> None:
     with pytest.raises(UserError, match="36x32 pixels"):
         family.sample(PROMPTS[:1], [0], width=36)
-    with pytest.raises(UserError, match="unknown sampler 'plms'"):
-        family.sample(PROMPTS[:1], [0], sampler="plms")
-    for name in family.samplers:
-        assert pixels(family.sample(PROMPTS[:1], [0], steps=3, sampler=name)).std() > 1
+    with pytest.raises(UserError, match="unknown scheduler 'plms'"):
+        family.sample(PROMPTS[:1], [0], scheduler="plms")
+    for name in family.schedulers:
+        assert pixels(family.sample(PROMPTS[:1], [0], steps=3, scheduler=name)).std() > 1
 
 
 @pytest.mark.numerical
@@ -208,7 +212,7 @@ def test_an_exact_denoiser_samples_the_image(family: Any, monkeypatch: pytest.Mo
     x0 = normal(1, 4, 8, 8, seed=1)
 
     def diffusion(x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor]:
-        a = family.noise_schedule.alphas_cumprod[t]
+        a = family.noise_process.scheduler.alphas_cumprod[t]
         return ((x - a.sqrt() * x0) / (1 - a).sqrt(),)
 
     def flux_flow(*, hidden_states: Tensor, timestep: Tensor, **kwargs: Any) -> tuple[Tensor]:
@@ -225,8 +229,8 @@ def test_an_exact_denoiser_samples_the_image(family: Any, monkeypatch: pytest.Mo
         end = x0
     else:  # DDIM keeps what it takes for the noise at first, timestep 751 of four steps, and ends at timestep 0
         noise = diffusion(normal(1, 4, 8, 8, seed=0), torch.tensor(751))[0]
-        end = family.corrupt(x0, noise, torch.tensor([0])).noisy
-        options["sampler"] = "ddim"
+        end = family.noise_process.corrupt(x0, noise, torch.tensor([0])).noisy
+        options["scheduler"] = "ddim"
     found = family.sample(PROMPTS[:1], [0], steps=4, height=32, width=32, **options)
     assert np.abs(pixels(found) - pixels(autoencoder.decode(family.vae, end))).max() <= 1
 
@@ -238,11 +242,11 @@ def test_a_step_of_training_reaches_the_adapter(family: Any) -> None:
     text = next(network for network in family.networks.values() if network.role == "text" and network.targets)
     adapter = adapters.attach(family.networks, AdapterConfig(rank=2, text_targets=text.targets))
     try:
-        times = family.times(torch.tensor([0.2, 0.9], dtype=torch.float64))
-        noisy, target = family.corrupt(mean, normal(2, 4, 8, 8), times)
+        times = family.noise_process.times(torch.tensor([0.2, 0.9], dtype=torch.float64))
+        noisy, target = family.noise_process.corrupt(mean, normal(2, 4, 8, 8), times)
         answer = family.denoise(noisy, times, family.encode_prompts(PROMPTS))
         assert answer.shape == target.shape and answer.dtype == family.dtype
-        assert family.loss_weights(times, None) is None
+        assert family.noise_process.loss_weights(times, None) is None
         (answer.float() - target).square().mean().backward()
         layers = {name.partition(".")[0] for name in adapter.layers()}
         assert layers == {name for name, network in family.networks.items() if network.targets}
@@ -368,24 +372,24 @@ def test_times_of_flow_matching(one_flux: Any) -> None:
     table = diffusers.FlowMatchEulerDiscreteScheduler.from_config(one_flux.scheduler.config).sigmas[:1000]
     quantiles = torch.rand(64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     theirs = table[((1 - quantiles) * 1000).ceil().long() - 1]  # theirs descends: a small u is much noise
-    assert torch.equal(one_flux.times(quantiles), theirs)
-    ends = one_flux.times(torch.tensor([0.0, 1 - 1e-9], dtype=torch.float64))
+    assert torch.equal(one_flux.noise_process.times(quantiles), theirs)
+    ends = one_flux.noise_process.times(torch.tensor([0.0, 1 - 1e-9], dtype=torch.float64))
     torch.testing.assert_close(ends, torch.tensor([0.001, 1.0]))
     with pytest.raises(UserError, match="--snr_gamma is for diffusion models"):
-        one_flux.loss_weights(ends, 5.0)
+        one_flux.noise_process.loss_weights(ends, 5.0)
 
 
 def test_times_of_stable_diffusion_3(tiny_sd3: Path) -> None:
     """A shift of 3 in the table; drawn logit-normal as compute_density_for_timestep_sampling does."""
     family: Any = models.load(str(tiny_sd3))
     u = torch.linspace(0, 1, 1001, dtype=torch.float64)[1:]
-    torch.testing.assert_close(family.noise_levels.double(), 3 * u / (1 + 2 * u), rtol=1e-5, atol=0)
+    torch.testing.assert_close(family.noise_process.levels.double(), 3 * u / (1 + 2 * u), rtol=1e-5, atol=0)
     count = 20_000
     quantiles = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     draws = torch.Generator().manual_seed(0)
     drawn = compute_density_for_timestep_sampling("logit_normal", count, 0.0, 1.0, generator=draws)
-    theirs = family.noise_levels.flip(0)[(drawn * 1000).long()]
-    ours = family.times(quantiles)
+    theirs = family.noise_process.levels.flip(0)[(drawn * 1000).long()]
+    ours = family.noise_process.times(quantiles)
     # The distribution of n draws is off by more than 2 / sqrt(n) in one of 1,500 cases.
     grid = torch.linspace(0, 1, 101)
     gap = (ours[:, None] <= grid).double().mean(0) - (theirs[:, None] <= grid).double().mean(0)
@@ -421,6 +425,26 @@ def test_sides_beyond_the_positions_of_stable_diffusion_3(tiny_sd3: Path) -> Non
     with pytest.raises(UserError, match=r"104x32 pixels: .* knows sides of up to 96 pixels"):
         family.sample(PROMPTS[:1], [0], steps=1, width=104)
     assert family.sample(PROMPTS[:1], [0], steps=1, width=96)[0].size == (96, 32)
+
+
+def test_training_and_generation_refuse_what_stable_diffusion_3_has_no_positions_for(
+    tiny_sd3: Path, recipe: Any, tmp_path: Path
+) -> None:
+    known = r"must be smaller, \S+ knows sides of up to 96 pixels"
+    with pytest.raises(UserError, match=f"--resolution 104: {known}"):
+        list(run(replaced(recipe, pretrained_model_name_or_path=str(tiny_sd3), resolution=104)))
+    assert not recipe.output.output_dir.exists()
+    settings = build(
+        GenerateSettings,
+        output_dir=tmp_path / "images",
+        pretrained_model_name_or_path=str(tiny_sd3),
+        device="cpu",
+        prompt=(PROMPTS[0],),
+        height=104,
+    )
+    with pytest.raises(UserError, match=f"--height 104: {known}"):
+        generate(settings)
+    assert not settings.output.output_dir.exists()
 
 
 def test_schnell(tiny_flux: Path, tmp_path: Path) -> None:

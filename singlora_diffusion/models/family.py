@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import UserError
+from ..terminal import escaped
 from .network import NetworkSpec
 
 
@@ -63,49 +64,8 @@ class Corrupted(NamedTuple):
     target: Tensor
 
 
-class Family(Protocol):
-    """A loaded, frozen base model."""
-
-    name: str
-    """Of the family: `stable_diffusion`."""
-    source: str
-    """What the user named: `toyworld`, a folder, a hub id."""
-    fingerprint: str
-    """sha256 of the denoiser's weights."""
-    networks: dict[str, NetworkSpec]
-    """What can be adapted, by name, the denoiser first."""
-    device: torch.device
-    dtype: torch.dtype
-    resolution: int
-    """The native side in pixels."""
-    multiple: int
-    """Sides are multiples of so many pixels."""
-    guidance: float
-    """The guidance scale that the model likes."""
-    steps: int
-    """The number of sampling steps that it likes."""
-    scheduler: Any
-    """The model's own sampling scheduler."""
-    samplers: Mapping[str, Any]
-    """Further schedulers by the names that `--scheduler` takes."""
-    prompts: str | None
-    """The bundled prompt set that the model names for itself."""
-
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """What the text encoders say of N prompts; differentiable."""
-        ...
-
-    def with_geometry(self, conditioning: Conditioning, geometry: Geometry) -> Conditioning:
-        """The conditioning of N training examples with their sizes and crops, where the model is told of them."""
-        ...
-
-    def prompt_overflow(self, prompt: str) -> int:
-        """By how many tokens a prompt is too long for the model, which cuts them off; 0 if it fits."""
-        ...
-
-    def encode_images(self, pixels: Tensor) -> Latents:
-        """The latents of images (N, 3, H, W) in [-1, 1]."""
-        ...
+class NoiseProcess(Protocol):
+    """How a model is trained: from images to noise, the answers wanted on the way, and how they count."""
 
     def times(self, quantiles: Tensor) -> Tensor:
         """Where on the way from image to noise examples are trained: the model's training distribution of times.
@@ -134,12 +94,61 @@ class Family(Protocol):
         """
         ...
 
+
+class Family(Protocol):
+    """A loaded, frozen base model."""
+
+    name: str
+    """Of the family: `stable_diffusion`."""
+    source: str
+    """What the user named: `toyworld`, a folder, a hub id."""
+    fingerprint: str
+    """sha256 of samples of the denoiser's weight files (`parts.fingerprint`)."""
+    networks: dict[str, NetworkSpec]
+    """What can be adapted, by name, the denoiser first."""
+    device: torch.device
+    dtype: torch.dtype
+    resolution: int
+    """The native side in pixels."""
+    multiple: int
+    """Sides are multiples of so many pixels."""
+    largest: int | None
+    """The longest side in pixels that the model knows; None: it has no such limit."""
+    guidance: float
+    """The guidance scale that the model likes."""
+    steps: int
+    """The number of sampling steps that it likes."""
+    scheduler: Any
+    """The model's own sampling scheduler."""
+    schedulers: Mapping[str, Any]
+    """Further schedulers by the names that `--scheduler` takes."""
+    prompt_set: str | None
+    """Name of the bundled prompt set that the model gives for itself."""
+    noise_process: NoiseProcess
+    """How images become noise in training, and what the denoiser answers."""
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """What the text encoders say of N prompts; differentiable."""
+        ...
+
+    def with_geometry(self, conditioning: Conditioning, geometry: Geometry) -> Conditioning:
+        """The conditioning of N training examples with their sizes and crops, where the model is told of them."""
+        ...
+
+    def prompt_overflow(self, prompt: str) -> int:
+        """By how many tokens a prompt is too long for the model, which cuts them off; 0 if it fits."""
+        ...
+
+    def encode_images(self, pixels: Tensor) -> Latents:
+        """The latents of images (N, 3, H, W) in [-1, 1]."""
+        ...
+
     def denoise(self, noisy: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
         """The denoiser's answer (N, C, h, w) to noisy latents, in its dtype."""
         ...
 
-    def pipeline(self, sampler: str | None = None) -> Any:
-        """A stock diffusers pipeline around the same modules; `sampler` None keeps the model's own scheduler."""
+    def pipeline(self, scheduler: str | None = None) -> Any:
+        """A stock diffusers pipeline around the same modules; `scheduler` None keeps the model's own scheduler."""
         ...
 
     def sample(
@@ -152,7 +161,7 @@ class Family(Protocol):
         height: int | None = None,
         width: int | None = None,
         negative_prompt: str = "",
-        sampler: str | None = None,
+        scheduler: str | None = None,
     ) -> list[Image.Image]:
         """One image per prompt and seed. Each has its own generator, so it depends on its batch to rounding only.
 
@@ -161,13 +170,33 @@ class Family(Protocol):
         ...
 
 
-def check_sides(family: Family, height: int | None, width: int | None) -> tuple[int, int]:
-    """Height and width in pixels to sample at; None: the model's native side.
+def denoiser(family: Family) -> NetworkSpec:
+    """The network that takes the noise out of latents; each family has one."""
+    return next(network for network in family.networks.values() if network.role == "denoiser")
+
+
+def check_sides(
+    family: Family, height: int | None, width: int | None, flags: tuple[str, str] | None = None
+) -> tuple[int, int]:
+    """Height and width in pixels that the model can do; None stands for its native side.
+
+    Args:
+        flags: by which the user gives height and width, for the message.
 
     Raises:
-        UserError: a side that is not a multiple of `family.multiple`.
+        UserError: a side that is not a multiple of `family.multiple`, or longer than `family.largest`.
     """
-    height, width = height or family.resolution, width or family.resolution
-    if height % family.multiple or width % family.multiple or min(height, width) < family.multiple:
-        raise UserError(f"{width}x{height} pixels: both sides must be multiples of {family.multiple}")
-    return height, width
+    sides = height or family.resolution, width or family.resolution
+    size = f"{sides[1]}x{sides[0]} pixels"
+    named = (
+        [f"{flag} {side}:" for flag, side in zip(flags, sides, strict=True)]
+        if flags
+        else [f"{size}: height", f"{size}: width"]
+    )
+    for side, name in zip(sides, named, strict=True):
+        source = escaped(family.source)
+        if side % family.multiple or side < family.multiple:
+            raise UserError(f"{name} must be a multiple of {family.multiple} pixels for {source}")
+        if family.largest is not None and side > family.largest:
+            raise UserError(f"{name} must be smaller, {source} knows sides of up to {family.largest} pixels")
+    return sides

@@ -6,6 +6,8 @@ train_dreambooth_lora_flux.py and train_dreambooth_lora_sd3.py; other families o
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,7 +18,7 @@ from ..errors import UserError
 from . import parts
 from .family import Corrupted
 
-SAMPLERS = {"euler": FlowMatchEulerDiscreteScheduler}
+SCHEDULERS = {"euler": FlowMatchEulerDiscreteScheduler}
 
 
 def scheduler(folder: Path) -> FlowMatchEulerDiscreteScheduler:
@@ -41,9 +43,9 @@ def levels(scheduler: FlowMatchEulerDiscreteScheduler) -> Tensor:
     return fresh.sigmas[: fresh.config.num_train_timesteps].flip(0).clone()
 
 
-def times(levels: Tensor, quantiles: Tensor) -> Tensor:
-    """Uniform over the table (the scripts' `--weighting_scheme none`), a small quantile being little noise."""
-    return levels.to(quantiles.device)[(quantiles * len(levels)).long()]
+def uniform(quantiles: Tensor) -> Tensor:
+    """Uniform over the table of levels: the scripts' `--weighting_scheme none`."""
+    return quantiles
 
 
 def logit_normal(quantiles: Tensor) -> Tensor:
@@ -51,20 +53,38 @@ def logit_normal(quantiles: Tensor) -> Tensor:
     return torch.special.ndtri(quantiles.double()).sigmoid().clamp(max=1 - 1e-9)
 
 
-def corrupt(latents: Tensor, noise: Tensor, times: Tensor) -> Corrupted:
-    level = times.reshape(-1, 1, 1, 1)
-    return Corrupted((1 - level) * latents + level * noise, noise - latents)
+@dataclass(frozen=True, eq=False)
+class FlowMatching:
+    """A `family.NoiseProcess`.
 
-
-def recover(noisy: Tensor, answer: Tensor, times: Tensor) -> Tensor:
-    return noisy - times.reshape(-1, 1, 1, 1) * answer
-
-
-def no_min_snr(snr_gamma: float | None) -> None:
-    """Every example weighs the same.
-
-    Raises:
-        UserError: min-SNR is asked for.
+    Attributes:
+        levels: of `levels`.
+        density: where in the table examples are trained: uniform quantiles to quantiles of the table.
     """
-    if snr_gamma is not None:
-        raise UserError("--snr_gamma is for diffusion models, and this one is trained by flow matching: leave it out")
+
+    levels: Tensor
+    density: Callable[[Tensor], Tensor]
+
+    def times(self, quantiles: Tensor) -> Tensor:
+        """A small quantile is little noise."""
+        return self.levels.to(quantiles.device)[(self.density(quantiles) * len(self.levels)).long()]
+
+    def corrupt(self, latents: Tensor, noise: Tensor, times: Tensor) -> Corrupted:
+        level = times.reshape(-1, 1, 1, 1)
+        return Corrupted((1 - level) * latents + level * noise, noise - latents)
+
+    def recover(self, noisy: Tensor, answer: Tensor, times: Tensor) -> Tensor:
+        return noisy - times.reshape(-1, 1, 1, 1) * answer
+
+    def loss_weights(self, times: Tensor, snr_gamma: float | None) -> Tensor | None:
+        """Every example weighs the same."""
+        if snr_gamma is not None:
+            raise UserError(
+                "--snr_gamma is for diffusion models, and this one is trained by flow matching: leave it out"
+            )
+        return None
+
+
+def of(scheduler: FlowMatchEulerDiscreteScheduler, density: Callable[[Tensor], Tensor] = uniform) -> FlowMatching:
+    """The noise process that a model was trained with, from its sampling scheduler."""
+    return FlowMatching(levels(scheduler), density)

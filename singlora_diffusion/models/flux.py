@@ -16,7 +16,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 from ..errors import UserError
 from ..randomness import seeded
 from . import autoencoder, flow_matching, network, parts
-from .family import Conditioning, Corrupted, Geometry, Latents, check_sides
+from .family import Conditioning, Geometry, Latents, NoiseProcess, check_sides
 from .network import Part
 
 NETWORKS = {  # kohya's tools call T5 the third text encoder in every family
@@ -28,7 +28,7 @@ PATCH = 2  # latents along a side of what the transformer sees as one token
 
 
 class Flux:
-    """FLUX.1 behind the contract of `family.Family`; times and answers are those of `flow_matching`.
+    """FLUX.1 behind the contract of `family.Family`.
 
     Latents are (N, C, h, w) everywhere but inside the transformer, which sees patches of 2 x 2 as tokens (N, hw/4, 4C).
     A model that was distilled with guidance (dev, Krea) is told the guidance scale: 1.0 in training, as diffusers and
@@ -53,19 +53,20 @@ class Flux:
     ) -> None:
         self.transformer, self.text_encoder, self.text_encoder_2 = transformer, text_encoder, text_encoder_2
         self.vae, self.tokenizer, self.tokenizer_2, self.scheduler = vae, tokenizer, tokenizer_2, scheduler
-        self.samplers: Mapping[str, Any] = flow_matching.SAMPLERS
-        self.noise_levels = flow_matching.levels(scheduler)
+        self.schedulers: Mapping[str, Any] = flow_matching.SCHEDULERS
+        self.noise_process: NoiseProcess = flow_matching.of(scheduler)
         self.source, self.fingerprint = source, fingerprint
         self.networks = network.specs_of(NETWORKS, self)
         self.multiple = PATCH * autoencoder.downsampling(vae)
         self.resolution = int(vae.config.sample_size)  # the transformer's own config names none
+        self.largest: int | None = None
         self.device, self.dtype = transformer.device, transformer.dtype
         # As the model cards say: dev and Krea are told a guidance scale, schnell is not and needs few steps.
         self.guided = bool(transformer.config.guidance_embeds)
         self.guidance = float(hints.get("guidance_scale", 3.5 if self.guided else 0.0))
         self.steps = 28 if self.guided else 4
         self.prompt_length = min(tokenizer_2.model_max_length, 512 if self.guided else 256)
-        self.prompts: str | None = hints.get("prompts")
+        self.prompt_set: str | None = hints.get("prompts")
 
     def encode_images(self, pixels: Tensor) -> Latents:
         return autoencoder.encode(self.vae, pixels)
@@ -85,19 +86,6 @@ class Flux:
         """Of T5, which reads the whole text; CLIP gives no more than a summary of the first 77 tokens."""
         return parts.overflow(self.tokenizer_2, prompt, self.prompt_length)
 
-    def times(self, quantiles: Tensor) -> Tensor:
-        return flow_matching.times(self.noise_levels, quantiles)
-
-    def corrupt(self, latents: Tensor, noise: Tensor, times: Tensor) -> Corrupted:
-        return flow_matching.corrupt(latents, noise, times)
-
-    def recover(self, noisy: Tensor, answer: Tensor, times: Tensor) -> Tensor:
-        return flow_matching.recover(noisy, answer, times)
-
-    def loss_weights(self, times: Tensor, snr_gamma: float | None) -> Tensor | None:
-        flow_matching.no_min_snr(snr_gamma)
-        return None
-
     def denoise(self, noisy: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
         height, width = noisy.shape[2:]
         text = conditioning["text"].to(self.dtype)
@@ -112,10 +100,10 @@ class Flux:
         ).sample
         return unpack(answer, height, width)
 
-    def pipeline(self, sampler: str | None = None) -> FluxPipeline:
+    def pipeline(self, scheduler: str | None = None) -> FluxPipeline:
         """The autoencoder is in float32: with the others in half precision, ask it for `output_type="latent"`."""
         pipe = FluxPipeline(
-            scheduler=parts.sampler(self.scheduler, self.samplers, sampler),
+            scheduler=parts.chosen_scheduler(self.scheduler, self.schedulers, scheduler),
             vae=self.vae,
             text_encoder=self.text_encoder,
             tokenizer=self.tokenizer,
@@ -137,7 +125,7 @@ class Flux:
         height: int | None = None,
         width: int | None = None,
         negative_prompt: str = "",
-        sampler: str | None = None,
+        scheduler: str | None = None,
     ) -> list[Image.Image]:
         """`guidance` is what the model is told; schnell takes none.
 
@@ -147,7 +135,7 @@ class Flux:
         if negative_prompt:
             raise UserError(f"--negative_prompt: {self.source} is a FLUX.1 model, which takes none: leave it out")
         height, width = check_sides(self, height, width)
-        tokens = self.pipeline(sampler)(
+        tokens = self.pipeline(scheduler)(
             list(prompts),
             num_inference_steps=self.steps if steps is None else steps,
             guidance_scale=self.guidance if guidance is None else guidance,

@@ -6,6 +6,7 @@ where the schedule says so, the velocity sqrt(a_t) noise - sqrt(1 - a_t) x0 (arX
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from diffusers import DDPMScheduler
@@ -16,7 +17,43 @@ from .family import Corrupted
 PREDICTIONS = ("epsilon", "v_prediction")
 
 
-def of(scheduler: Any) -> DDPMScheduler:
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """A `family.NoiseProcess`."""
+
+    scheduler: DDPMScheduler
+
+    def times(self, quantiles: Tensor) -> Tensor:
+        """Uniform timesteps."""
+        return (quantiles * self.scheduler.config.num_train_timesteps).long()
+
+    def corrupt(self, latents: Tensor, noise: Tensor, times: Tensor) -> Corrupted:
+        target = self.scheduler.get_velocity(latents, noise, times) if self._velocity else noise
+        return Corrupted(self.scheduler.add_noise(latents, noise, times), target)
+
+    def recover(self, noisy: Tensor, answer: Tensor, times: Tensor) -> Tensor:
+        alphas = self._alphas(times).reshape(-1, 1, 1, 1)
+        if self._velocity:
+            return alphas.sqrt() * noisy - (1 - alphas).sqrt() * answer
+        return (noisy - (1 - alphas).sqrt() * answer) / alphas.sqrt()
+
+    def loss_weights(self, times: Tensor, snr_gamma: float | None) -> Tensor | None:
+        """min(SNR, gamma) / SNR for noise, / (SNR + 1) for velocity prediction (arXiv 2303.09556)."""
+        if snr_gamma is None:
+            return None
+        alphas = self._alphas(times)
+        snr = alphas / (1 - alphas)
+        return snr.clamp(max=snr_gamma) / (snr + 1 if self._velocity else snr)
+
+    @property
+    def _velocity(self) -> bool:
+        return bool(self.scheduler.config.prediction_type == "v_prediction")
+
+    def _alphas(self, times: Tensor) -> Tensor:
+        return self.scheduler.alphas_cumprod.to(times.device)[times]
+
+
+def of(scheduler: Any) -> NoiseSchedule:
     """The noise schedule that a model was trained with, from its sampling scheduler.
 
     Raises:
@@ -25,38 +62,4 @@ def of(scheduler: Any) -> DDPMScheduler:
     kind = scheduler.config.get("prediction_type", "epsilon")
     if kind not in PREDICTIONS:
         raise ValueError(f"its scheduler's prediction_type is {kind!r}, which is none of {', '.join(PREDICTIONS)}")
-    return DDPMScheduler.from_config(scheduler.config)
-
-
-def times(schedule: DDPMScheduler, quantiles: Tensor) -> Tensor:
-    """Uniform timesteps."""
-    return (quantiles * schedule.config.num_train_timesteps).long()
-
-
-def corrupt(schedule: DDPMScheduler, latents: Tensor, noise: Tensor, times: Tensor) -> Corrupted:
-    target = schedule.get_velocity(latents, noise, times) if _velocity(schedule) else noise
-    return Corrupted(schedule.add_noise(latents, noise, times), target)
-
-
-def recover(schedule: DDPMScheduler, noisy: Tensor, answer: Tensor, times: Tensor) -> Tensor:
-    alphas = _alphas(schedule, times).reshape(-1, 1, 1, 1)
-    if _velocity(schedule):
-        return alphas.sqrt() * noisy - (1 - alphas).sqrt() * answer
-    return (noisy - (1 - alphas).sqrt() * answer) / alphas.sqrt()
-
-
-def min_snr(schedule: DDPMScheduler, times: Tensor, gamma: float | None) -> Tensor | None:
-    """min(SNR, gamma) / SNR for noise, / (SNR + 1) for velocity prediction (arXiv 2303.09556); None without gamma."""
-    if gamma is None:
-        return None
-    alphas = _alphas(schedule, times)
-    snr = alphas / (1 - alphas)
-    return snr.clamp(max=gamma) / (snr + 1 if _velocity(schedule) else snr)
-
-
-def _velocity(schedule: DDPMScheduler) -> bool:
-    return bool(schedule.config.prediction_type == "v_prediction")
-
-
-def _alphas(schedule: DDPMScheduler, times: Tensor) -> Tensor:
-    return schedule.alphas_cumprod.to(times.device)[times]
+    return NoiseSchedule(DDPMScheduler.from_config(scheduler.config))

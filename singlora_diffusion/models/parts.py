@@ -178,16 +178,16 @@ def overflow(tokenizer: Any, prompt: str, length: int | None = None) -> int:
     return max(0, tokens - (tokenizer.model_max_length if length is None else length))
 
 
-def sampler(own: Any, others: Mapping[str, Any], name: str | None) -> Any:
+def chosen_scheduler(own: Any, others: Mapping[str, Any], name: str | None) -> Any:
     """The model's own scheduler, or another one by name with the settings of its own.
 
     Raises:
-        UserError: no sampler of that name.
+        UserError: no scheduler of that name.
     """
     if name is None:
         return own
     if name not in others:
-        raise UserError(f"unknown sampler {name!r} for this model: there are {', '.join(others)}")
+        raise UserError(f"unknown scheduler {name!r} for this model: there are {', '.join(others)}")
     return others[name].from_config(own.config)
 
 

@@ -22,18 +22,18 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..randomness import seeded
 from . import autoencoder, network, noise_schedule, parts
-from .family import Conditioning, Corrupted, Geometry, Latents, check_sides
+from .family import Conditioning, Geometry, Latents, NoiseProcess, check_sides
 from .network import Part
 
 NETWORKS = {
     "unet": Part(UNet2DConditionModel, network.unet),
     "text_encoder": Part(CLIPTextModel, network.clip_text_encoder),
 }
-SAMPLERS = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler, "euler": EulerDiscreteScheduler}
+SCHEDULERS = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler, "euler": EulerDiscreteScheduler}
 
 
 class StableDiffusion:
-    """Stable Diffusion behind the contract of `family.Family`; times and answers are those of `noise_schedule`."""
+    """Stable Diffusion behind the contract of `family.Family`."""
 
     name = "stable_diffusion"
 
@@ -51,17 +51,18 @@ class StableDiffusion:
     ) -> None:
         self.unet, self.text_encoder, self.vae, self.tokenizer = unet, text_encoder, vae, tokenizer
         self.scheduler = scheduler
-        self.samplers: Mapping[str, Any] = SAMPLERS
-        self.noise_schedule = noise_schedule.of(scheduler)
+        self.schedulers: Mapping[str, Any] = SCHEDULERS
+        self.noise_process: NoiseProcess = noise_schedule.of(scheduler)
         self.source, self.fingerprint = source, fingerprint
         self.networks = network.specs_of(NETWORKS, self)
         downsampling = autoencoder.downsampling(vae)
         self.multiple = math.lcm(downsampling, 8)  # the stock pipeline asks for 8, whatever the autoencoder
         self.resolution = int(unet.config.sample_size) * downsampling
+        self.largest: int | None = None
         self.device, self.dtype = unet.device, unet.dtype
         self.guidance = float(hints.get("guidance_scale", 7.5))
         self.steps = 25
-        self.prompts: str | None = hints.get("prompts")
+        self.prompt_set: str | None = hints.get("prompts")
 
     def encode_images(self, pixels: Tensor) -> Latents:
         return autoencoder.encode(self.vae, pixels)
@@ -78,29 +79,17 @@ class StableDiffusion:
     def prompt_overflow(self, prompt: str) -> int:
         return parts.overflow(self.tokenizer, prompt)
 
-    def times(self, quantiles: Tensor) -> Tensor:
-        return noise_schedule.times(self.noise_schedule, quantiles)
-
-    def corrupt(self, latents: Tensor, noise: Tensor, times: Tensor) -> Corrupted:
-        return noise_schedule.corrupt(self.noise_schedule, latents, noise, times)
-
-    def recover(self, noisy: Tensor, answer: Tensor, times: Tensor) -> Tensor:
-        return noise_schedule.recover(self.noise_schedule, noisy, answer, times)
-
-    def loss_weights(self, times: Tensor, snr_gamma: float | None) -> Tensor | None:
-        return noise_schedule.min_snr(self.noise_schedule, times, snr_gamma)
-
     def denoise(self, noisy: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
         return self.unet(noisy.to(self.dtype), times, conditioning["text"].to(self.dtype)).sample
 
-    def pipeline(self, sampler: str | None = None) -> StableDiffusionPipeline:
+    def pipeline(self, scheduler: str | None = None) -> StableDiffusionPipeline:
         """The autoencoder is in float32: with the others in half precision, ask it for `output_type="latent"`."""
         pipe = StableDiffusionPipeline(
             vae=self.vae,
             text_encoder=self.text_encoder,
             tokenizer=self.tokenizer,
             unet=self.unet,
-            scheduler=parts.sampler(self.scheduler, self.samplers, sampler),
+            scheduler=parts.chosen_scheduler(self.scheduler, self.schedulers, scheduler),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
@@ -119,10 +108,10 @@ class StableDiffusion:
         height: int | None = None,
         width: int | None = None,
         negative_prompt: str = "",
-        sampler: str | None = None,
+        scheduler: str | None = None,
     ) -> list[Image.Image]:
         height, width = check_sides(self, height, width)
-        latents = self.pipeline(sampler)(
+        latents = self.pipeline(scheduler)(
             list(prompts),
             num_inference_steps=self.steps if steps is None else steps,
             guidance_scale=self.guidance if guidance is None else guidance,

@@ -13,10 +13,9 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from ..errors import UserError
 from ..randomness import seeded
 from . import autoencoder, flow_matching, network, parts
-from .family import Conditioning, Corrupted, Geometry, Latents, check_sides
+from .family import Conditioning, Geometry, Latents, NoiseProcess, check_sides
 from .network import Part
 
 NETWORKS = {
@@ -30,7 +29,7 @@ T5_LENGTH = 256
 
 
 class StableDiffusion3:
-    """Stable Diffusion 3 behind the contract of `family.Family`; noise and answers are those of `flow_matching`.
+    """Stable Diffusion 3 behind the contract of `family.Family`.
 
     Times are logit-normal, of mean 0 and deviation 1, as in diffusers' train_dreambooth_lora_sd3.py. The loss is the
     velocity's; the script's default compares images, which weighs it by s^2 (--precondition_outputs).
@@ -58,18 +57,18 @@ class StableDiffusion3:
         self.transformer, self.vae, self.scheduler = transformer, vae, scheduler
         self.text_encoder, self.text_encoder_2, self.text_encoder_3 = text_encoder, text_encoder_2, text_encoder_3
         self.tokenizer, self.tokenizer_2, self.tokenizer_3 = tokenizer, tokenizer_2, tokenizer_3
-        self.samplers: Mapping[str, Any] = flow_matching.SAMPLERS
-        self.noise_levels = flow_matching.levels(scheduler)
+        self.schedulers: Mapping[str, Any] = flow_matching.SCHEDULERS
+        self.noise_process: NoiseProcess = flow_matching.of(scheduler, flow_matching.logit_normal)
         self.source, self.fingerprint = source, fingerprint
         self.networks = network.specs_of(NETWORKS, self)
         downsampling = autoencoder.downsampling(vae)
         self.multiple = int(transformer.config.patch_size) * downsampling
         self.resolution = int(transformer.config.sample_size) * downsampling
-        self.largest = int(transformer.config.pos_embed_max_size) * self.multiple  # it has learned no further positions
+        self.largest: int | None = int(transformer.config.pos_embed_max_size) * self.multiple  # positions learned
         self.device, self.dtype = transformer.device, transformer.dtype
         self.guidance, self.steps = float(hints.get("guidance_scale", 7.0)), 28  # the stock pipeline's
         self.prompt_length = T5_LENGTH if tokenizer_3 is None else min(T5_LENGTH, tokenizer_3.model_max_length)
-        self.prompts: str | None = hints.get("prompts")
+        self.prompt_set: str | None = hints.get("prompts")
 
     def encode_images(self, pixels: Tensor) -> Latents:
         return autoencoder.encode(self.vae, pixels)
@@ -104,19 +103,6 @@ class StableDiffusion3:
             return parts.overflow(self.tokenizer, prompt)
         return parts.overflow(self.tokenizer_3, prompt, self.prompt_length)
 
-    def times(self, quantiles: Tensor) -> Tensor:
-        return flow_matching.times(self.noise_levels, flow_matching.logit_normal(quantiles))
-
-    def corrupt(self, latents: Tensor, noise: Tensor, times: Tensor) -> Corrupted:
-        return flow_matching.corrupt(latents, noise, times)
-
-    def recover(self, noisy: Tensor, answer: Tensor, times: Tensor) -> Tensor:
-        return flow_matching.recover(noisy, answer, times)
-
-    def loss_weights(self, times: Tensor, snr_gamma: float | None) -> Tensor | None:
-        flow_matching.no_min_snr(snr_gamma)
-        return None
-
     def denoise(self, noisy: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
         return self.transformer(
             hidden_states=noisy.to(self.dtype),
@@ -125,11 +111,11 @@ class StableDiffusion3:
             pooled_projections=conditioning["pooled"].to(self.dtype),
         ).sample
 
-    def pipeline(self, sampler: str | None = None) -> StableDiffusion3Pipeline:
+    def pipeline(self, scheduler: str | None = None) -> StableDiffusion3Pipeline:
         """The autoencoder is in float32: with the others in half precision, ask it for `output_type="latent"`."""
         pipe = StableDiffusion3Pipeline(
             transformer=self.transformer,
-            scheduler=parts.sampler(self.scheduler, self.samplers, sampler),
+            scheduler=parts.chosen_scheduler(self.scheduler, self.schedulers, scheduler),
             vae=self.vae,
             text_encoder=self.text_encoder,
             tokenizer=self.tokenizer,
@@ -152,12 +138,10 @@ class StableDiffusion3:
         height: int | None = None,
         width: int | None = None,
         negative_prompt: str = "",
-        sampler: str | None = None,
+        scheduler: str | None = None,
     ) -> list[Image.Image]:
         height, width = check_sides(self, height, width)
-        if max(height, width) > self.largest:
-            raise UserError(f"{width}x{height} pixels: {self.source} knows sides of up to {self.largest} pixels")
-        latents = self.pipeline(sampler)(
+        latents = self.pipeline(scheduler)(
             list(prompts),
             num_inference_steps=self.steps if steps is None else steps,
             guidance_scale=self.guidance if guidance is None else guidance,

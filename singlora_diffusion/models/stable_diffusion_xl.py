@@ -18,9 +18,9 @@ from ..errors import UserError
 from ..randomness import seeded
 from ..terminal import escaped
 from . import autoencoder, network, noise_schedule, parts
-from .family import Conditioning, Corrupted, Geometry, Latents, check_sides
+from .family import Conditioning, Geometry, Latents, NoiseProcess, check_sides
 from .network import Part
-from .stable_diffusion import SAMPLERS
+from .stable_diffusion import SCHEDULERS
 
 NETWORKS = {  # kohya's tools number the text encoders from 1
     "unet": Part(UNet2DConditionModel, network.unet),
@@ -30,7 +30,7 @@ NETWORKS = {  # kohya's tools number the text encoders from 1
 
 
 class StableDiffusionXL:
-    """Stable Diffusion XL behind the contract of `family.Family`; times and answers are those of `noise_schedule`."""
+    """Stable Diffusion XL behind the contract of `family.Family`."""
 
     name = "stable_diffusion_xl"
 
@@ -51,18 +51,19 @@ class StableDiffusionXL:
     ) -> None:
         self.unet, self.text_encoder, self.text_encoder_2, self.vae = unet, text_encoder, text_encoder_2, vae
         self.tokenizer, self.tokenizer_2, self.scheduler = tokenizer, tokenizer_2, scheduler
-        self.samplers: Mapping[str, Any] = SAMPLERS
-        self.noise_schedule = noise_schedule.of(scheduler)
+        self.schedulers: Mapping[str, Any] = SCHEDULERS
+        self.noise_process: NoiseProcess = noise_schedule.of(scheduler)
         self.force_zeros_for_empty_prompt = force_zeros_for_empty_prompt
         self.source, self.fingerprint = source, fingerprint
         self.networks = network.specs_of(NETWORKS, self)
         downsampling = autoencoder.downsampling(vae)
         self.multiple = math.lcm(downsampling, 8)  # as the stock pipeline asks
         self.resolution = int(unet.config.sample_size) * downsampling
+        self.largest: int | None = None
         self.device, self.dtype = unet.device, unet.dtype
         self.guidance = float(hints.get("guidance_scale", 5.0))  # the stock pipeline's
         self.steps = 30
-        self.prompts: str | None = hints.get("prompts")
+        self.prompt_set: str | None = hints.get("prompts")
 
     def encode_images(self, pixels: Tensor) -> Latents:
         return autoencoder.encode(self.vae, pixels)
@@ -89,18 +90,6 @@ class StableDiffusionXL:
     def prompt_overflow(self, prompt: str) -> int:
         return max(parts.overflow(tokenizer, prompt) for tokenizer in (self.tokenizer, self.tokenizer_2))
 
-    def times(self, quantiles: Tensor) -> Tensor:
-        return noise_schedule.times(self.noise_schedule, quantiles)
-
-    def corrupt(self, latents: Tensor, noise: Tensor, times: Tensor) -> Corrupted:
-        return noise_schedule.corrupt(self.noise_schedule, latents, noise, times)
-
-    def recover(self, noisy: Tensor, answer: Tensor, times: Tensor) -> Tensor:
-        return noise_schedule.recover(self.noise_schedule, noisy, answer, times)
-
-    def loss_weights(self, times: Tensor, snr_gamma: float | None) -> Tensor | None:
-        return noise_schedule.min_snr(self.noise_schedule, times, snr_gamma)
-
     def denoise(self, noisy: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
         """Without `sizes` in the conditioning the image counts as one that was not cropped, as in sampling."""
         sizes = conditioning.tensors.get("sizes")
@@ -114,7 +103,7 @@ class StableDiffusionXL:
             added_cond_kwargs={"text_embeds": conditioning["pooled"].to(self.dtype), "time_ids": sizes.to(self.dtype)},
         ).sample
 
-    def pipeline(self, sampler: str | None = None) -> StableDiffusionXLPipeline:
+    def pipeline(self, scheduler: str | None = None) -> StableDiffusionXLPipeline:
         """The autoencoder is in float32: with the others in half precision, ask it for `output_type="latent"`."""
         pipe = StableDiffusionXLPipeline(
             vae=self.vae,
@@ -123,7 +112,7 @@ class StableDiffusionXL:
             tokenizer=self.tokenizer,
             tokenizer_2=self.tokenizer_2,
             unet=self.unet,
-            scheduler=parts.sampler(self.scheduler, self.samplers, sampler),
+            scheduler=parts.chosen_scheduler(self.scheduler, self.schedulers, scheduler),
             force_zeros_for_empty_prompt=self.force_zeros_for_empty_prompt,
             add_watermarker=False,
         )
@@ -141,11 +130,11 @@ class StableDiffusionXL:
         height: int | None = None,
         width: int | None = None,
         negative_prompt: str = "",
-        sampler: str | None = None,
+        scheduler: str | None = None,
     ) -> list[Image.Image]:
         """An empty negative prompt is zeros where the model says so, else an encoded empty text."""
         height, width = check_sides(self, height, width)
-        latents = self.pipeline(sampler)(
+        latents = self.pipeline(scheduler)(
             list(prompts),
             num_inference_steps=self.steps if steps is None else steps,
             guidance_scale=self.guidance if guidance is None else guidance,

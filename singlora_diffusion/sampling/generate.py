@@ -66,7 +66,10 @@ def _load(settings: GenerateSettings, adapters: Sequence[AdapterSource]) -> Fami
     named = settings.model.pretrained_model_name_or_path
     wanted = sources.base_model(named, adapters)
     where = device.choose(settings.model.device)
-    dtype = settings.model.dtype or ("float32" if torch.device(where).type == "cpu" else "float16")
+    dtype = device.compute_dtype(where, settings.model.dtype)
+    slow = device.slow_bfloat16(where, dtype)
+    if slow:
+        note(slow)
     try:
         needed = memory.of_weights(models.folder(wanted), getattr(torch, dtype).itemsize)
         device.require(needed, where, f"{escaped(wanted)} in {dtype}")
@@ -111,7 +114,7 @@ def _sampled(
                     height=first["height"],
                     width=first["width"],
                     negative_prompt=first["negative_prompt"],
-                    sampler=settings.sampling.scheduler,
+                    scheduler=settings.sampling.scheduler,
                 )
             except torch.OutOfMemoryError as error:
                 raise UserError(

@@ -23,32 +23,31 @@ def of_sampling(family: Family, height: int, width: int, batch_size: int) -> int
 
     Images of a batch are denoised together, each with and without its prompt, and decoded one by one in float32.
     """
+    from ..models.family import denoiser
+
     pixels = height * width
     parts = family.pipeline().components
     decoder = TENSORS_DECODING * _width(parts["vae"], 1) * pixels * 4
     latents = pixels // 4 ** (len(parts["vae"].config.block_out_channels) - 1)
-    denoiser = next(iter(family.networks.values())).module
-    denoising = TENSORS_DENOISING * _width(denoiser, 0) * latents * family.dtype.itemsize * 2 * batch_size
+    denoising = (
+        TENSORS_DENOISING * _width(denoiser(family).module, 0) * latents * family.dtype.itemsize * 2 * batch_size
+    )
     return max(decoder, denoising) + BYTES_PER_RESULT * pixels * batch_size
 
 
 def of_weights(folder: Path, itemsize: int) -> int:
     """Bytes of a diffusers folder's weights once they are loaded: numbers in `itemsize` bytes, the autoencoder's in 4.
 
-    Of variants of one part (`unet/model.fp16.safetensors` beside `unet/model.safetensors`) one is loaded. What cannot
-    be read counts as nothing: loading says better what is wrong with it.
+    What cannot be read counts as nothing: loading says better what is wrong with it.
     """
+    from ..models import hub, parts
+
     total = 0
     for part in folder.iterdir():
-        counts: dict[str, int] = {}
-        for file in part.glob("*.safetensors") if part.name not in UNUSED else ():
-            variant = file.stem.partition(".")[2].partition("-")[0]
-            counts[variant] = counts.get(variant, 0) + _numbers(file)
-        total += max(counts.values(), default=0) * (4 if part.name == "vae" else itemsize)
+        if part.name not in hub.UNUSED:
+            numbers = sum(_numbers(file) for file in parts.weights(part)[0])
+            total += numbers * (4 if part.name == "vae" else itemsize)
     return total
-
-
-UNUSED = ("safety_checker", "image_encoder")  # parts that are not loaded
 
 
 def _numbers(file: Path) -> int:

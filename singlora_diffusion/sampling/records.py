@@ -82,14 +82,17 @@ def note_cut_prompts(family: Family, records: Sequence[Record]) -> None:
 
 def _shared(wanted: GenerateSettings, family: Family, adapters: Sequence[AdapterSource]) -> Record:
     """Of every record of the run."""
+    from ..models.family import check_sides
+
     sampling = wanted.sampling
     steps = sampling.num_inference_steps or family.steps
     limit = _most_steps(family)
     if steps > limit:
         raise UserError(f"--num_inference_steps {steps}: {escaped(family.source)} can take at most {limit} steps")
-    if sampling.scheduler is not None and sampling.scheduler not in family.samplers:
-        known = ", ".join(family.samplers)
+    if sampling.scheduler is not None and sampling.scheduler not in family.schedulers:
+        known = ", ".join(family.schedulers)
         raise UserError(f"--scheduler {escaped(sampling.scheduler)}: {escaped(family.source)} can take {known}")
+    height, width = check_sides(family, sampling.height, sampling.width, ("--height", "--width"))
     return {
         "adapter": _joined([os.fsencode(one.named).decode(errors="replace") for one in adapters]),
         "adapter_sha256": _joined([one.sha256 for one in adapters]),
@@ -102,8 +105,8 @@ def _shared(wanted: GenerateSettings, family: Family, adapters: Sequence[Adapter
         "guidance_scale": family.guidance if sampling.guidance_scale is None else sampling.guidance_scale,
         "scheduler": sampling.scheduler or type(family.scheduler).__name__,
         "negative_prompt": wanted.prompting.negative_prompt,
-        "height": _side("height", sampling.height, family),
-        "width": _side("width", sampling.width, family),
+        "height": height,
+        "width": width,
     }
 
 
@@ -111,13 +114,6 @@ def _most_steps(family: Family) -> int:
     """Each step has a training timestep of its own, and diffusers lets the first begin at an offset from 0."""
     config = family.scheduler.config
     return int(config.get("num_train_timesteps", 1000)) - int(config.get("steps_offset", 0))
-
-
-def _side(flag: str, wanted: int | None, family: Family) -> int:
-    side = wanted or family.resolution
-    if side % family.multiple:
-        raise UserError(f"--{flag} {side}: must be a multiple of {family.multiple} pixels for {escaped(family.source)}")
-    return side
 
 
 def _joined(values: Sequence[str | float]) -> str | float | None:
@@ -143,7 +139,7 @@ def _prompts(wanted: PromptSettings, family: Family, identifier: str | None, cla
     elif class_noun is None:
         raise UserError('no prompts: give --prompt "a photo of a dog", or --prompts object --class_noun backpack')
     else:
-        chosen = prompts.load(prompts.suggested(family.prompts, class_noun))
+        chosen = prompts.load(prompts.suggested(family.prompt_set, class_noun))
     for field, value, flag in (("{token}", identifier, "identifier sks"), ("{class}", class_noun, "class_noun dog")):
         if value is None and any(field in one.template for one in chosen):
             raise UserError(f"the prompts have a {field} to fill in, and no adapter says what with: give --{flag}")

@@ -35,7 +35,8 @@ class ModelSettings:
     pretrained_model_name_or_path: str | None = None
     """`toyworld`, a diffusers folder or a hub id. None: the model that the first adapter was trained on."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """What the networks compute in. None: float32 on the CPU, float16 on a GPU."""
+    """What the networks compute in. None: bfloat16 on a GPU that has it, float16 on an older one,
+    float32 elsewhere."""
     device: str | None = None
     """A torch device. None: the GPU if there is one."""
 
@@ -80,7 +81,7 @@ class SamplingSettings:
     guidance_scale: NotNegative | None = None
     """Strength of the prompt. None: what suits the model, 7.5 for most."""
     scheduler: str | None = None
-    """The sampler: ddim, dpm++ or euler. None: the model's own."""
+    """ddim, dpm++ or euler; FLUX.1 and Stable Diffusion 3 take euler alone. None: the model's own."""
     height: Side | None = None
     """Pixels, a multiple of 8 for most models. None: the model's own."""
     width: Side | None = None

@@ -82,7 +82,7 @@ def run(recipe: Recipe, stop: Callable[[], bool] = lambda: False) -> Iterator[Ev
     from .step import Stepper
 
     state = yield from preparation.checkpoint_to_resume(recipe)
-    accelerator, family, resolution = preparation.load(recipe)
+    accelerator, family, resolution = yield from preparation.load(recipe)
     config = adapter_config(recipe, state.config.ramp_steps if state else None)
     memory.require(family, config, recipe, resolution)
     with ExitStack() as stack:
@@ -137,7 +137,7 @@ def _put_away(out: Path, entries: Sequence[Path]) -> Iterator[Event]:
 def _loaded(family: Family, adapter: Adapter, resolution: int) -> Loaded:
     return Loaded(
         base_model=family.source,
-        prompts=family.prompts,
+        prompts=family.prompt_set,
         method=adapter.config.method,
         rank=adapter.config.rank,
         layers=len(adapter.layers()),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import adapters, device
 from ..adapters import METHODS, targets
+from ..models.family import denoiser
 from ..sampling import memory as sampling_memory
 from .recipe import Recipe
 
@@ -61,9 +62,9 @@ def of_step(family: Family, resolution: int, examples: int) -> int:
 
     The adapter must be attached: without it, nothing is kept.
     """
-    denoiser = next(network for network in family.networks.values() if network.role == "denoiser")
-    inputs = denoiser.sample_inputs()
-    own = {parameter.untyped_storage().data_ptr() for parameter in denoiser.module.parameters()}
+    network = denoiser(family)
+    inputs = network.sample_inputs()
+    own = {parameter.untyped_storage().data_ptr() for parameter in network.module.parameters()}
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -71,7 +72,7 @@ def of_step(family: Family, resolution: int, examples: int) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        answer = denoiser.module(**inputs)[0]
+        answer = network.module(**inputs)[0]
     total = sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in own)
     return round(total * examples * _latents(family, resolution) / answer.numel())
 

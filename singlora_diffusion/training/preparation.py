@@ -14,6 +14,7 @@ from ..data import latents
 from ..data.latents import EncodedImages
 from ..errors import UserError
 from ..models import Family
+from ..models.family import check_sides
 from ..terminal import escaped
 from . import checkpoint, identity
 from . import class_images as generating
@@ -46,7 +47,7 @@ def checkpoint_to_resume(recipe: Recipe) -> Generator[Event, None, State | None]
     return state
 
 
-def load(recipe: Recipe) -> tuple[Accelerator, Family, int]:
+def load(recipe: Recipe) -> Generator[Event, None, tuple[Accelerator, Family, int]]:
     """Processes, base model, and the side of the images in pixels."""
     where, precision = recipe.model.device, recipe.model.mixed_precision
     chosen = device.choose(where)
@@ -61,11 +62,14 @@ def load(recipe: Recipe) -> tuple[Accelerator, Family, int]:
     if where is None and accelerator.num_processes > 1:
         chosen = str(accelerator.device)
     dtype = device.compute_dtype(chosen, DTYPES[precision])
+    slow = device.slow_bfloat16(chosen, dtype)
+    if slow:
+        yield Remark(slow)
     family = models.load(recipe.model.pretrained_model_name_or_path, dtype, chosen)
-    resolution = recipe.data.resolution or family.resolution
-    if resolution % family.multiple:
-        raise UserError(f"--resolution {resolution} is no multiple of {family.multiple}, as {family.source} needs")
-    family.loss_weights(family.times(torch.tensor([0.5], dtype=torch.float64)), recipe.optimization.snr_gamma)
+    side = recipe.data.resolution
+    resolution, _ = check_sides(family, side, side, ("--resolution", "--resolution"))
+    process = family.noise_process
+    process.loss_weights(process.times(torch.tensor([0.5], dtype=torch.float64)), recipe.optimization.snr_gamma)
     return accelerator, family, resolution
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..adapters import Adapter
 from ..data import draws, latents
 from ..data.latents import EncodedImages
-from ..models.family import Conditioning, Family, Geometry
+from ..models.family import Conditioning, Family, Geometry, denoiser
 from . import objective
 from .diagnosis import NotFinite
 from .recipe import OptimizationSettings, Recipe
@@ -97,7 +97,7 @@ class Stepper:
     def prepare(self) -> None:
         """Hand denoiser and optimizer to accelerate: after a checkpoint was restored, before the first step."""
         if self.settings.gradient_checkpointing:
-            network: Any = next(one.module for one in self.family.networks.values() if one.role == "denoiser")
+            network: Any = denoiser(self.family).module
             network.enable_gradient_checkpointing()
             network.train()  # diffusers checkpoints in train mode only
         self.denoiser, self.optimizer = self.accelerator.prepare(self.denoiser, self.raw_optimizer)
@@ -155,15 +155,16 @@ class Stepper:
         ]
         examples, there = latents.joined(parts), self.family.device
         stream = [number for number in range(len(parts)) for _ in range(size)]
-        times = self.family.times(examples.quantile).to(there)
-        noisy, target = self.family.corrupt(examples.latents.to(there), examples.noise.to(there), times)
+        process = self.family.noise_process
+        times = process.times(examples.quantile).to(there)
+        noisy, target = process.corrupt(examples.latents.to(there), examples.noise.to(there), times)
         geometry = Geometry(examples.original, examples.crop, torch.full_like(examples.crop, self.resolution))
         return objective.loss(
             self.denoiser(noisy, times, stream, geometry),
             target,
             prior=size * (len(parts) - 1),
             prior_weight=self.prior_weight,
-            weights=self.family.loss_weights(times, self.settings.snr_gamma),
+            weights=process.loss_weights(times, self.settings.snr_gamma),
         )
 
 
