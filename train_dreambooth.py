@@ -16,7 +16,6 @@ from pathlib import Path
 from singlora_diffusion.training.events import Interrupted, Listener
 from singlora_diffusion.training.recipe import Recipe
 
-ADAPTER = "adapter.safetensors"
 ECHO = 5.0
 """Seconds in which launchers of several processes pass on a signal that the terminal has sent to all of them."""
 
@@ -31,7 +30,7 @@ def main(recipe: Recipe, *, hint: bool = True) -> Path:
         UserError: something in the recipe or its files must be mended first. Nothing is left half-written.
         SystemExit: a signal stopped the run, with the exit code that belongs to it: 130, 143 or 129.
     """
-    from singlora_diffusion.training import interrupts, loop
+    from singlora_diffusion.training import interrupts, loop, run_folder
 
     first, alone = os.environ.get("RANK", "0") == "0", os.environ.get("WORLD_SIZE", "1") == "1"
     signals = interrupts.Interrupts(echo=0.0 if alone else ECHO)
@@ -45,20 +44,20 @@ def main(recipe: Recipe, *, hint: bool = True) -> Path:
     finally:
         for listener in told:
             listener.close()
-    return recipe.output.output_dir / ADAPTER
+    return recipe.output.output_dir / run_folder.ADAPTER
 
 
 def listeners(recipe: Recipe, hint: bool) -> list[Listener]:
     """The terminal, the log file and, unless it is not wanted, TensorBoard."""
     from rich.console import Console
 
-    from singlora_diffusion.training import log_file, tensorboard, terminal
+    from singlora_diffusion.training import log_file, run_folder, tensorboard, terminal
 
     out = recipe.output.output_dir
     console = Console(highlight=False, soft_wrap=True)
     told: list[Listener] = [log_file.LogFile(out / log_file.NAME), terminal.Terminal(recipe, console, hint=hint)]
     if recipe.output.report_to == "tensorboard":
-        told.append(tensorboard.TensorBoard(out / "logs"))
+        told.append(tensorboard.TensorBoard(out / run_folder.CURVES))
     return told
 
 

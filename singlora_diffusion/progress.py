@@ -14,7 +14,7 @@ def bar(console: Console, *, transient: bool = False, disable: bool = False) -> 
     from rich import progress
 
     return progress.Progress(
-        progress.TextColumn("{task.description}"),
+        progress.TextColumn("{task.description}", markup=False),
         progress.BarColumn(),
         progress.MofNCompleteColumn(),
         progress.TimeElapsedColumn(),

@@ -7,9 +7,10 @@ dataclass is a group of flags in `--help`. Flags are flat: `recipe.adapter.rank`
 from __future__ import annotations
 
 import itertools
+import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, Field, asdict, fields, is_dataclass
+from dataclasses import MISSING, Field, asdict, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
@@ -38,6 +39,8 @@ Side = Annotated[int, Interval(ge=8, le=16_384)]
 def parse(kind: type[Settings], words: Sequence[str], prog: str, description: str) -> Settings:
     """Settings from a command line, every value in its range. Help and misspelt flags exit as tyro does.
 
+    A path may begin with `~`, which shells leave alone in `--output_dir=~/runs`.
+
     Raises:
         UserError: a value out of its range, or different values for a flag and its alias.
     """
@@ -46,6 +49,7 @@ def parse(kind: type[Settings], words: Sequence[str], prog: str, description: st
     _refuse_two_values(kind, words)
     flat = (tyro.conf.OmitArgPrefixes,)
     found = tyro.cli(kind, args=words, prog=prog, description=description, use_underscores=True, config=flat)
+    found = _at_home(found)
     check(found)
     return found
 
@@ -69,6 +73,8 @@ def check(settings: Any) -> None:
 def build(kind: type[Settings], **values: Any) -> Settings:
     """Settings from values named as the flags are, whichever group they stand in; the rest by default.
 
+    As in `parse`, a path may begin with `~`.
+
     Raises:
         TypeError: there is no such field, or one without a default is missing.
     """
@@ -79,7 +85,16 @@ def build(kind: type[Settings], **values: Any) -> Settings:
             inside = {key: values.pop(key) for key in _flags(hints[one.name]) if key in values}
             if inside or _default(one) is MISSING:
                 own[one.name] = build(hints[one.name], **inside)
-    return kind(**own, **values)
+    return _at_home(kind(**own, **values))
+
+
+def _at_home(value: Any) -> Any:
+    """Settings, a tuple or a path, with `~` spelled out at the beginning of each path."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{one.name: _at_home(getattr(value, one.name)) for one in fields(value)})
+    if isinstance(value, tuple):
+        return tuple(map(_at_home, value))
+    return Path(os.path.expanduser(value)) if isinstance(value, Path) else value
 
 
 def _refuse_two_values(kind: Any, words: Sequence[str]) -> None:
@@ -139,13 +154,16 @@ def as_json(settings: Any) -> dict[str, Any]:
     return {one.name: _plain(value) for one, value in _flat(settings)}
 
 
+def changed(settings: Any) -> dict[str, Any]:
+    """The fields that are not as they are by default, by their flags' names."""
+    return {one.name: value for one, value in _flat(settings) if value != _default(one)}
+
+
 def command_line(command: str, settings: Any) -> str:
     """The command line that says the same as a settings dataclass."""
     words = ["singlora", command]
-    for one, value in _flat(settings):
-        if value == _default(one):
-            continue
-        words.append(f"--no_{one.name}" if value is False else f"--{one.name}")
+    for name, value in changed(settings).items():
+        words.append(f"--no_{name}" if value is False else f"--{name}")
         if not isinstance(value, bool):
             words += [str(part) for part in value] if isinstance(value, tuple) else [str(value)]
     return shlex.join(words)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 
 from singlora_diffusion import adapters
+from singlora_diffusion.adapters import METHODS
 from singlora_diffusion.adapters import config as config_module
 from singlora_diffusion.adapters.adapter import start_seed
 from singlora_diffusion.adapters.config import AdapterConfig, from_json
@@ -461,9 +462,9 @@ def test_magnitudes_stay_norms_in_training(networks) -> None:
         optimizer.zero_grad()
         (answer(networks) * torch.linspace(-9, 9, 2 * 4 * 8 * 8).reshape(2, 4, 8, 8)).sum().backward()
         optimizer.step()
-        below += sum(int((m < 0).sum()) for m in adapter.magnitudes().values())
+        below += sum(int((pair.magnitude < 0).sum()) for _, pair in adapter.pairs())
         adapter.settle()
-        assert all(bool((m >= 0).all()) for m in adapter.magnitudes().values())
+        assert all(bool((pair.magnitude >= 0).all()) for _, pair in adapter.pairs())
     assert below > 0
     assert answer(networks).isfinite().all()
 
@@ -487,16 +488,14 @@ def test_pairs_with_their_magnitudes_are_the_change(name, networks) -> None:
     adapter = moved(adapters.attach(networks, config), size=0.05)
     changes = dict(adapter.delta_weights())
     adapter.set_scale(0.5)
-    magnitudes = adapter.magnitudes()
     for layer, (up, down, magnitude) in adapter.pairs():
         w0 = adapter.layers()[layer].weight
         direction = w0 + up @ down
         whole = magnitude[:, None] * direction / direction.norm(dim=1, keepdim=True)
         torch.testing.assert_close(whole - w0, changes.pop(layer), rtol=1e-4, atol=1e-6)
-        assert torch.equal(magnitudes[layer], magnitude)
     assert not changes
     adapter.detach()
-    assert not adapters.attach(networks, CONFIG).magnitudes()
+    assert all(pair.magnitude is None for _, pair in adapters.attach(networks, CONFIG).pairs())
 
 
 def encoders(networks: dict[str, nn.Module]) -> dict[str, NetworkSpec]:
@@ -567,3 +566,24 @@ def test_the_choices_of_the_flag_are_the_table() -> None:
     assert labels["singlora"] == "SingLoRA" and len(set(labels.values())) == len(labels)
     with_magnitude = [name for name, method in adapters.METHODS.items() if method.has_magnitude(VARIANTS["dora"])]
     assert with_magnitude == ["singlora", "dora"] and not adapters.METHODS["singlora"].has_magnitude(CONFIG)
+
+
+def test_a_merged_adapter_stays_merged_when_a_change_is_refused(networks) -> None:
+    adapter = moved(adapters.attach(networks, CONFIG))
+    adapter.merge()
+    merged = {name: base.weight.clone() for name, base in adapter.layers().items()}
+    with pytest.raises(TypeError):
+        adapter.set_scale(None)
+    adapter.set_scale(1.0)
+    assert all(torch.equal(base.weight, merged[name]) for name, base in adapter.layers().items())
+    with pytest.raises(RuntimeError), adapter._unmerged():
+        raise RuntimeError
+    assert all(torch.equal(base.weight, merged[name]) for name, base in adapter.layers().items())
+    adapter.detach()
+
+
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if "ramp_steps" not in row.options])
+def test_a_ramp_of_another_method_is_refused(method, networks) -> None:
+    with pytest.raises(UserError, match="ramp_steps is an option of singlora, not of"):
+        adapters.attach(networks, replace(CONFIG, method=method, ramp_steps=20))
+    adapters.attach(networks, replace(CONFIG, method=method, ramp_steps=0)).detach()  # as files say it

@@ -7,21 +7,21 @@ import shlex
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
 from encoder_folders import clip_folder, timm_folder
 
 from eval.results import ImageSet, ScoredImage, ScoredSet, ScoreKey
-from singlora_diffusion.adapters.config import MethodName as Method
+from singlora_diffusion.adapters import METHODS
 from singlora_diffusion.data.folders import image_files
 from singlora_diffusion.data.images import open_image
 from singlora_diffusion.demo import flow, plan, words
 from singlora_diffusion.demo.settings import RATES, DemoSettings
 from singlora_diffusion.demo.world_images import write_references
 from singlora_diffusion.errors import UserError
-from singlora_diffusion.settings import as_json, command_line, parse
+from singlora_diffusion.settings import as_json, command_line, parse, replaced
 from singlora_diffusion.toyworld import command as toyworld_command
 from singlora_diffusion.toyworld.captions import PLACES
 from singlora_diffusion.toyworld.subjects import HELD_OUT, references, subject
@@ -195,6 +195,7 @@ def test_an_interrupted_training_goes_on(
     monkeypatch.setattr(train_dreambooth, "main", lambda recipe, hint: asked.append(as_json(recipe)))
     assert flow.train(recipe, tmp_path / "lora")
     (tmp_path / "lora" / "checkpoint-1").mkdir(parents=True)
+    (tmp_path / "lora" / "checkpoint-1" / "state.json").touch()
     assert flow.train(recipe, tmp_path / "lora")
     assert [one["resume_from_checkpoint"] for one in asked] == [None, "latest"]
     (tmp_path / "lora" / "adapter.safetensors").touch()
@@ -223,8 +224,20 @@ def test_commands_say_the_same_as_the_settings(settings: DemoSettings) -> None:
         assert parse(type(wanted), typed[2:], name, "") == wanted
 
 
-def test_every_method_has_a_rate_and_a_label() -> None:
-    assert set(RATES) == set(get_args(Method)) == set(words.LABELS) - {plan.BASE}
+def test_a_new_method_has_a_rate_and_a_label(settings: DemoSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, "new", replace(METHODS["lora"], label="New"))
+    assert [words.label(name) for name in (plan.BASE, "lora+", "new")] == ["base model", "LoRA+", "New"]
+    for method in METHODS:
+        rate = plan.recipe(settings, subject("cat-1"), method, 4).optimization.learning_rate
+        assert rate == RATES.get(method, 2e-3)
+
+
+def test_where_it_is_computed_makes_no_other_demo(done: SimpleNamespace, settings: DemoSettings) -> None:
+    recipe = plan.recipe(settings, subject("cat-1"), "lora", 4)
+    moved = replaced(recipe, device="cuda:1", instance_data_dir=Path("elsewhere"), sample_batch_size=1)
+    assert not flow.train(moved, done.out / "lora")
+    with pytest.raises(UserError, match="seed 0, now 1"):
+        flow.train(replaced(moved, seed=1), done.out / "lora")
 
 
 @pytest.mark.parametrize(

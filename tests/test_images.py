@@ -361,45 +361,35 @@ def test_one_colour() -> None:
 def test_centre_crop_keeps_the_middle_of_the_longer_side() -> None:
     stripes = np.zeros((20, 60, 3), dtype=np.uint8)
     stripes[:, 20:40] = 255
-    square = to_square(Image.fromarray(stripes), 20)
+    square = to_square(Image.fromarray(stripes), 20).pixels
     assert square.shape == (3, 20, 20) and square.dtype == np.float32
     assert np.all(square == 1.0)
-    assert np.all(to_square(Image.fromarray(255 - stripes), 20) == -1.0)
-    upright = to_square(Image.fromarray(stripes.transpose(1, 0, 2)), 20)
+    assert np.all(to_square(Image.fromarray(255 - stripes), 20).pixels == -1.0)
+    upright = to_square(Image.fromarray(stripes.transpose(1, 0, 2)), 20).pixels
     assert np.all(upright == 1.0)
 
 
 def test_values_and_channels() -> None:
-    square = to_square(Image.new("RGB", (30, 30), (0, 255, 51)), 8)
+    square = to_square(Image.new("RGB", (30, 30), (0, 255, 51)), 8).pixels
     assert np.allclose(square[:, 0, 0], [-1.0, 1.0, -0.6], atol=1e-6)
 
 
 def test_small_images_are_enlarged_and_long_ones_cost_nothing() -> None:
-    assert to_square(Image.new("RGB", (3, 5)), 64).shape == (3, 64, 64)
-    assert to_square(Image.new("RGB", (2, 30000)), 512).shape == (3, 512, 512)  # 512 x 7,680,000 if enlarged whole
+    assert to_square(Image.new("RGB", (3, 5)), 64).pixels.shape == (3, 64, 64)
+    assert to_square(Image.new("RGB", (2, 30000)), 512).pixels.shape == (
+        3,
+        512,
+        512,
+    )  # 512 x 7,680,000 if enlarged whole
 
 
-def test_random_crops_and_flips_are_a_function_of_the_generator() -> None:
-    image = noise().crop((0, 0, 96, 40))
-
-    def draw(seed: int) -> np.ndarray:
-        return to_square(image, 40, center_crop=False, random_flip=True, rng=np.random.default_rng(seed))
-
-    assert np.array_equal(draw(1), draw(1))
-    assert len({draw(seed).tobytes() for seed in range(8)}) == 8
-    with pytest.raises(ValueError, match="rng"):
-        to_square(image, 40, random_flip=True)
-
-
-def test_flips_mirror_half_of_the_images() -> None:
-    image = noise()
-    plain = to_square(image, 96)
-    flipped = [to_square(image, 96, random_flip=True, rng=np.random.default_rng(seed)) for seed in range(60)]
-    mirrored = [np.array_equal(square, plain[:, :, ::-1]) for square in flipped]
-    assert all(
-        np.array_equal(square, plain) for square, is_mirrored in zip(flipped, mirrored, strict=True) if not is_mirrored
-    )
-    assert 15 < sum(mirrored) < 45
+@pytest.mark.parametrize(
+    ("size", "corner"), [((60, 20), (0, 20)), ((20, 60), (20, 0)), ((30, 20), (0, 5)), ((9, 9), (0, 0))]
+)
+def test_a_crop_knows_its_place_in_the_scaled_image(size: tuple[int, int], corner: tuple[int, int]) -> None:
+    for scale in (1, 2, 3):
+        crop = to_square(Image.new("RGB", size), scale * min(size))
+        assert (crop.top, crop.left) == (scale * corner[0], scale * corner[1])
 
 
 def test_torch_is_not_imported() -> None:

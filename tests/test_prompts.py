@@ -21,6 +21,22 @@ def test_a_prompt_with_and_without_its_identifier() -> None:
     assert Prompt("{class} of {token}", 0).without_token("portrait") == "portrait of"
 
 
+@pytest.mark.parametrize(
+    ("prompt", "identifier", "expected"),
+    [
+        ("a photo of to dog", "to", "a photo of dog"),
+        ('a "sks", dog in sks-land', "sks", 'a "", dog in sks-land'),
+        ("a photo of <sks> dog, S* and all", "S*", "a photo of <sks> dog, and all"),
+        ("a photo of my  own dog", "my own", "a photo of dog"),
+        ("a [v] dog", "[v]", "a dog"),
+        (r"a \1 dog", r"\1", "a dog"),
+    ],
+)
+def test_an_identifier_is_left_out_as_a_whole_word(prompt: str, identifier: str, expected: str) -> None:
+    assert prompts.InstancePrompt(identifier, "dog").without_identifier(prompt) == expected
+    assert prompts.with_word_replaced("sks sksy", "sks", r"\1") == r"\1 sksy"
+
+
 @pytest.mark.parametrize(("name", "count"), [("object", 25), ("live_subject", 25), ("toyworld", 12)])
 def test_bundled_sets(name: str, count: int) -> None:
     templates = [prompt.template for prompt in prompts.load(name)]

@@ -38,6 +38,14 @@ class Job:
     """Replace what is there."""
 
 
+@dataclass(frozen=True)
+class Several:
+    """Files."""
+
+    files: tuple[Path, ...]
+    one: Path | None = None
+
+
 def parse(*words: str) -> Job:
     return settings.parse(Job, words, "job", "A job.")
 
@@ -48,6 +56,19 @@ def test_flags_are_flat_and_say_the_same_as_the_command_line_made_of_them() -> N
     words = shlex.split(settings.command_line("job", job))
     assert words[:2] == ["singlora", "job"] and parse(*words[2:]) == job
     assert settings.command_line("job", Job(Path("x"))) == "singlora job --data x"
+
+
+def test_paths_may_begin_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert parse("--data=~/runs").data == Path("/home/me/runs") == settings.build(Job, data=Path("~/runs")).data
+    assert parse("--data=~nobody-of-this-name/x").data == Path("~nobody-of-this-name/x")
+
+    several = settings.build(Several, files=(Path("~/a"), Path("b~")), one=None)
+    assert several.files == (Path("/home/me/a"), Path("b~"))
+
+
+def test_what_was_changed() -> None:
+    assert settings.changed(Job(Path("x"), Adapter(alpha=2.0))) == {"data": Path("x"), "alpha": 2.0}
 
 
 def test_json_is_flat() -> None:

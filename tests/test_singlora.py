@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from singlora_diffusion.adapters.adapter import ramp
+from singlora_diffusion.adapters.delta import Factors
 from singlora_diffusion.adapters.singlora import INITS, SIGNATURES, SingLoRA, kaiming
 from singlora_diffusion.adapters.singlora_dora import DoraSingLoRA
 
@@ -288,3 +289,31 @@ def test_wrong_arguments() -> None:
     for wrong in ({"rank": 0}, {"init": "zeros"}, {"signature": "negative"}):
         with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
             SingLoRA(base, **{"rank": 2, "alpha": 1.0, **wrong})
+
+
+@pytest.mark.parametrize("signature", SIGNATURES)
+def test_a_small_move_of_an_offset_is_not_lost_to_the_gain(signature: str) -> None:
+    """dW = gain (D S A^T + A0 S D^T) with D = A - A0, whose terms do not cancel: only sums of products are rounded."""
+    eps = torch.finfo(torch.float32).eps
+    rank = 10
+    delta = SingLoRA(layer((40, 24)), rank, 7.0, init="offset", signature=signature)
+    assert delta.A0 is not None
+    with torch.no_grad():
+        delta.A.add_(1e-5 * torch.randn(delta.A.shape, generator=torch.Generator().manual_seed(3)))
+    delta.set_ramp(1.0)
+    a, a0 = delta.A.detach().double(), delta.A0.double()
+    signs = torch.ones(rank).double() if delta.S is None else delta.S.double()
+    exact = 0.7 * ((a[:40] * signs) @ a[:24].T - (a0[:40] * signs) @ a0[:24].T)
+    bound = 2 * (2 * rank + 4) * eps
+    for dense in (delta.delta_weight(delta.A), _product(delta.factors())):
+        assert (dense - exact).norm() <= bound * exact.norm()
+    x = torch.randn(5, 24, generator=torch.Generator().manual_seed(4))
+    answer = delta._update(x).detach().double()
+    assert (answer - x.double() @ exact.T).norm() <= 2 * (24 + 2 * rank) * torch.finfo(
+        torch.float32
+    ).eps * answer.norm()
+
+
+def _product(factors: Factors | None) -> Tensor:
+    assert factors is not None
+    return factors.up @ factors.down

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ import train_dreambooth
 from singlora_diffusion import formats
 from singlora_diffusion.errors import UserError
 from singlora_diffusion.settings import replaced
-from singlora_diffusion.training import checkpoint, run_folder
+from singlora_diffusion.training import checkpoint, loop, preparation, run_folder
+from singlora_diffusion.training.events import Remark
 from singlora_diffusion.training.recipe import Recipe
 
 
@@ -105,6 +107,39 @@ def test_prior_preservation_makes_the_missing_class_pictures(recipe: Recipe, tmp
     assert len(list(mine.glob("*.png"))) == 3 and Image.open(mine / "own.png").getpixel((0, 0)) == (1, 2, 3)
     without = load_file(train_dreambooth.main(replaced(recipe, output_dir=tmp_path / "without")))
     assert any(not torch.equal(tensor, without[key]) for key, tensor in load_file(path).items())
+
+
+def test_the_polynomial_schedule_ends_where_diffusers_says(recipe: Recipe) -> None:
+    train_dreambooth.main(replaced(recipe, lr_scheduler="polynomial", learning_rate=1e-4))
+    expected = [1e-7 + (1e-4 - 1e-7) * (1 - step / 4) for step in range(4)]
+    assert [row["lr"] for row in rows(recipe.output.output_dir)] == pytest.approx(expected)
+
+
+def test_the_header_counts_the_images_and_names_what_is_predicted(recipe: Recipe) -> None:
+    header = formats.read_header(train_dreambooth.main(replaced(recipe, max_train_steps=1)))
+    assert (header.images, header.prediction_type, header.started_at) == (3, "epsilon", 0.0)
+
+
+def test_a_prompt_that_the_model_cuts_is_remarked_on(recipe: Recipe) -> None:
+    long = f"a photo of sks dog {'with a very red ball ' * 20}"
+    remarks = [event.text for event in loop.run(replaced(recipe, instance_prompt=long)) if isinstance(event, Remark)]
+    assert len(remarks) == 1 and "is too long for" in remarks[0] and "is cut by" in remarks[0]
+
+
+@pytest.mark.parametrize(("named", "placed"), [("cuda", "cuda:1"), ("cuda:0", "cuda:0")])
+def test_each_of_several_processes_takes_its_own_gpu(recipe: Recipe, named: str, placed: str, monkeypatch) -> None:
+    class Accelerator(SimpleNamespace):
+        num_processes, device = 2, torch.device("cuda:1")
+
+    def load(name: str, dtype: str, where: str) -> None:
+        raise UserError(where)
+
+    monkeypatch.setattr(preparation, "Accelerator", Accelerator)
+    monkeypatch.setattr(preparation.device, "choose", lambda name: name)
+    monkeypatch.setattr(preparation.device, "compute_dtype", lambda where, dtype: dtype)
+    monkeypatch.setattr(preparation.models, "load", load)
+    with pytest.raises(UserError, match=f"^{placed}$"):
+        preparation.load(replaced(recipe, device=named))
 
 
 def test_previews_and_curves_are_on_disk(recipe: Recipe) -> None:

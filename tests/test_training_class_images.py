@@ -66,13 +66,17 @@ def test_contact_sheets_are_no_images(prior: Recipe, tmp_path: Path) -> None:
 def test_images_of_another_prompt_are_refused(prior: Recipe, tmp_path: Path) -> None:
     train_dreambooth.main(prior)
     other = replaced(prior, class_prompt="a photo of a cat", output_dir=tmp_path / "cat")
-    with pytest.raises(UserError, match="was generated for 'a photo of dog', not 'a photo of a cat'"):
+    with pytest.raises(UserError, match="was generated for 'a photo of dog', not 'a photo of a cat'") as refused:
         train_dreambooth.main(other)
+    assert "--class_data_dir" in str(refused.value) and "--overwrite" not in str(refused.value)
 
 
 def test_beginning_anew_generates_anew_but_only_in_the_runs_own_folder(prior: Recipe, tmp_path: Path) -> None:
     own = replaced(prior, class_data_dir=None, num_class_images=1)
     train_dreambooth.main(own)
+    (made,) = (tmp_path / "run" / "class_images").iterdir()
+    with pytest.raises(UserError, match="or begin anew with --overwrite"):
+        class_images.check_origin([made], "a photo of a cat", "", anew=True)
     train_dreambooth.main(replaced(own, class_prompt="a photo of a cat", overwrite=True))
     made = tmp_path / "run" / "class_images" / "class-0-00000.png"
     assert png.texts(made)["prompt"] == "a photo of a cat"

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import train_dreambooth
 from singlora_diffusion import files, formats
+from singlora_diffusion.data import png
 from singlora_diffusion.errors import UserError
 from singlora_diffusion.settings import as_json, replaced
 from singlora_diffusion.training import checkpoint, loop, run_folder
@@ -126,6 +127,26 @@ def test_overwriting_puts_the_old_run_away(run: Recipe) -> None:
     assert (out(run) / ".old-2" / "checkpoint-2").is_dir()
 
 
+@pytest.mark.parametrize("litter", [".DS_Store", "Thumbs.db"])
+def test_what_file_managers_leave_does_not_hide_a_checkpoint(run: Recipe, litter: str) -> None:
+    (out(run) / "checkpoint-4" / litter).write_bytes(b"litter")
+    resume(run, max_train_steps=5)
+    assert steps(run) == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_class_images_of_the_user_are_not_put_away(run: Recipe, named: bool) -> None:
+    folder = out(run) / "class_images"
+    folder.mkdir()
+    Image.new("RGB", (40, 40), (1, 2, 3)).save(folder / "mine.png")
+    png.write(Image.new("RGB", (40, 40), (9, 2, 3)), folder / "class-0-00000.png")
+    again = replaced(run, overwrite=True, with_prior_preservation=True, num_class_images=1, max_train_steps=1)
+    events = loop.run(replaced(again, class_data_dir=folder) if named else again)
+    assert PutAway(out(run) / ".old-1") in list(events)
+    assert {path.name for path in folder.iterdir()} == {"mine.png", *(["class-0-00000.png"] if named else [])}
+    assert (out(run) / ".old-1" / "class_images" / "class-0-00000.png").exists() != named
+
+
 def test_a_shorter_run_keeps_its_own_checkpoints(run: Recipe) -> None:
     train_dreambooth.main(replaced(run, overwrite=True, max_train_steps=2, checkpoints_total_limit=1))
     assert [path.name for path in run_folder.checkpoints(out(run))] == ["checkpoint-2"]
@@ -203,6 +224,8 @@ def test_an_adapter_of_another_program_is_not_replaced(run: Recipe) -> None:
     before = contents(out(run))
     with pytest.raises(UserError, match=r"adapter\.safetensors.*move it away"):
         resume(run, max_train_steps=5)
+    with pytest.raises(UserError, match=r"adapter\.safetensors.*move it away"):
+        train_dreambooth.main(replaced(run, overwrite=True))
     assert contents(out(run)) == before
 
 

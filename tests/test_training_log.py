@@ -71,6 +71,15 @@ def test_every_step_is_on_disk_at_once_and_time_adds_up(tmp_path: Path) -> None:
     assert [(row["step"], row["seconds"]) for row in rows] == [(1, 0.5), (2, 1.0)]
 
 
+def test_small_rates_are_kept_to_eight_digits(tmp_path: Path) -> None:
+    log = LogFile(tmp_path / "log.jsonl")
+    for event in (Started(0, 1), Step(1, 0.5, 2e-9, 1.0, 1.23456789e-12, 0.5)):
+        log(event)
+    log.close()
+    row = json.loads((tmp_path / "log.jsonl").read_text())
+    assert (row["lr"], row["grad_norm"]) == (2e-9, 1.2345679e-12)
+
+
 def test_a_log_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").mkdir()
     with pytest.raises(UserError, match=r"log\.jsonl: cannot be written"):

@@ -76,6 +76,11 @@ def test_values_out_of_range_are_named(change: dict[str, Any]) -> None:
     [
         ({"text_encoder_lr": 1e-4}, "text_encoder_lr.*train_text_encoder"),
         ({"text_rank": 4, "text_targets": ("q_proj",)}, "text_rank, --text_targets.*train_text_encoder"),
+        ({"text_targets": None}, "--text_targets: only with --train_text_encoder"),
+        ({"class_data_dir": Path("c")}, "--class_data_dir: only with --with_prior_preservation"),
+        ({"class_prompt": "a dog", "num_class_images": 3}, "class_prompt, --num_class_images: only with"),
+        ({"method": "lora", "ramp_steps": 20}, "ramp_steps is an option of singlora, not of lora"),
+        ({"lr_scheduler": "polynomial", "learning_rate": 1e-7}, "learning_rate 1e-07: .* must begin above"),
         ({"lr_warmup_steps": 10}, "constant_with_warmup"),
         ({"lr_warmup_steps": 10, "lr_scheduler": "linear", "max_train_steps": 9}, "more than --max_train_steps 9"),
         ({"overwrite": True, "resume_from_checkpoint": "latest"}, "one of them"),
@@ -107,5 +112,6 @@ def test_the_ramp_is_one_percent_of_the_steps_and_stays_when_a_run_goes_on_for_l
     assert adapter_config(replaced(PLAIN, max_train_steps=20)).ramp_steps == 1
     assert adapter_config(replaced(PLAIN, max_train_steps=800), 4).ramp_steps == 4
     assert adapter_config(replaced(PLAIN, ramp_steps=0), 4).ramp_steps == 0
+    assert adapter_config(replaced(PLAIN, method="lora")).ramp_steps is None
     assert adapter_config(replaced(PLAIN, train_text_encoder=True)).text_targets is None
     assert adapter_config(PLAIN).text_targets == ()

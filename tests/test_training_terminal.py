@@ -52,6 +52,13 @@ def test_markup_and_escapes_in_names_are_only_text() -> None:
     assert "2.00 MB, read back and verified" in text
 
 
+def test_markup_in_what_a_bar_shows_is_only_text() -> None:
+    text, _ = said(
+        Progress("generating images of 'a [/b] dog'", 0, 1), Progress("generating images of 'a [/b] dog'", 1, 1)
+    )
+    assert "'a [/b] dog'" in text
+
+
 @pytest.mark.parametrize("out", ["run", "run[/b]x", "my run's"])
 def test_the_command_to_go_on_is_the_recipe_resumed(out: str) -> None:
     text, recipe = said(Interrupted(7, Path(out) / "checkpoint-7"), out=Path(out))

@@ -145,11 +145,6 @@ class Adapter:
                 raise UserError(f"{self._said()} has no low-rank form: merge it into a full model")
             yield name, found
 
-    def magnitudes(self) -> dict[str, Tensor]:
-        """The learned norm of each output row, (out,) float32 by layer; empty where the method has none."""
-        found = ((name, layer.delta.factors()) for name, layer in self._adapted.items())
-        return {name: one.magnitude for name, one in found if one is not None and one.magnitude is not None}
-
     def _said(self) -> str:
         return f"{self.config.method} with dora" if self.config.dora else self.config.method
 
@@ -200,9 +195,11 @@ class Adapter:
         """What is changed inside is in effect afterwards, merged or not."""
         merged = self._originals is not None
         self.unmerge()
-        yield
-        if merged:
-            self.merge()
+        try:
+            yield
+        finally:
+            if merged:
+                self.merge()
 
 
 def ramp(step: int, ramp_steps: int) -> float:

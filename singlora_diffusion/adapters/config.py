@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Interval
 from tyro.conf import arg
 
+from ..errors import UserError
 from ..settings import CountOrZero, Positive
 from ..terminal import escaped
 from .methods import METHODS
@@ -72,6 +73,23 @@ class AdapterConfig:
         return rank, float(rank if self.text_alpha is None else self.text_alpha), self.text_targets or ()
 
 
+def check_options(config: AdapterConfig) -> None:
+    """Hold the options that not every method takes to the method. A ramp of 0 steps is none.
+
+    Raises:
+        UserError: an option of another method, or one that means nothing beside the others.
+    """
+    method = METHODS[config.method]
+    for name in sorted({name for row in METHODS.values() for name in row.options}):
+        value = getattr(config, name)
+        is_set = bool(value) if name == "ramp_steps" else value != getattr(AdapterConfig, name)
+        if is_set and name not in method.options:
+            takers = ", ".join(row for row, one in METHODS.items() if name in one.options)
+            raise UserError(f"{name} is an option of {takers}, not of {config.method}: leave it out")
+    if config.magnitude_lr_ratio != AdapterConfig.magnitude_lr_ratio and not method.has_magnitude(config):
+        raise UserError("magnitude_lr_ratio: there are no magnitudes without dora: leave it out")
+
+
 def from_json(raw: object) -> AdapterConfig:
     """The settings in a file's header, every value of its declared type and range.
 
@@ -83,23 +101,24 @@ def from_json(raw: object) -> AdapterConfig:
     from pydantic import TypeAdapter, ValidationError
 
     if not isinstance(raw, Mapping):
-        raise ValueError("lacks its configuration")
+        raise ValueError("the header lacks its configuration")
     for name in raw:
         if name not in {one.name for one in fields(AdapterConfig)}:
-            raise ValueError(f"has the unknown entry {escaped(name, 80)}: written by a newer version?")
+            entry = escaped(name, 80)
+            raise ValueError(f"the configuration has the unknown entry {entry}: written by a newer version?")
     values = dict(raw)
     method = values.pop("method", AdapterConfig.method)
     if not isinstance(method, str) or method not in METHODS:
-        raise ValueError(f"names the unknown method {escaped(method, 40)}")
+        raise ValueError(f"the configuration names the unknown method {escaped(method, 40)}")
     if "magnitude_lr_ratio" not in values:
         values = _of_old(values, method)
     try:
         checked = TypeAdapter(AdapterConfig).validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
         first: Any = error.errors()[0]
-        raise ValueError(
-            f"has the impossible value {escaped(first['input'], 40)} for {first['loc'][0]}: {first['msg'].lower()}"
-        ) from None
+        value, name = escaped(first["input"], 40), first["loc"][0]
+        why = first["msg"].lower()
+        raise ValueError(f"the configuration has the impossible value {value} for {name}: {why}") from None
     return AdapterConfig(**{**vars(checked), "method": method})
 
 

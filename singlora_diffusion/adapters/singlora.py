@@ -85,19 +85,25 @@ class SingLoRA(LowRankDelta):
         """What the adapted layer answers to x (..., in): base(x) + x dW^T, (..., out) in x.dtype."""
         if self.scale == 0.0:  # the fused sums may come in another order
             return base(x)
-        if self.A0 is None and singlora_fused.applies(base, x):  # an offset's halves must cancel exactly at the start
+        if self.A0 is None and singlora_fused.applies(base, x):  # an offset must be exactly zero at the start
             return singlora_fused.adapted_linear(base, x, self.A, self._scaling() * self.scale)
         return torch.add(base(x), self._update(x), alpha=self.scale)
 
     def _update(self, x: Tensor) -> Tensor:
-        """x dW^T at strength 1."""
-        y = self._product(x, self.A)
-        return y if self.A0 is None else y - self._product(x, self.A0)
+        """x dW^T at strength 1.
 
-    def _product(self, x: Tensor, a: Tensor) -> Tensor:
-        a = a.to(x.dtype)
-        z = x @ a[: self.in_features]  # (..., r)
-        return (z * self._scaling().to(x.dtype)) @ a[: self.out_features].T
+        With D = A - A0, an offset is D S A^T + A0 S D^T: both terms are as small as D, so that little is lost to
+        rounding, and exactly zero at the start.
+        """
+        if self.A0 is None:
+            return self._product(x, self.A, self.A)
+        moved = self.A - self.A0
+        return self._product(x, moved, self.A) + self._product(x, self.A0, moved)
+
+    def _product(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        """x (left S right^T)^T, scaled; both (max(out, in), r)."""
+        z = x @ right[: self.in_features].to(x.dtype)  # (..., r)
+        return (z * self._scaling().to(x.dtype)) @ left[: self.out_features].to(x.dtype).T
 
     def _scaling(self) -> Tensor:
         """(alpha / r) u S: a number, or (r,) with signs."""
@@ -137,10 +143,12 @@ class SingLoRA(LowRankDelta):
 
     def _full_factors(self) -> tuple[Tensor, Tensor]:
         """The pair of `factors` at strength 1, in memory of its own."""
-        up, down = self._scaled_pair()
+        up, down = (part.detach() for part in self.pair())
         if self.A0 is not None:
             (p, q), (r, t) = up.chunk(2, dim=1), down.chunk(2)
             up, down = torch.cat([p + q, (p - q) / 2], dim=1), torch.cat([(r + t) / 2, r - t])
+        up = up * self.gain  # only now: p and q, each rounded by it, would not cancel
+        if self.A0 is not None:
             ratio = torch.linalg.vector_norm(down, dim=1) / torch.linalg.vector_norm(up, dim=0)
             power = torch.exp2(ratio.log2().div(2).round())  # of two, so that nothing is rounded
             power = torch.where(power.isfinite() & (power > 0), power, 1.0)  # one of them is zero

@@ -72,7 +72,7 @@ def read_folder(
     Raises:
         UserError: no such folder, or no image that can be used; with `strict` all images that cannot be used.
     """
-    folder = Path(os.path.expanduser(folder))
+    folder = Path(folder)
     entries = _entries(folder)
     found: list[Path] = []
     skipped: list[Remark] = []

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from . import crops, draws
@@ -50,11 +49,12 @@ def encode(family: Family, path: Path, resolution: int, flip: bool) -> EncodedIm
         UserError: the image cannot be read.
     """
     image = open_image(path)
-    pixels = torch.from_numpy(crops.to_square(image, resolution))
+    crop = crops.to_square(image, resolution)
+    pixels = torch.from_numpy(crop.pixels)
     views = torch.stack([pixels, pixels.flip(-1)] if flip else [pixels])
     mean, std = family.encode_images(views)
-    crop = _middle(image, resolution)
-    return EncodedImages(mean.cpu()[None], std.cpu()[None], torch.tensor([[image.height, image.width]]), crop[None])
+    original, corner = torch.tensor([[image.height, image.width]]), torch.tensor([[crop.top, crop.left]])
+    return EncodedImages(mean.cpu()[None], std.cpu()[None], original, corner)
 
 
 def together(encoded: Sequence[EncodedImages]) -> EncodedImages:
@@ -74,10 +74,3 @@ def batch(data: EncodedImages, seed: int, positions: range, stream: int) -> Exam
 def joined(parts: Sequence[Examples]) -> Examples:
     """The examples of several streams in one batch, in order."""
     return Examples(*(torch.cat(column) for column in zip(*parts, strict=True)))
-
-
-def _middle(image: Image.Image, resolution: int) -> Tensor:
-    """Top and left of the crop that `crops.to_square` takes, in pixels of the scaled image; mirrored it is the same."""
-    side = min(image.size)
-    scaled = [round(length * resolution / side) for length in (image.height, image.width)]
-    return torch.tensor([(length - resolution) // 2 for length in scaled])

@@ -19,6 +19,9 @@ from ..terminal import escaped
 RARE_WORDS = ("sks", "ohwx", "zwx")
 """Identifiers in common use: next to no meaning to a text encoder, which is what makes them good ones."""
 
+PUNCTUATION = ",.;:!?\"'()"
+"""What may stand at either end of a word without being part of it."""
+
 _MARKED_WORD = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]|\w*\*")  # <dog>, [v], S*
 _DESCRIPTION_BEGINS = re.compile(
     "in|on|at|with|without|wearing|under|over|near|by|beside|behind|before|from|against|among|inside|outside|and|or|"
@@ -51,7 +54,14 @@ class InstancePrompt(NamedTuple):
 
     def without_identifier(self, prompt: str) -> str:
         """The prompt as it is true of the whole class: "a photo of dog"."""
-        return " ".join(prompt.replace(self.identifier, " ", 1).split())
+        return " ".join(with_word_replaced(prompt, self.identifier, "").split())
+
+
+def with_word_replaced(text: str, word: str, by: str) -> str:
+    """The text with something else for a word, or for several in a row, wherever they stand as whole words."""
+    pattern = r"\s+".join(re.escape(part) for part in word.split())
+    edge = rf"[^\s{re.escape(PUNCTUATION)}]"
+    return re.sub(rf"(?<!{edge}){pattern}(?!{edge})", lambda _: by, text)
 
 
 def bundled() -> dict[str, Path]:
@@ -175,7 +185,7 @@ def _is_identifier(word: str) -> bool:
 
 
 def _bare(word: str) -> str:
-    return word.strip(",.;:!?\"'()")
+    return word.strip(PUNCTUATION)
 
 
 LIVE = frozenset({"dog", "puppy", "cat", "kitten", "pet", "bird", "horse", "man", "woman", "person", "boy", "girl"})

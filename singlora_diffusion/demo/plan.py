@@ -4,22 +4,60 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..adapters.config import MethodName as Method
+from ..errors import UserError
 from ..settings import build
 from ..training.recipe import Recipe
-from .settings import RATES, DemoSettings
+from .settings import RATE, RATES, DemoSettings
 from .world_images import IDENTIFIER, MANIFEST
 
 if TYPE_CHECKING:
     from eval.score import ScoreSettings
 
+    from ..adapters.budget import Match
     from ..sampling.settings import GenerateSettings
     from ..toyworld.subjects import Subject
 
 BASE = "base"
 """The folder of what the base model makes; each adapter's is named for its method."""
+
+
+class Plan(NamedTuple):
+    """What the demo does, before anything of it is done."""
+
+    subject: Subject
+    sizes: dict[Method, Match]
+    """The rank of each method."""
+    recipes: dict[Method, Recipe]
+    generations: dict[str, GenerateSettings]
+    """By folder: `BASE`, and each method."""
+
+
+def checked(demo: DemoSettings) -> Plan:
+    """Find out all that can be wrong, before anything is written.
+
+    Raises:
+        UserError: settings that do not work.
+    """
+    from .. import device
+    from ..adapters import budget
+    from ..sampling.settings import check
+    from ..toyworld.subjects import subject
+
+    target = subject(demo.subject)
+    if not demo.methods or len(set(demo.methods)) < len(demo.methods):
+        raise UserError("--methods: name each adapter once, such as --methods singlora lora")
+    made = generations(demo, target)
+    for generation in made.values():
+        check(generation)
+    device.choose(demo.device)
+    shapes = budget.shapes(demo.pretrained_model_name_or_path, budget.BudgetSettings().targets)
+    goal = budget.target_count(demo.match, shapes)
+    sizes = {method: budget.match(goal, method, shapes) for method in demo.methods}
+    recipes = {method: recipe(demo, target, method, row.rank) for method, row in sizes.items()}
+    return Plan(target, sizes, recipes, made)
 
 
 def references(demo: DemoSettings) -> Path:
@@ -48,7 +86,7 @@ def recipe(demo: DemoSettings, subject: Subject, method: Method, rank: int) -> R
         method=method,
         rank=rank,
         max_train_steps=demo.max_train_steps,
-        learning_rate=demo.learning_rate or RATES[method],
+        learning_rate=demo.learning_rate or RATES.get(method, RATE),
         seed=demo.seed,
         validation_steps=0,
         checkpointing_steps=0,

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from .. import files
 from ..adapters.config import MethodName as Method
+from ..adapters.methods import METHODS
+from ..training import log_file
 from . import plan
 from .settings import DemoSettings
 from .world_images import MANIFEST
@@ -19,15 +21,6 @@ if TYPE_CHECKING:
     from ..adapters.budget import Match
     from ..toyworld.subjects import Subject
 
-LABELS = {
-    plan.BASE: "base model",
-    "singlora": "SingLoRA",
-    "lora": "LoRA",
-    "lora+": "LoRA+",
-    "dora": "DoRA",
-    "oft": "OFT",
-    "lokr": "LoKr",
-}
 REAL = "real images"
 SHOWN = 8
 """Images in a row of the sheet."""
@@ -35,7 +28,7 @@ SHOWN = 8
 
 def label(name: str) -> str:
     """Of the base model, or of a method."""
-    return LABELS[name]
+    return "base model" if name == plan.BASE else METHODS[name].label
 
 
 def listed(methods: Iterable[Method]) -> str:
@@ -68,7 +61,7 @@ def columns(demo: DemoSettings, sizes: Mapping[Method, Match]) -> list[ImageSet]
     found.append(ImageSet(label(plan.BASE), plan.samples(demo, plan.BASE)))
     for method, row in sizes.items():
         training = demo.output_dir / method
-        log = (training / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        log = (training / log_file.NAME).read_text(encoding="utf-8").splitlines()
         facts = {"parameters": f"{row.parameters:,}", "training, s": f"{json.loads(log[-1])['seconds']:.0f}"}
         found.append(ImageSet(label(method), plan.samples(demo, method), training=training, facts=facts))
     return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -150,4 +149,4 @@ def _as_template(prompt: str, identifier: str | None) -> str:
     """A literal prompt with the identifier marked, so that the scores can read it without."""
     if not identifier or "{token}" in prompt:
         return prompt
-    return re.sub(rf"(?<!\w){re.escape(identifier)}(?!\w)", "{token}", prompt)
+    return prompts.with_word_replaced(prompt, identifier, "{token}")

@@ -99,11 +99,12 @@ def find(run: Path, wanted: str) -> tuple[State, list[str]]:
         UserError: there is none, or none that is sound; a run is never silently begun anew.
     """
     if wanted != "latest":
-        if not (Path(wanted) / STATE).is_file():
+        folder = Path(os.path.expanduser(wanted))
+        if not (folder / STATE).is_file():
             raise UserError(
                 f"{escaped(wanted, 1000)} is no checkpoint: it has no {STATE}; give a checkpoint-N folder or `latest`"
             )
-        return read(Path(wanted)), []
+        return read(folder), []
     found = run_folder.checkpoints(run)
     if not found:
         raise UserError(

@@ -119,7 +119,7 @@ class Interrupted:
 
     step: int
     path: Path | None
-    """The checkpoint to go on from; None: no step had been done."""
+    """The checkpoint to go on from; None: another process wrote it."""
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def parsed(line: bytes) -> dict[str, Any] | None:
 
 
 def _plain(value: float) -> float | None:
-    """Eight decimals are enough for everybody; JSON has no infinity."""
+    """Eight significant digits, one more than float32 has, so that small learning rates stay; JSON has no infinity."""
     if isinstance(value, int):
         return value
-    return round(value, 8) if math.isfinite(value) else None
+    return float(f"{value:.8g}") if math.isfinite(value) else None

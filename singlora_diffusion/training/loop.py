@@ -24,7 +24,7 @@ from ..terminal import escaped
 from . import run_folder
 from .diagnosis import NotFinite, cause
 from .events import Checkpoint, Event, Images, Interrupted, Loaded, Preview, PutAway, Resumed, Saved, Started, Step
-from .recipe import OutputSettings, Recipe, adapter_config, check, recorded
+from .recipe import Recipe, adapter_config, check, recorded
 
 if TYPE_CHECKING:  # torch and what needs it are imported once the recipe's own mistakes are named
     from accelerate import Accelerator
@@ -88,7 +88,11 @@ def run(recipe: Recipe, stop: Callable[[], bool] = lambda: False) -> Iterator[Ev
     with ExitStack() as stack:
         if accelerator.is_main_process:
             stack.enter_context(files.locked(recipe.output.output_dir, "a training"))
-            yield from _clear(recipe.output)
+            yield from _clear(recipe)
+        texts = [recipe.data.instance_prompt, recipe.validation.validation_prompt or recipe.data.instance_prompt]
+        if recipe.prior.with_prior_preservation:
+            texts.append(class_prompt)
+        yield from preparation.cut_prompts(family, texts)
         classes = yield from preparation.class_images(recipe, accelerator, family, class_prompt, resolution)
         streams = yield from preparation.encoded(recipe, family, resolution, instance.images, classes, class_prompt)
         adapter = adapters.attach(family.networks, config, recipe.optimization.seed)
@@ -100,7 +104,7 @@ def run(recipe: Recipe, stop: Callable[[], bool] = lambda: False) -> Iterator[Ev
             preparation.restore(state, recipe, identified, stepper)
             yield Resumed(state.path, state.step)
         stepper.prepare()
-        about = result.about(recipe, family, subject, resolution)
+        about = result.about(recipe, family, subject, resolution, len(instance.images))
         start = state.step if state else 0
         job = Job(recipe, accelerator, family, adapter, stepper, identified, about, resolution, start)
         yield from _begin(job)
@@ -109,14 +113,14 @@ def run(recipe: Recipe, stop: Callable[[], bool] = lambda: False) -> Iterator[Ev
             yield _saved(job)
 
 
-def _clear(output: OutputSettings) -> Iterator[Event]:
+def _clear(recipe: Recipe) -> Iterator[Event]:
     """Take what killed runs left half-written out of a folder that is now locked, and put an earlier run away."""
-    out = output.output_dir
+    output, out = recipe.output, recipe.output.output_dir
     run_folder.check(output)
     run_folder.clean(out)
     if not output.resume_from_checkpoint:
-        made = [run_folder.class_images(out)] if output.overwrite else []  # they may belong to another prompt
-        yield from _put_away(out, [*run_folder.ours(out), *made])
+        anew = output.overwrite and recipe.prior.class_data_dir is None  # class images may be of another prompt
+        yield from _put_away(out, [*run_folder.ours(out), *(run_folder.generated(out) if anew else [])])
 
 
 def _begin(job: Job) -> Iterator[Event]:

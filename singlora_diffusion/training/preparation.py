@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ def checkpoint_to_resume(recipe: Recipe) -> Generator[Event, None, State | None]
     if state.step > recipe.optimization.max_train_steps:
         raise UserError(
             f"{escaped(state.path, 1000)} has done {state.step} steps already: --max_train_steps "
-            f"{recipe.optimization.max_train_steps} lies behind it"
+            f"{recipe.optimization.max_train_steps} is less"
         )
     return state
 
@@ -59,8 +59,8 @@ def load(recipe: Recipe) -> Generator[Event, None, tuple[Accelerator, Family, in
         cpu=torch.device(chosen).type == "cpu",
         device_placement=False,  # the base model is where it was loaded to
     )
-    if where is None and accelerator.num_processes > 1:
-        chosen = str(accelerator.device)
+    if accelerator.num_processes > 1 and torch.device(chosen).index is None:
+        chosen = str(accelerator.device)  # `cuda` alone would put all of them on the first GPU
     dtype = device.compute_dtype(chosen, DTYPES[precision])
     slow = device.slow_bfloat16(chosen, dtype)
     if slow:
@@ -71,6 +71,14 @@ def load(recipe: Recipe) -> Generator[Event, None, tuple[Accelerator, Family, in
     process = family.noise_process
     process.loss_weights(process.times(torch.tensor([0.5], dtype=torch.float64)), recipe.optimization.snr_gamma)
     return accelerator, family, resolution
+
+
+def cut_prompts(family: Family, prompts: Sequence[str]) -> Iterator[Remark]:
+    """A remark for each prompt that the model cuts off."""
+    for prompt in dict.fromkeys(prompts):
+        if count := family.prompt_overflow(prompt):
+            source = escaped(family.source, 1000)
+            yield Remark(f'the prompt "{escaped(prompt)}" is too long for {source} and is cut by {count} tokens')
 
 
 def class_images(

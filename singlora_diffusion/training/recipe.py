@@ -10,10 +10,14 @@ from annotated_types import Interval
 from tyro.conf import arg
 
 from .. import settings
-from ..adapters.config import AdapterConfig
+from ..adapters.config import AdapterConfig, check_options
+from ..adapters.methods import METHODS
 from ..errors import UserError
 from ..settings import Count, CountOrZero, Decay, NotNegative, Positive, Seed, Side
 from ..terminal import escaped
+
+POLYNOMIAL_END = 1e-7
+"""Where diffusers' polynomial schedule ends."""
 
 
 class MayDiffer:
@@ -151,6 +155,13 @@ class Recipe:
     output: OutputSettings = field(default_factory=OutputSettings)
 
 
+NEEDED = {
+    "train_text_encoder": ("text_encoder_lr", "text_rank", "text_alpha", "text_targets"),
+    "with_prior_preservation": ("class_data_dir", "class_prompt", "num_class_images"),
+}
+"""A setting -> those that mean nothing without it."""
+
+
 def check(recipe: Recipe) -> None:
     """Hold every setting to its range, and the settings to each other.
 
@@ -158,22 +169,23 @@ def check(recipe: Recipe) -> None:
         UserError: what cannot work, before anything is read or loaded.
     """
     settings.check(recipe)
-    optimization, adapter, output = recipe.optimization, recipe.adapter, recipe.output
-    if not optimization.train_text_encoder:
-        about_text = {
-            "text_encoder_lr": optimization.text_encoder_lr,
-            "text_rank": adapter.text_rank,
-            "text_alpha": adapter.text_alpha,
-            "text_targets": adapter.text_targets,
-        }
-        if given := [f"--{name}" for name, value in about_text.items() if value]:
-            raise UserError(f"{', '.join(given)}: only with --train_text_encoder")
+    check_options(recipe.adapter)
+    optimization, output = recipe.optimization, recipe.output
+    changed = settings.changed(recipe)
+    for needed, names in NEEDED.items():
+        if needed not in changed and (given := [f"--{name}" for name in names if name in changed]):
+            raise UserError(f"{', '.join(given)}: only with --{needed}")
     if optimization.lr_warmup_steps and optimization.lr_scheduler == "constant":
         raise UserError("--lr_warmup_steps: not with --lr_scheduler constant; constant_with_warmup has one")
     if optimization.lr_warmup_steps > optimization.max_train_steps:
         raise UserError(
             f"--lr_warmup_steps {optimization.lr_warmup_steps}: is more than --max_train_steps "
             f"{optimization.max_train_steps}"
+        )
+    if optimization.lr_scheduler == "polynomial" and optimization.learning_rate <= POLYNOMIAL_END:
+        raise UserError(
+            f"--learning_rate {optimization.learning_rate:g}: --lr_scheduler polynomial ends at {POLYNOMIAL_END:g}, so "
+            f"it must begin above that"
         )
     if output.overwrite and output.resume_from_checkpoint:
         raise UserError("--overwrite begins anew and --resume_from_checkpoint goes on: use one of them")
@@ -188,7 +200,7 @@ def adapter_config(recipe: Recipe, ramp_steps: int | None = None) -> AdapterConf
         ramp_steps: what a ramp without a length gets; None: 1 % of the steps (arXiv 2507.05566, appendix A.1).
     """
     chosen = recipe.adapter
-    if chosen.ramp_steps is None:
+    if chosen.ramp_steps is None and "ramp_steps" in METHODS[chosen.method].options:
         one_percent = max(1, round(0.01 * recipe.optimization.max_train_steps))
         chosen = replace(chosen, ramp_steps=one_percent if ramp_steps is None else ramp_steps)
     if recipe.optimization.train_text_encoder and not chosen.text_targets:

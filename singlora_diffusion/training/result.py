@@ -17,16 +17,22 @@ from ..models import Family
 from .recipe import Recipe, recorded
 
 
-def about(recipe: Recipe, family: Family, subject: InstancePrompt, resolution: int) -> dict[str, Any]:
-    """What the header of an adapter file says of its training."""
+def about(recipe: Recipe, family: Family, subject: InstancePrompt, resolution: int, images: int) -> dict[str, Any]:
+    """What the header of an adapter file says of its training; equal trainings say the same.
+
+    Args:
+        images: number of instance images.
+    """
     return {
         "family": family.name,
         "base_model": family.source,
         "base_hash": family.fingerprint,
+        "prediction_type": str(family.scheduler.config.get("prediction_type", "")),
         "instance_prompt": recipe.data.instance_prompt,
         "identifier": subject.identifier,
         "class_noun": subject.class_noun,
         "resolution": resolution,
+        "images": images,
         "recipe": recorded(recipe),
     }
 

@@ -21,6 +21,8 @@ CLASS_IMAGES = ("class_images", "class_pictures")
 """Where generated class images go; the second is the first's former name."""
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 CHECKPOINT_FILES = frozenset({"adapter.safetensors", "optimizer.safetensors", "state.json"})
+LEFT_BY_SYSTEMS = re.compile(r"\..*|Thumbs\.db|desktop\.ini", re.IGNORECASE)
+"""What file managers put into folders that somebody looks at."""
 UNFINISHED = re.compile(r"\.checkpoint-\d+\.(part|old)|\.adapter\.safetensors\.\d+\.part\.safetensors")
 """What killed writers leave, beside what `files.remove_leftovers` knows."""
 RECIPE_KEYS = {"instance_prompt", "max_train_steps", "rank"}
@@ -43,9 +45,7 @@ def check(output: OutputSettings) -> None:
             f"{escaped(out, 1000)}: {listed}{more} would be overwritten and was not written by this program: "
             f"move it away, or choose another --output_dir"
         )
-    if output.overwrite:
-        return
-    if output.resume_from_checkpoint:
+    if output.overwrite or output.resume_from_checkpoint:
         _check_replaceable(out / ADAPTER)
         return
     if (out / ADAPTER).exists():
@@ -61,7 +61,7 @@ def check(output: OutputSettings) -> None:
 
 
 def _check_replaceable(adapter: Path) -> None:
-    """Raise a UserError for an adapter's file that a continued run would replace and that is none of ours."""
+    """Raise a UserError for an adapter's file that a run would replace or move, and that is none of ours."""
     if not adapter.exists():
         return
     from ..formats import read_header
@@ -69,7 +69,7 @@ def _check_replaceable(adapter: Path) -> None:
     try:
         read_header(adapter)
     except UserError as error:
-        raise UserError(f"{error}; a continued run would replace it: move it away") from error
+        raise UserError(f"{error}; a run would write another file of this name: move it away") from error
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -97,6 +97,11 @@ def foreign(out: Path) -> list[Path]:
 def class_images(out: Path) -> Path:
     """The folder of generated class images."""
     return next((out / name for name in CLASS_IMAGES if (out / name).is_dir()), out / CLASS_IMAGES[0])
+
+
+def generated(out: Path) -> list[Path]:
+    """The class images of this program in a run's own folder; what the user put beside them is not among them."""
+    return [path for path in _entries(class_images(out)) if png.is_ours(path)]
 
 
 def put_away(out: Path, entries: Iterable[Path]) -> Path | None:
@@ -166,7 +171,7 @@ def _is_log(path: Path) -> bool:
 
 
 def _is_checkpoint(path: Path) -> bool:
-    names = {entry.name for entry in _entries(path)}
+    names = {entry.name for entry in _entries(path) if not LEFT_BY_SYSTEMS.fullmatch(entry.name)}
     return "state.json" in names and names <= CHECKPOINT_FILES
 
 

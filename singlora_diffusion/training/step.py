@@ -172,6 +172,7 @@ def adamw(adapter: Adapter, settings: OptimizationSettings) -> torch.optim.AdamW
     """The optimizer of an adapter's parameters, each group with the rate that the adapter gives it."""
     return torch.optim.AdamW(
         adapter.param_groups(settings.learning_rate, settings.text_encoder_lr),
+        lr=settings.learning_rate,  # the polynomial schedule reads it, to end at `recipe.POLYNOMIAL_END`
         betas=(settings.adam_beta1, settings.adam_beta2),
         weight_decay=settings.adam_weight_decay,
         eps=settings.adam_epsilon,
