@@ -111,7 +111,7 @@ def score(settings: ScoreSettings) -> dict[str, Any]:
         embedded = embed_images(paths, encoders, stores, settings.batch_size)
         given = _given(inputs, embedded, encoders, stores)
         values: dict[str, Any] = {
-            name: metric.function(*(given[need](metric.encoder) for need in ("images", *metric.needs)))
+            name: metric.function(given["images"](metric.encoder), *(given[n](metric.encoder) for n in metric.needs))
             for name, metric in chosen.items()
         }
     finally:  # an interrupted run continues where it was
