@@ -557,7 +557,6 @@ def test_options_go_with_the_method_that_takes_them(networks) -> None:
     ):
         with pytest.raises(UserError, match=message):
             adapters.attach(networks, config)
-    assert adapters.attach(networks, replace(CONFIG, method="lora", ramp_steps=5)).config.ramp_steps == 0
 
 
 def test_the_choices_of_the_flag_are_the_table() -> None:

@@ -109,7 +109,9 @@ def answer(networks: Mapping[str, nn.Module]) -> Tensor:
 def setting(row: str, case: Case) -> AdapterConfig:
     """The case's numbers with the row's method."""
     kind = ROWS[row]
-    fixed = {"alpha": None, "text_alpha": None} if kind.method == "oft" else {}
+    fixed: dict[str, Any] = {"alpha": None, "text_alpha": None} if kind.method == "oft" else {}
+    if "ramp_steps" not in adapters.METHODS[kind.method].options:
+        fixed["ramp_steps"] = None
     named = {key: getattr(kind, key) for key in ("method", "init", "signature", "dora")}
     return replace(case.config, **named, **fixed)
 

@@ -139,7 +139,7 @@ def test_each_of_several_processes_takes_its_own_gpu(recipe: Recipe, named: str,
     monkeypatch.setattr(preparation.device, "compute_dtype", lambda where, dtype: dtype)
     monkeypatch.setattr(preparation.models, "load", load)
     with pytest.raises(UserError, match=f"^{placed}$"):
-        preparation.load(replaced(recipe, device=named))
+        list(preparation.load(replaced(recipe, device=named)))
 
 
 def test_previews_and_curves_are_on_disk(recipe: Recipe) -> None:

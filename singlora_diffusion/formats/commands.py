@@ -25,7 +25,7 @@ def export(settings: ExportSettings) -> None:
         print(f"wrote the merged pipeline {merging.merge_into(family, adapter, settings.merge_into)}")
         return
     assert settings.output is not None
-    prediction = str(getattr(family.scheduler.config, "prediction_type", ""))
+    prediction = family.noise_process.prediction_type
     found = exporting.export(
         settings.adapter,
         settings.format,

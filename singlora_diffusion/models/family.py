@@ -67,6 +67,11 @@ class Corrupted(NamedTuple):
 class NoiseProcess(Protocol):
     """How a model is trained: from images to noise, the answers wanted on the way, and how they count."""
 
+    @property
+    def prediction_type(self) -> str:
+        """What the denoiser answers with: epsilon, v_prediction or flow."""
+        ...
+
     def times(self, quantiles: Tensor) -> Tensor:
         """Where on the way from image to noise examples are trained: the model's training distribution of times.
 

@@ -65,6 +65,10 @@ class FlowMatching:
     levels: Tensor
     density: Callable[[Tensor], Tensor]
 
+    @property
+    def prediction_type(self) -> str:
+        return "flow"
+
     def times(self, quantiles: Tensor) -> Tensor:
         """A small quantile is little noise."""
         return self.levels.to(quantiles.device)[(self.density(quantiles) * len(self.levels)).long()]

@@ -46,8 +46,12 @@ class NoiseSchedule:
         return snr.clamp(max=snr_gamma) / (snr + 1 if self._velocity else snr)
 
     @property
+    def prediction_type(self) -> str:
+        return str(self.scheduler.config.prediction_type)
+
+    @property
     def _velocity(self) -> bool:
-        return bool(self.scheduler.config.prediction_type == "v_prediction")
+        return self.prediction_type == "v_prediction"
 
     def _alphas(self, times: Tensor) -> Tensor:
         return self.scheduler.alphas_cumprod.to(times.device)[times]

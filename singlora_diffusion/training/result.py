@@ -27,7 +27,7 @@ def about(recipe: Recipe, family: Family, subject: InstancePrompt, resolution: i
         "family": family.name,
         "base_model": family.source,
         "base_hash": family.fingerprint,
-        "prediction_type": str(family.scheduler.config.get("prediction_type", "")),
+        "prediction_type": family.noise_process.prediction_type,
         "instance_prompt": recipe.data.instance_prompt,
         "identifier": subject.identifier,
         "class_noun": subject.class_noun,
