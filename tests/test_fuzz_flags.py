@@ -30,9 +30,6 @@ from tyro.conf import Positional
 from singlora_diffusion import cli
 from singlora_diffusion.cli import COMMANDS
 
-WITHOUT_RANGES = ("train", "import", "add")
-"""Commands whose settings do not declare ranges yet."""
-
 SECONDS = 60  # by the wall clock, on a machine that may have other work
 BYTES = 2 * 10**9
 
@@ -318,11 +315,7 @@ def number_types(kind: Any) -> set[type]:
     return {kind} & {int, float} | {one for inside in get_args(kind) for one in number_types(inside)}
 
 
-NUMERIC = [
-    (command, name)
-    for command, name in ALL
-    if command not in WITHOUT_RANGES and number_types(flags(command)[name].kind)
-]
+NUMERIC = [(command, name) for command, name in ALL if number_types(flags(command)[name].kind)]
 
 
 @pytest.mark.parametrize(("command", "name"), NUMERIC, ids=[f"{command}-{name}" for command, name in NUMERIC])
@@ -331,7 +324,7 @@ def test_every_number_has_a_range(command: str, name: str, here: Here, stopped: 
         assert hold(command, {**right(command, here, next(counter)), name: [value]}) == 2, value
 
 
-DEEP = tuple(command for command in ("train", "generate") if command not in WITHOUT_RANGES)
+DEEP = ("train", "generate")
 LARGE = [
     (command, name, size)
     for command in DEEP
