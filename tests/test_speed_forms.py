@@ -125,10 +125,11 @@ def test_a_step_compiles_without_graph_breaks(dora, dtype, monkeypatch) -> None:
     """Through the attention processors and the layers' CPU forms; answers and gradients are those of the eager step."""
     monkeypatch.setattr(cpu_layers, "LARGE_WEIGHT", 1)
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(  # one block of each kind: tracing takes the time
+    unet = UNet2DConditionModel(  # a block on each side: tracing takes the time
         sample_size=8,
         block_out_channels=(32,),
         down_block_types=("CrossAttnDownBlock2D",),
+        mid_block_type=None,
         up_block_types=("CrossAttnUpBlock2D",),
         layers_per_block=1,
         cross_attention_dim=48,
