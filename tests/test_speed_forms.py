@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from singlora_diffusion import adapters
@@ -119,11 +120,22 @@ def test_hooks_of_the_base_are_heard(cast: bool) -> None:
 
 
 @pytest.mark.parametrize(("dora", "dtype"), ((True, torch.float32), (False, torch.bfloat16)))
-def test_a_step_compiles_without_graph_breaks(dora, dtype, make_networks, monkeypatch) -> None:
+def test_a_step_compiles_without_graph_breaks(dora, dtype, monkeypatch) -> None:
     """Through the attention processors and the layers' CPU forms; answers and gradients are those of the eager step."""
     monkeypatch.setattr(cpu_layers, "LARGE_WEIGHT", 1)
     torch.manual_seed(0)
-    unet = make_networks(dtype)["unet"].requires_grad_(False).eval()
+    # Each kind of block once, for tracing takes its time; cross-attention has wide weights (8, 12) and tall (16, 12).
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=12,
+        attention_head_dim=2,
+        norm_num_groups=2,
+    )
+    unet = unet.to(dtype).requires_grad_(False).eval()
     cpu_layers.prepare(unet, cpu_layers.Forms(patches=1, pointwise=True, wide=1))
     adapter = adapters.attach({"unet": unet}, AdapterConfig(rank=2, dora=dora))
     side, width = unet.config.sample_size, unet.config.cross_attention_dim
