@@ -18,13 +18,15 @@ PREFIXES = {
     "tiny_sdxl": {"kohya": ["lora_te1", "lora_te2", "lora_unet"], "peft": ["text_encoder", "text_encoder_2", "unet"]},
     "tiny_sd3": {"peft": ["text_encoder", "text_encoder_2", "transformer"]},
     "tiny_flux": {"peft": ["text_encoder", "transformer"]},
+    "tiny_flux2": {"peft": ["transformer"]},
 }
 
 
 @pytest.mark.parametrize(("model", "form"), [(model, form) for model, forms in PREFIXES.items() for form in forms])
 def test_export_and_back(model: str, form: str, request: Any, tmp_path: Path) -> None:
     family = models.load(str(request.getfixturevalue(model)))
-    config = AdapterConfig(rank=2, targets=None, text_targets=("q_proj", "v_proj"))
+    text = ("q_proj", "v_proj") if "text_encoder" in PREFIXES[model][form] or form == "kohya" else ()
+    config = AdapterConfig(rank=2, targets=None, text_targets=text)
     adapter = adapters.attach(family.networks, config, seed=1)
     changes = dict(adapter.delta_weights())
     file = tmp_path / "x.safetensors"

@@ -21,6 +21,7 @@ FAMILIES = {
     "StableDiffusionXLImg2ImgPipeline": "stable_diffusion_xl",  # what the refiner names itself
     "StableDiffusion3Pipeline": "stable_diffusion_3",
     "FluxPipeline": "flux",
+    "Flux2KleinPipeline": "flux_2",
 }
 """The file of this package for each pipeline class that a folder's model_index.json may name.
 

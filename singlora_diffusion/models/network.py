@@ -174,7 +174,7 @@ def t5_encoder(name: str, module: nn.Module, prefix: str) -> NetworkSpec:
 def unet_inputs(module: nn.Module) -> dict[str, Any]:
     """A batch of two small random latents with text, as a UNet takes them; SDXL's pooled text and sizes too."""
     config: Any = module.config
-    draw = _normal(module)
+    draw = normal(module)
     side = 2 ** len(config.down_block_types)
     inputs: dict[str, Any] = {
         "sample": draw(2, config.in_channels, side, side),
@@ -190,7 +190,7 @@ def unet_inputs(module: nn.Module) -> dict[str, Any]:
 def flux_inputs(module: nn.Module) -> dict[str, Any]:
     """A batch of two images of 2 x 3 patches with five tokens of text, as a FluxTransformer2DModel takes them."""
     config: Any = module.config
-    draw, device = _normal(module), next(module.parameters()).device
+    draw, device = normal(module), next(module.parameters()).device
     inputs: dict[str, Any] = {
         "hidden_states": draw(2, 6, config.in_channels),
         "encoder_hidden_states": draw(2, 5, config.joint_attention_dim),
@@ -207,7 +207,7 @@ def flux_inputs(module: nn.Module) -> dict[str, Any]:
 def sd3_inputs(module: nn.Module) -> dict[str, Any]:
     """A batch of two images of 2 x 3 patches with five tokens of text, as an SD3Transformer2DModel takes them."""
     config: Any = module.config
-    draw = _normal(module)
+    draw = normal(module)
     return {
         "hidden_states": draw(2, config.in_channels, 2 * config.patch_size, 3 * config.patch_size),
         "encoder_hidden_states": draw(2, 5, config.joint_attention_dim),
@@ -224,6 +224,7 @@ def text_inputs(module: nn.Module) -> dict[str, Any]:
     return {"input_ids": ids.to(next(module.parameters()).device)}
 
 
-def _normal(module: nn.Module) -> Callable[..., Tensor]:
+def normal(module: nn.Module) -> Callable[..., Tensor]:
+    """Draws of a standard normal variable on a module's device and in its dtype, the same each time."""
     generator, like = torch.Generator().manual_seed(1), next(module.parameters())
     return lambda *shape: torch.randn(*shape, generator=generator).to(like)
