@@ -242,7 +242,7 @@ class _Lora:
         beyond = set(self._networks) - diffusers_loader.loadable(networks)
         if beyond:
             raise UserError(
-                f"diffusers loads no LoRA into {', '.join(sorted(beyond))}: only a native adapter, alone, has layers there"
+                f"diffusers loads no LoRA into {', '.join(sorted(beyond))}: only our own adapter, alone, reaches it"
             )
         self._weights: list[Any] = [layers[name].weight for name in adapted]
         self._originals: list[Tensor] | None = None  # of these weights, while merged

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +70,10 @@ def verify(path: Path, adapter: Adapter, stored: torch.dtype) -> Difference:
     twins = {name: twin(adapter.networks[name].module, name, adapter) for name in adapter.networks if name in networks}
     if twins:
         load(path, twins)
-    others = {} if len(twins) == len(adapter.networks) else lora_pairs.of_file(read_index(path), adapter.networks)
+    others: dict[str, Pair] = {}
+    if len(twins) < len(adapter.networks):
+        clean = {name: replace(one, module=_without_weights(one.module)) for name, one in adapter.networks.items()}
+        others = lora_pairs.of_file(read_index(path), clean)
     places = {name: (network, inside) for network in twins for name, inside in paths(adapter, network).items()}
     bases, pairs = adapter.layers(), dict(lora_pairs.of_adapter(adapter))
     worst = worst_update = 0.0
@@ -193,10 +196,7 @@ def twin(network: nn.Module, name: str, adapter: Adapter) -> nn.Module:
     Nothing is copied where they are that already. In half precision diffusers would round the file as it loads it, and
     not every accelerator knows float64.
     """
-    config: Any = network.config
-    with torch.device("meta"):
-        kind: Any = type(network)
-        clean: nn.Module = kind.from_config(config) if isinstance(network, ConfigMixin) else kind(config)
+    clean = _without_weights(network)
     state, bases = dict(network.state_dict()), adapter.layers()
     for outside, path in paths(adapter, name).items():
         base = bases[outside]
@@ -209,6 +209,15 @@ def twin(network: nn.Module, name: str, adapter: Adapter) -> nn.Module:
         if key in dict(clean.named_buffers()) and clean.get_buffer(key).is_meta:
             clean.get_submodule(owner)._buffers[last] = buffer.cpu()
     return clean.train(network.training).requires_grad_(False)
+
+
+def _without_weights(network: nn.Module) -> nn.Module:
+    """A new module of a network's class and configuration, on the meta device."""
+    config: Any = network.config
+    kind: Any = type(network)
+    with torch.device("meta"):
+        clean: nn.Module = kind.from_config(config) if isinstance(network, ConfigMixin) else kind(config)
+    return clean
 
 
 def _single(value: Any) -> Any:
