@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from singlora_diffusion import adapters, formats, models
 from singlora_diffusion.adapters.config import AdapterConfig
+from singlora_diffusion.errors import UserError
+from singlora_diffusion.formats import commands, exporting, forms, header, lora_pairs, metadata
 
 pytestmark = pytest.mark.numerical
 
@@ -49,3 +53,192 @@ def test_export_and_back(model: str, form: str, request: Any, tmp_path: Path) ->
         for name, change in changes.items():
             moved = after[name] - modules[name].weight
             assert float((moved - 0.5 * change).norm() / change.norm()) < 1e-4
+
+
+# --- names that other programs read, as they write them
+
+DOUBLE = ("add_q_proj", "add_k_proj", "to_add_out")
+"""Of FLUX.1's double blocks: what diffusers' converter reads of single blocks is FLUX.1's width alone."""
+CLIP = "text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight"
+KEYS = {
+    ("tiny_model", "kohya"): (
+        "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight",
+        "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_out_0.alpha",
+        f"lora_te_{CLIP}",
+    ),
+    ("tiny_sdxl", "kohya"): (
+        "lora_unet_input_blocks_3_1_transformer_blocks_1_attn1_to_q.lora_down.weight",
+        "lora_unet_middle_block_1_transformer_blocks_0_attn2_to_k.lora_up.weight",
+        "lora_unet_output_blocks_1_1_transformer_blocks_0_attn2_to_out_0.alpha",
+        f"lora_te1_{CLIP}",
+        f"lora_te2_{CLIP}",
+    ),
+    ("tiny_sd3", "peft"): (
+        "transformer.transformer_blocks.0.attn.to_q.lora_A.weight",
+        "transformer.transformer_blocks.0.attn.add_q_proj.lora_B.weight",
+        "transformer.transformer_blocks.0.attn.to_add_out.lora_A.weight",
+        "transformer.transformer_blocks.1.attn.to_out.0.lora_A.weight",
+        "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight",
+        "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj.lora_B.weight",
+    ),
+    ("tiny_flux", "peft"): (
+        "transformer.transformer_blocks.0.attn.to_q.lora_A.weight",
+        "transformer.transformer_blocks.0.attn.add_q_proj.lora_B.weight",
+        "transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight",
+        "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight",
+    ),
+    ("tiny_flux", "kohya"): (
+        "lora_unet_double_blocks_0_txt_attn_qkv.lora_down.weight",
+        "lora_unet_double_blocks_0_txt_attn_proj.alpha",
+        f"lora_te1_{CLIP}",
+    ),
+}
+ELSEWHERE = {
+    "kohya": (
+        "down_blocks",
+        "lora_A",
+    ),
+    "peft": (".alpha", "lora_down"),
+}
+"""What no key of these forms has in it; `down_blocks` are Stable Diffusion 1's."""
+
+
+@pytest.mark.parametrize(("model", "form"), KEYS)
+def test_keys_of_a_form_and_the_way_back_to_the_very_adapter(
+    model: str, form: str, request: Any, tmp_path: Path
+) -> None:
+    """Exported, verified through diffusers, imported: the same updates, as SingLoRAs again."""
+    family = models.load(str(request.getfixturevalue(model)))
+    targets = DOUBLE if (model, form) == ("tiny_flux", "kohya") else None
+    config = AdapterConfig(rank=2, alpha=3.0, targets=targets, text_targets=("q_proj", "out_proj"), ramp_steps=4)
+    adapter = adapters.attach(family.networks, config, seed=1)
+    adapter.set_step(3)
+    changes = dict(adapter.delta_weights())
+    file = tmp_path / "x.safetensors"
+    formats.export(adapter, form, file, about=header.Header(adapter.config, family=family.name))
+    adapter.detach()
+    written = load_file(file)
+    assert set(KEYS[model, form]) <= set(written)
+    elsewhere = [part for part in ELSEWHERE[form] if (model, part) != ("tiny_model", "down_blocks")]
+    assert not [key for key in written for part in elsewhere if part in key]
+    back, _ = formats.import_(file, family.networks)
+    found = dict(back.delta_weights())
+    back.detach()
+    for name, change in changes.items():
+        assert float((found.pop(name) - change).norm() / change.norm()) < 1e-6, name
+    assert not any(bool(change.any()) for change in found.values())
+
+
+def test_default_forms(tiny_model: Path, tiny_sdxl: Path, tiny_sd3: Path, tiny_flux: Path) -> None:
+    wanted = {tiny_model: "kohya", tiny_sdxl: "kohya", tiny_sd3: "peft", tiny_flux: "peft"}
+    for model, form in wanted.items():
+        networks = models.meta_networks(model)
+        assert forms.chosen(None, networks) == form
+        with pytest.raises(UserError, match="not for this base model, choose"):
+            forms.chosen("other", networks)
+    with pytest.raises(UserError, match="--format kohya: not for this base model, choose peft"):
+        forms.chosen("kohya", models.meta_networks(tiny_sd3))
+
+
+def test_the_commands_choose_the_form(tiny_flux: Path, tmp_path: Path, capsys: Any) -> None:
+    family = models.load(str(tiny_flux))
+    adapter = adapters.attach(family.networks, AdapterConfig(rank=2, targets=("to_q",)))
+    formats.save(adapter, tmp_path / "a.safetensors", about={"base_model": str(tiny_flux), "family": "flux"})
+    out = tmp_path / "x.safetensors"
+    commands.export(formats.ExportSettings(str(tmp_path / "a.safetensors"), str(out)))
+    printed = capsys.readouterr()
+    assert "(peft, float32" in printed.out and "read by ComfyUI, Forge, InvokeAI" in printed.out
+    assert "InvokeAI does not recognise a file without" in printed.err and "no add_q_proj" in printed.err
+    home = str(tmp_path / "home.safetensors")
+    commands.import_(formats.ImportSettings(file=str(out), output=home, pretrained_model_name_or_path=str(tiny_flux)))
+    assert formats.read_header(home).family == "flux"
+
+
+def test_diffusers_knows_kohyas_single_blocks_at_one_width_only(tiny_flux: Path, tmp_path: Path) -> None:
+    """Of any other, nothing is written; the file would be right, as the way back shows."""
+    family = models.load(str(tiny_flux))
+    adapter = adapters.attach(family.networks, AdapterConfig(rank=3, targets=("to_q", "to_v", "proj_mlp", "proj_out")))
+    with pytest.raises(UserError, match="diffusers does not load it"):
+        formats.export(adapter, "kohya", tmp_path / "x.safetensors")
+    assert not any(tmp_path.iterdir())
+    changes, pairs = dict(adapter.delta_weights()), dict(lora_pairs.of_adapter(adapter))
+    tensors = exporting._kohya(pairs, header.Header(adapter.config), adapter)
+    adapter.detach()
+    assert tensors["lora_unet_single_blocks_0_linear1.lora_up.weight"].shape == (3 * 32 + 128, 3 * 3)
+    save_file({key: value.contiguous().clone() for key, value in tensors.items()}, tmp_path / "x.safetensors")
+    back, _ = formats.import_(tmp_path / "x.safetensors", family.networks)
+    found = dict(back.delta_weights())
+    assert all(torch.allclose(found[name], change, rtol=1e-5, atol=1e-6) for name, change in changes.items())
+
+
+@pytest.mark.parametrize("form", ["kohya", "peft"])
+def test_t5_which_diffusers_leaves_out_is_read_back_by_ourselves(
+    form: str, tiny_flux: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    family = models.load(str(tiny_flux))
+    config = AdapterConfig(rank=2, targets=DOUBLE, text_targets=("t5_attention",))
+    adapter = adapters.attach(family.networks, config, seed=1)
+    file = tmp_path / "x.safetensors"
+    found = formats.export(adapter, form, file)
+    assert found.layers == len(adapter.layers()) and found.layer_difference < 1e-6
+    name = {"kohya": "lora_te3_encoder_block_0_layer_0_SelfAttention_q.lora_down.weight",
+            "peft": "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q.lora_A.weight"}[form]  # fmt: skip
+    assert name in load_file(file)
+    about = header.Header(adapter.config, layers=dict.fromkeys(adapter.layers(), (1, 1)))
+    assert any("no LoRA into text_encoder_2" in one for one in exporting.remarks(form, about, family.networks))
+    write = exporting.FORMS[form]
+
+    def wrong(*arguments: Any) -> Any:
+        tensors = dict(write(*arguments))
+        return {**tensors, name: tensors[name] * 1.01}
+
+    monkeypatch.setitem(exporting.FORMS, form, wrong)
+    with pytest.raises(UserError, match=r"SelfAttention\.q.* differs by 1\.0e-02"):
+        formats.export(adapter, form, tmp_path / "y.safetensors")
+    adapter.detach()
+    with pytest.raises(UserError, match="no LoRA into text_encoder_2"):
+        formats.attach_files([file], family.networks)
+
+
+@pytest.mark.parametrize(("model", "form", "version", "architecture", "module"), [
+    ("tiny_sdxl", "kohya", "sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora", "networks.lora"),
+    ("tiny_sd3", "peft", "sd3", "stable-diffusion-3.5-medium/lora", "networks.lora_sd3"),
+    ("tiny_flux", "peft", "flux1", "flux-1-dev/lora", "networks.lora_flux"),
+])  # fmt: skip
+@pytest.mark.parametrize("named", [True, False])
+def test_metadata_by_family(
+    model: str, form: str, version: str, architecture: str, module: str, named: bool, request: Any, tmp_path: Path
+) -> None:
+    if model == "tiny_sdxl" and not named:
+        pytest.skip("a UNet alone tells its family by its width, which is not a real one here")
+    family = models.load(str(request.getfixturevalue(model)))
+    adapter = adapters.attach(family.networks, AdapterConfig(rank=2, alpha=3.0))
+    about = header.Header(adapter.config, family=family.name if named else "", identifier="sks", class_noun="dog")
+    formats.export(adapter, form, tmp_path / "dog.safetensors", about=about)
+    with safe_open(tmp_path / "dog.safetensors", framework="pt") as file:
+        facts = file.metadata()
+    wanted = {
+        "ss_base_model_version": version,
+        "modelspec.architecture": architecture,
+        "modelspec.title": "dog",
+        "modelspec.resolution": "1024x1024",
+        "modelspec.trigger_phrase": "sks dog",
+        "ss_network_module": module,
+        "ss_network_dim": "2",
+        "ss_network_alpha": "3.0" if form == "kohya" else "2.0",  # the scale is in the matrices
+        "ss_v2": "False",
+    }
+    assert {key: facts.get(key) for key in wanted} == wanted
+    assert facts["modelspec.hash_sha256"] == f"0x{facts['sshs_model_hash']}"
+
+
+@pytest.mark.parametrize(("family", "config", "architecture"), [
+    ("flux", {"guidance_embeds": True}, "flux-1-dev"),
+    ("flux", {"guidance_embeds": False}, "flux-1-schnell"),
+    ("stable_diffusion_3", {"qk_norm": None, "dual_attention_layers": ()}, "stable-diffusion-3-medium"),
+    ("stable_diffusion_3", {"qk_norm": "rms_norm", "dual_attention_layers": ()}, "stable-diffusion-3.5-large"),
+    ("stable_diffusion_3", {"qk_norm": "rms_norm", "dual_attention_layers": (0, 1)}, "stable-diffusion-3.5-medium"),
+])  # fmt: skip
+def test_variants_are_told_by_the_denoisers_config(family: str, config: dict[str, Any], architecture: str) -> None:
+    assert metadata.FAMILIES[family](SimpleNamespace(**config)).architecture == architecture
+    assert metadata.FAMILIES[family](None).architecture in architecture

@@ -13,6 +13,8 @@ What they stand on:
     header          what our file says about itself
     safetensors_io  safetensors files, checked by the library and written whole or not at all
     keys            how programs spell layers and tensors
+    original_names  layers as the implementations that models were first published in name them
+    forms           the forms for each base model, and the programs that read them
     file_kinds      what a file is
     signed_factors  a SingLoRA as columns with signs: sums, tied LoRA pairs
     lora_pairs      any adapter as ordinary LoRA pairs

@@ -9,7 +9,7 @@ from pathlib import Path
 from .. import models
 from ..errors import UserError
 from ..terminal import escaped, note
-from . import arithmetic, exporting, importing, inspecting, merging, native
+from . import arithmetic, exporting, forms, importing, inspecting, merging, native
 from .header import Header
 from .settings import AddSettings, ExportSettings, ImportSettings, InspectSettings
 
@@ -25,10 +25,11 @@ def export(settings: ExportSettings) -> None:
         print(f"wrote the merged pipeline {merging.merge_into(family, adapter, settings.merge_into)}")
         return
     assert settings.output is not None
+    form = forms.chosen(settings.format, family.networks)
     prediction = family.noise_process.prediction_type
     found = exporting.export(
         settings.adapter,
-        settings.format,
+        form,
         settings.output,
         networks=family.networks,
         dtype=settings.dtype,
@@ -36,7 +37,8 @@ def export(settings: ExportSettings) -> None:
         overwrite=settings.overwrite,
     )
     size = Path(settings.output).stat().st_size
-    print(f"wrote {settings.output} ({settings.format}, {settings.dtype}, {size / 1e6:.2f} MB, {found.layers} layers)")
+    print(f"wrote {settings.output} ({form}, {settings.dtype}, {size / 1e6:.2f} MB, {found.layers} layers)")
+    print(f"read by {forms.of(family.networks)[form].readers}")
     print(
         f"loaded back through diffusers: layers differ by at most {found.layer_difference:.1e} of their effect "
         f"({found.update_difference:.1e} of dW alone), outputs by {found.output_difference:.1e} (rounding alone makes "
@@ -44,7 +46,7 @@ def export(settings: ExportSettings) -> None:
     )
     if header.u < 1.0:
         note(f"its ramp stood at u = {header.u:g}, which is folded in")
-    for remark in exporting.remarks(settings.format, header, family.networks):
+    for remark in exporting.remarks(form, header, family.networks):
         note(remark)
 
 

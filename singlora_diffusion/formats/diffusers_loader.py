@@ -15,11 +15,19 @@ from diffusers.utils import logging as diffusers_logging
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from ..models.network import Networks, specs
+
 PIPELINES = {
     "FluxTransformer2DModel": diffusers.FluxPipeline,
     "SD3Transformer2DModel": diffusers.StableDiffusion3Pipeline,
 }
 """By the denoiser's class; UNets have two, told apart by their second text encoder."""
+
+
+def loadable(networks: Networks) -> set[str]:
+    """Which of the networks diffusers loads LoRA files into; T5 is not among them."""
+    modules = {name: one.module for name, one in specs(networks).items()}
+    return set(modules) & set(pipeline(modules)._lora_loadable_modules)
 
 
 def pipeline(networks: Mapping[str, nn.Module]) -> Any:

@@ -106,8 +106,7 @@ def unet(name: str, module: nn.Module) -> NetworkSpec:
 def flux_transformer(name: str, module: nn.Module) -> NetworkSpec:
     """A diffusers FluxTransformer2DModel.
 
-    `attention+mlp` are the targets of diffusers' train_dreambooth_lora_flux.py. `lora_transformer` is OneTrainer's
-    prefix for these paths; kohya's own names are those of another implementation, with fused projections.
+    `attention+mlp` are the targets of diffusers' train_dreambooth_lora_flux.py.
     """
     return NetworkSpec(
         name,
@@ -115,7 +114,7 @@ def flux_transformer(name: str, module: nn.Module) -> NetworkSpec:
         "denoiser",
         JOINT_ATTENTION,
         presets={"attention": JOINT_ATTENTION, "attention+mlp": (*JOINT_ATTENTION, *JOINT_MLP)},
-        prefixes={"kohya": "lora_transformer"},
+        prefixes={"kohya": "lora_unet"},
         sample_inputs=lambda: flux_inputs(module),
     )
 
@@ -137,7 +136,7 @@ def sd3_transformer(name: str, module: nn.Module) -> NetworkSpec:
             "attention+attn2": JOINT_ATTENTION,
             "attention+mlp": (*attention, *JOINT_MLP),
         },
-        prefixes={"kohya": "lora_transformer"},
+        prefixes={"kohya": "lora_unet"},
         sample_inputs=lambda: sd3_inputs(module),
     )
 
