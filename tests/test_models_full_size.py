@@ -37,6 +37,23 @@ def clip(width: int, layers: int, heads: int) -> dict[str, Any]:
 
 CLIP_L, CLIP_BIG_G = clip(768, 12, 12), clip(1280, 32, 20)
 
+QWEN3 = {"model_type": "qwen3", "head_dim": 128, "num_key_value_heads": 8, "num_attention_heads": 32}
+
+
+def klein(double: int, single: int, heads: int, width: int, mlp: int) -> dict[str, dict[str, Any]]:
+    return {
+        "transformer": {
+            "_class_name": "Flux2Transformer2DModel",
+            "num_layers": double,
+            "num_single_layers": single,
+            "num_attention_heads": heads,
+            "joint_attention_dim": 3 * width,
+            "guidance_embeds": False,
+        },
+        "text_encoder": {**QWEN3, "hidden_size": width, "intermediate_size": mlp, "num_hidden_layers": 36},
+    }
+
+
 CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
     "StableDiffusionXLPipeline": {
         "unet": {
@@ -76,12 +93,17 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
         "text_encoder": CLIP_L,
         "text_encoder_2": T5_XXL,
     },
+    "Flux2KleinPipeline 4B": klein(5, 20, 24, 2560, 9728),
+    "Flux2KleinPipeline 9B": klein(8, 24, 32, 4096, 12288),
 }
+"""By the pipeline's class, and what tells two of one class apart."""
 
 PARAMETERS = {  # the denoisers'
     "StableDiffusionXLPipeline": 2_567_463_684,
     "StableDiffusion3Pipeline": 2_243_171_520,
     "FluxPipeline": 11_901_408_320,
+    "Flux2KleinPipeline 4B": 3_875_544_576,
+    "Flux2KleinPipeline 9B": 9_078_581_248,
 }
 
 ADAPTED = [  # targets; layers, LoRA's and SingLoRA's trained parameters at rank 8, all in the denoiser
@@ -90,6 +112,8 @@ ADAPTED = [  # targets; layers, LoRA's and SingLoRA's trained parameters at rank
     ("StableDiffusion3Pipeline", ("attention+attn2",), 243, 5_971_968, 2_985_984),
     ("FluxPipeline", ("to_q", "to_k", "to_v", "to_out.0"), 190, 9_338_880, 4_669_440),
     ("FluxPipeline", ("attention+mlp",), 342, 22_413_312, 14_008_320),  # the targets of diffusers' script
+    ("Flux2KleinPipeline 4B", None, 60, 8_355_840, 6_881_280),
+    ("Flux2KleinPipeline 9B", None, 80, 13_893_632, 11_272_192),
 ]
 
 
@@ -97,8 +121,8 @@ ADAPTED = [  # targets; layers, LoRA's and SingLoRA's trained parameters at rank
 def networks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     found = {}
     for pipeline, parts in CONFIGS.items():
-        folder = Path(tmp_path_factory.mktemp(pipeline))
-        (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
+        folder = Path(tmp_path_factory.mktemp(pipeline.split()[0]))
+        (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline.split()[0]}))
         for name, config in parts.items():
             (folder / name).mkdir()
             (folder / name / "config.json").write_text(json.dumps(config))
@@ -129,7 +153,8 @@ def test_adapted_layers(
 
 @pytest.mark.parametrize("pipeline", CONFIGS)
 def test_text_encoders(pipeline: str, networks: dict[str, Any]) -> None:
-    """`text_targets` None: both CLIPs, not T5."""
+    """`text_targets` None: both CLIPs, neither T5 nor Qwen3."""
     adapted = chosen(networks[pipeline], resolved(AdapterConfig(text_targets=None), networks[pipeline]))
     text = {name: len(layers) for name, layers in adapted.items() if name.startswith("text")}
-    assert text == {"text_encoder": 48} | ({} if pipeline == "FluxPipeline" else {"text_encoder_2": 128})
+    large = {} if pipeline == "FluxPipeline" else {"text_encoder_2": 128}
+    assert text == ({} if pipeline.startswith("Flux2") else {"text_encoder": 48} | large)

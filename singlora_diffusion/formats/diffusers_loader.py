@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from ..models.network import Networks, specs
 
 PIPELINES = {
+    "Flux2Transformer2DModel": diffusers.Flux2KleinPipeline,
     "FluxTransformer2DModel": diffusers.FluxPipeline,
     "SD3Transformer2DModel": diffusers.StableDiffusion3Pipeline,
 }

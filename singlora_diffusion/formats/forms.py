@@ -47,6 +47,7 @@ TABLE: Mapping[str, Mapping[str, Form]] = {
         ),
         "kohya": Form("ComfyUI, Forge, SD.Next, InvokeAI, stable-diffusion.cpp, kohya's sd-scripts, diffusers"),
     },
+    "Flux2Transformer2DModel": {"peft": Form("ComfyUI, InvokeAI, diffusers")},
 }
 """By the denoiser's class; the first of each is the default. kohya's form of FLUX.1 has the most readers, but its fused
 pairs are mostly zeros: the file is two to five times as large."""

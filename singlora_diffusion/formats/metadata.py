@@ -60,13 +60,24 @@ def _flux(config: Any) -> Base:
     return Base("flux1", f"flux-1{variant}", module="networks.lora_flux", implementation=implementation)
 
 
+def _flux_2(config: Any) -> Base:
+    """klein 4B has 24 heads, 9B 32."""
+    variant = "" if config is None else "-klein-4b" if config.num_attention_heads == 24 else "-klein-9b"
+    return Base("flux2", f"flux-2{variant}")
+
+
 FAMILIES: Mapping[str, Callable[[Any], Base]] = {
     "stable_diffusion_xl": _sdxl,
     "stable_diffusion_3": _stable_diffusion_3,
     "flux": _flux,
+    "flux_2": _flux_2,
 }
 """By family, of the denoiser's config; None: an adapter of text encoders alone does not come with it."""
-CLASSES = {"SD3Transformer2DModel": "stable_diffusion_3", "FluxTransformer2DModel": "flux"}
+CLASSES = {
+    "SD3Transformer2DModel": "stable_diffusion_3",
+    "FluxTransformer2DModel": "flux",
+    "Flux2Transformer2DModel": "flux_2",
+}
 """The family by the denoiser's class, where the header names none."""
 WIDTHS = {
     768: Base("sd_v1", "stable-diffusion-v1", side=512),

@@ -24,9 +24,8 @@ from .family import Conditioning, Geometry, Latents, NoiseProcess, check_sides
 from .network import NetworkSpec, Part
 
 ATTENTION = (*network.ATTENTION, "to_qkv_mlp_proj", "attn.to_out")
-"""The targets of diffusers' train_dreambooth_lora_flux2_klein.py: the image's side of the double blocks, and both layers
-of the single blocks, the first of which computes q, k, v and the MLP's input at once and is adapted as the one layer
-that it is."""
+"""The targets of diffusers' train_dreambooth_lora_flux2_klein.py: the image's side of the double blocks, and both
+layers of the single blocks. The first of these computes q, k, v and the MLP's input at once and has one adapter."""
 MLP = ("ff.linear_in", "ff.linear_out")
 TEXT_LAYERS = (9, 18, 27)
 """The hidden states of Qwen3 that the transformer reads, side by side, as in the stock pipeline. The training script's
@@ -44,7 +43,7 @@ def transformer(name: str, module: nn.Module) -> NetworkSpec:
         "denoiser",
         ATTENTION,
         presets={"attention": ATTENTION, "attention+mlp": (*ATTENTION, *MLP)},
-        prefixes={"kohya": "lora_transformer"},
+        prefixes={"kohya": "lora_unet"},
         sample_inputs=lambda: transformer_inputs(module),
     )
 
