@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..models.network import NetworkSpec
+from ..models.quantized import dequantized
 from ..terminal import escaped
 from . import diffusers_loader, lora_pairs
 from .lora_pairs import Pair
@@ -200,7 +201,7 @@ def twin(network: nn.Module, name: str, adapter: Adapter) -> nn.Module:
     state, bases = dict(network.state_dict()), adapter.layers()
     for outside, path in paths(adapter, name).items():
         base = bases[outside]
-        state[f"{path}.weight"] = base.weight.detach()
+        state[f"{path}.weight"] = dequantized(base).detach()
         if base.bias is not None:
             state[f"{path}.bias"] = base.bias.detach()
     clean.load_state_dict({key: _single(state[key]) for key in clean.state_dict()}, assign=True)
@@ -255,7 +256,7 @@ def load(path: Path, networks: Mapping[str, nn.Module]) -> None:
 
 def _layer_difference(layer: nn.Module, base: nn.Linear, update: Tensor, pair: Pair) -> tuple[float, float]:
     """Relative differences on random inputs: of `Difference.layer_difference` and of `update_difference`."""
-    weight, bias, up, down = (_exact(tensor) for tensor in (base.weight, base.bias, pair.up, pair.down))
+    weight, bias, up, down = (_exact(tensor) for tensor in (dequantized(base), base.bias, pair.up, pair.down))
     x = torch.randn(8, base.in_features, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     with torch.no_grad(), in_float64(layer):
         got = layer(x) - bias

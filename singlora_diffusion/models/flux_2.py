@@ -76,8 +76,8 @@ def transformer_inputs(module: nn.Module) -> dict[str, Any]:
 
 
 NETWORKS = {
-    "transformer": Part(Flux2Transformer2DModel, transformer),
-    "text_encoder": Part(Qwen3ForCausalLM, text_encoder),
+    "transformer": Part(Flux2Transformer2DModel, transformer, large=True),
+    "text_encoder": Part(Qwen3ForCausalLM, text_encoder, large=True),
 }
 
 
@@ -149,6 +149,7 @@ class Flux2Klein:
             attention_mask=tokens.attention_mask,
             output_hidden_states=True,
             use_cache=False,
+            logits_to_keep=1,  # the next word is of no interest
         ).hidden_states
         return Conditioning({"text": torch.cat([states[layer] for layer in TEXT_LAYERS], dim=-1)})
 
@@ -239,12 +240,12 @@ def text_ids(length: int) -> Tensor:
     return ids
 
 
-def load(path: Path, source: str, dtype: str, device: str) -> Flux2Klein:
+def load(path: Path, source: str, dtype: str, device: str, quantization: str | None) -> Flux2Klein:
     """Load the parts from a diffusers folder, frozen; the autoencoder in float32, the rest in `dtype`."""
     index = parts.index(path)
     with parts.loading(path, "FLUX.2 klein"):
         return Flux2Klein(
-            **parts.networks(NETWORKS, index, path, device, dtype),
+            **parts.networks(NETWORKS, index, path, device, dtype, quantization),
             vae=parts.network(AutoencoderKLFlux2, path / "vae", device, torch.float32),
             tokenizer=parts.tokenizer(Qwen2TokenizerFast, path / "tokenizer"),
             scheduler=flow_matching.scheduler(path / "scheduler"),

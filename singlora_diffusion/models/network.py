@@ -61,10 +61,12 @@ class NetworkSpec:
 
 
 class Part(NamedTuple):
-    """A network of a family: its class, and the spec of a module of it by the network's name."""
+    """A network of a family: its class, the spec of a module of it by the network's name, and whether it is packed
+    when the model is loaded with a quantization: CLIP is not worth it."""
 
     kind: Any
     spec: Callable[[str, nn.Module], NetworkSpec]
+    large: bool = False
 
 
 def specs_of(table: Mapping[str, Part], owner: object) -> dict[str, NetworkSpec]:
@@ -225,5 +227,5 @@ def text_inputs(module: nn.Module) -> dict[str, Any]:
 
 def normal(module: nn.Module) -> Callable[..., Tensor]:
     """Draws of a standard normal variable on a module's device and in its dtype, the same each time."""
-    generator, like = torch.Generator().manual_seed(1), next(module.parameters())
+    generator, like = torch.Generator().manual_seed(1), next(p for p in module.parameters() if p.is_floating_point())
     return lambda *shape: torch.randn(*shape, generator=generator).to(like)
