@@ -64,7 +64,7 @@ def _smallest_unet() -> UNet2DConditionModel:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars and no advice from the libraries while a file is tried."""
+    """No progress bars and no warnings from the libraries while a file is loaded."""
     levels = diffusers_logging.get_verbosity(), transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     diffusers_logging.set_verbosity(logging.CRITICAL)

@@ -16,7 +16,7 @@ NATIVE, SINGLORA, TIED, LORA, UNKNOWN = "native", "singlora", "tied lora", "lora
 
 @dataclass(frozen=True)
 class Recognised:
-    """A file's kind, and the program family whose spelling it uses.
+    """A file's kind, and whose names its tensors have.
 
     kind: `native` ours; `singlora` one matrix per layer by another program; `tied lora` a LoRA whose pairs are
     SingLoRAs; `lora`; `unknown`. note: why unknown, else empty.
@@ -29,7 +29,7 @@ class Recognised:
 
 
 def recognise(path: str | Path) -> Recognised:
-    """Say what a file or run folder is.
+    """What a file or run folder is.
 
     Raises:
         UserError: not a sound safetensors file; NaN or infinity in the tensors of a LoRA.
@@ -92,5 +92,5 @@ def _reason(index: Index, foreign: list[str]) -> str:
 
 
 def refuse(found: Recognised) -> UserError:
-    """The error for a file of no use here."""
+    """The error for a file that is not an adapter."""
     return UserError(f"{found.index.path}: is not an adapter this program reads: {found.note}")

@@ -89,8 +89,9 @@ def verify(path: Path, adapter: Adapter, stored: torch.dtype) -> Difference:
         worst, worst_update = max(worst, difference), max(worst_update, of_update)
         if not difference <= STORED[stored]:  # also catches NaN
             raise UserError(
-                f"not written: {name}, loaded through diffusers, differs by {difference:.1e} of its effect from the "
-                f"adapter, more than {stored} explains" + ("" if stored == torch.float32 else ": use --dtype float32")
+                f"not written: {name}, {'loaded through diffusers' if name in places else 'read back'}, differs by "
+                f"{difference:.1e} of its effect from the adapter, more than {stored} explains"
+                + ("" if stored == torch.float32 else ": use --dtype float32")
             )
     found = {name for name, pair in others.items() if bool(pair.up.any())}
     for name in sorted(found - set(pairs)):
