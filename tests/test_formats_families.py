@@ -152,6 +152,43 @@ def test_the_commands_choose_the_form(tiny_flux: Path, tmp_path: Path, capsys: A
     assert formats.read_header(home).family == "flux"
 
 
+@pytest.mark.parametrize("model", ["tiny_model", "tiny_sdxl", "tiny_sd3", "tiny_flux"])
+def test_a_base_that_does_not_fit_into_memory_is_not_needed(
+    model: str, request: Any, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    """The same bytes, from names and shapes alone."""
+    base = str(request.getfixturevalue(model))
+    family = models.load(base)
+    adapter = adapters.attach(family.networks, AdapterConfig(rank=2, text_targets=("q_proj",)), seed=1)
+    about = {"base_model": base, "family": family.name, "base_hash": family.fingerprint}
+    about["prediction_type"] = family.noise_process.prediction_type
+    formats.save(adapter, tmp_path / "a.safetensors", about=about)
+    out = tmp_path / "x.safetensors"
+    settings = formats.ExportSettings(str(tmp_path / "a.safetensors"), str(out), overwrite=True)
+    commands.export(settings)
+    whole = out.read_bytes()
+    assert "outputs by" in capsys.readouterr().out
+    monkeypatch.setattr("singlora_diffusion.device.free_memory", lambda device: 100)
+    monkeypatch.setattr(models.families, "load", None)
+    commands.export(settings)
+    printed = capsys.readouterr()
+    assert "does not fit into memory" in printed.err and "outputs by" not in printed.out
+    assert out.read_bytes() == whole
+    home = tmp_path / "home.safetensors"
+    commands.import_(formats.ImportSettings(file=str(out), output=str(home), pretrained_model_name_or_path=base))
+    assert formats.read_header(home).base_model == base
+    write = exporting.FORMS["kohya" if model in ("tiny_model", "tiny_sdxl") else "peft"]
+
+    def wrong(*arguments: Any) -> Any:
+        tensors = dict(write(*arguments))
+        first = next(key for key in tensors if not key.endswith(".alpha"))
+        return {**tensors, first: tensors[first] * 1.01}
+
+    monkeypatch.setattr(exporting, "FORMS", dict.fromkeys(exporting.FORMS, wrong))
+    with pytest.raises(UserError, match="differs by"):
+        commands.export(settings)
+
+
 def test_diffusers_knows_kohyas_single_blocks_at_one_width_only(tiny_flux: Path, tmp_path: Path) -> None:
     """Of any other, nothing is written; the file would be right, as the way back shows."""
     family = models.load(str(tiny_flux))

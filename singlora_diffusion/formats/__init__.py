@@ -20,6 +20,7 @@ What these use:
     lora_pairs      any adapter as ordinary LoRA pairs
     metadata        the metadata of an exported file
     verify_export   an exported file loaded back through diffusers and compared
+    hollow          networks without weights, for models that do not fit into memory
     diffusers_loader  LoRA files through diffusers' own loader
 """
 

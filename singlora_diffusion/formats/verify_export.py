@@ -57,11 +57,12 @@ class Difference:
     does to it here."""
 
 
-def verify(path: Path, adapter: Adapter, stored: torch.dtype) -> Difference:
+def verify(path: Path, adapter: Adapter, stored: torch.dtype, whole: bool = True) -> Difference:
     """Load `path` into copies of the adapter's networks through diffusers and compare.
 
     Args:
         stored: the precision of the file, which says how large a difference may be.
+        whole: compare the networks' outputs too, not the layers alone.
 
     Raises:
         UserError: diffusers does not load the file, or it is further from the adapter than the precision explains.
@@ -101,7 +102,8 @@ def verify(path: Path, adapter: Adapter, stored: torch.dtype) -> Difference:
         for inside, layer in loaded.named_modules():
             if hasattr(layer, "base_layer") and inside not in wanted and _changes(layer):
                 raise UserError(f"not written: loaded through diffusers, it changes {network}.{inside} too")
-    outputs = [compare_outputs(adapter.networks[name], twins[name], worst) for name in twins] or [(0.0, 0.0)]
+    compared = twins if whole else {}
+    outputs = [compare_outputs(adapter.networks[name], compared[name], worst) for name in compared] or [(0.0, 0.0)]
     return Difference(len(bases), worst, worst_update, *(max(values) for values in zip(*outputs, strict=True)))
 
 
