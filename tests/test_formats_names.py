@@ -14,9 +14,10 @@ from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from singlora_diffusion import adapters, formats
 from singlora_diffusion.adapters.config import AdapterConfig
 from singlora_diffusion.errors import UserError
-from singlora_diffusion.formats import exporting, header, keys, lora_pairs, original_names, safetensors_io
+from singlora_diffusion.formats import exporting, header, hollow, keys, lora_pairs, original_names, safetensors_io
 from singlora_diffusion.formats.lora_pairs import Pair
 from singlora_diffusion.models import flux, stable_diffusion_3, stable_diffusion_xl
 
@@ -176,6 +177,20 @@ def test_diffusers_reads_fused_pairs_of_flux(parts: tuple[str, ...]) -> None:
         x = torch.randn(down.shape[1], 2).double()
         assert near(up.double() @ (down.double() @ x), pair.up.double() @ (pair.down.double() @ x))
     assert not any(bool(value.any()) for key, value in found.items() if "lora_B" in key)
+
+
+def test_an_export_in_kohyas_form_at_the_published_width(tmp_path: Path) -> None:
+    """Verified through diffusers, whose converter reads single blocks of that width alone."""
+    networks = {"transformer": flux.NETWORKS["transformer"].spec("transformer", flux_model(1, 1))}
+    hollow.fill(networks)
+    adapter = adapters.attach(networks, AdapterConfig(rank=2, targets=("to_q", "to_v", "add_k_proj")), seed=1)
+    found = formats.export(adapter, "kohya", tmp_path / "x.safetensors", whole=False)
+    assert found.layers == 5 and found.layer_difference < 1e-6
+    assert set(safetensors_io.read_index(tmp_path / "x.safetensors").tensors) == {
+        f"lora_unet_{layer}.{part}"
+        for layer in ("double_blocks_0_img_attn_qkv", "double_blocks_0_txt_attn_qkv", "single_blocks_0_linear1")
+        for part in ("lora_down.weight", "lora_up.weight", "alpha")
+    }
 
 
 @pytest.mark.parametrize("family", ["flux", "sd3"])
