@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from singlora_diffusion import adapters, formats, models
 from singlora_diffusion.adapters.config import AdapterConfig
 from singlora_diffusion.errors import UserError
-from singlora_diffusion.formats import commands, exporting, forms, header, lora_pairs, metadata
+from singlora_diffusion.formats import commands, exporting, forms, header, keys, lora_pairs, metadata
 
 pytestmark = pytest.mark.numerical
 
@@ -201,9 +201,48 @@ def test_diffusers_knows_kohyas_single_blocks_at_one_width_only(tiny_flux: Path,
     adapter.detach()
     assert tensors["lora_unet_single_blocks_0_linear1.lora_up.weight"].shape == (3 * 32 + 128, 3 * 3)
     save_file({key: value.contiguous().clone() for key, value in tensors.items()}, tmp_path / "x.safetensors")
+    assert formats.recognise(tmp_path / "x.safetensors").kind == "tied lora"
     back, _ = formats.import_(tmp_path / "x.safetensors", family.networks)
     found = dict(back.delta_weights())
     assert all(torch.allclose(found[name], change, rtol=1e-5, atol=1e-6) for name, change in changes.items())
+
+
+def test_spellings_of_text_encoders_that_are_read(tiny_sdxl: Path, tiny_flux: Path) -> None:
+    clip, t5 = "encoder.layers.0.self_attn.q_proj", "encoder.block.0.layer.0.SelfAttention.q"
+    flux, sdxl = (keys.spellings(models.meta_networks(model)) for model in (tiny_flux, tiny_sdxl))
+    for spellings, name, spelled in (
+        (flux, f"text_encoder.text_model.{clip}", [
+            "lora_te1_text_model_encoder_layers_0_self_attn_q_proj",
+            "lora_te_text_model_encoder_layers_0_self_attn_q_proj",
+            "lora_te1_encoder_layers_0_self_attn_q_proj",
+            f"text_encoder.{clip}",
+            "text_encoder.text_model.encoder.layers.0.self_attn.to_q",
+            f"text_encoders.clip_l.transformer.text_model.{clip}",
+        ]),
+        (flux, f"text_encoder_2.{t5}", [
+            "lora_te3_encoder_block_0_layer_0_SelfAttention_q",
+            "lora_te2_encoder_block_0_layer_0_SelfAttention_q",
+            f"text_encoders.t5xxl.transformer.{t5}",
+        ]),
+        (sdxl, f"text_encoder_2.text_model.{clip}", [
+            "lora_te2_text_model_encoder_layers_0_self_attn_q_proj",
+            f"text_encoders.clip_g.transformer.text_model.{clip}",
+        ]),
+    ):  # fmt: skip
+        for one in (name, *spelled):
+            assert [piece.name for piece in spellings[one]] == [name], one
+
+
+@pytest.mark.parametrize("targets", [("q_proj",), ("t5_attention",)])
+@pytest.mark.parametrize("model", ["tiny_sd3", "tiny_flux"])
+def test_adapters_of_text_encoders_alone(model: str, targets: tuple[str, ...], request: Any, tmp_path: Path) -> None:
+    family = models.load(str(request.getfixturevalue(model)))
+    adapter = adapters.attach(family.networks, AdapterConfig(rank=2, targets=(), text_targets=targets))
+    formats.save(adapter, tmp_path / "a.safetensors")
+    adapter.detach()
+    found = formats.export(tmp_path / "a.safetensors", None, tmp_path / "x.safetensors", networks=family.networks)
+    assert found.layers == len(adapter.layers())
+    assert all(key.startswith("text_encoder") for key in load_file(tmp_path / "x.safetensors"))
 
 
 @pytest.mark.parametrize("form", ["kohya", "peft"])

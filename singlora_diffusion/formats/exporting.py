@@ -60,6 +60,7 @@ def export(
     if isinstance(source, str | Path):
         if networks is None:
             raise TypeError("an adapter file is exported with the networks it belongs to")
+        form = forms.chosen(form, networks)
         adapter = native.load(source, networks)
         try:
             header = about or native.read_header(source)
