@@ -236,6 +236,27 @@ def test_a_fused_pair_with_one_down_for_all(tmp_path: Path) -> None:
         lora_pairs.of_file(safetensors_io.read_index(tmp_path / "y.safetensors"), {"transformer": spec})
 
 
+def test_pefts_own_files_have_their_scale_beside_them(tmp_path: Path) -> None:
+    model = flux_model(1, 1, num_attention_heads=2, attention_head_dim=16, joint_attention_dim=40)
+    spec = flux.NETWORKS["transformer"].spec("transformer", model)
+    name = "base_model.model.transformer_blocks.0.attn.to_q"
+    up, down = torch.randn(32, 4), torch.randn(4, 32)
+    file, beside = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    save_file({f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}, file)
+
+    def read() -> Tensor:
+        found = lora_pairs.of_file(safetensors_io.read_index(file), {"transformer": spec})
+        return found["transformer.transformer_blocks.0.attn.to_q"].product()
+
+    assert near(read(), up.double() @ down.double())
+    beside.write_text('{"r": 4, "lora_alpha": 8, "rank_pattern": {}}')
+    assert near(read(), 2 * up.double() @ down.double())
+    for text in ('{"r": 4, "lora_alpha": 8, "use_rslora": true}', '{"r": 0, "lora_alpha": 8}', "[]", "{"):
+        beside.write_text(text)
+        with pytest.raises(UserError, match=r"its adapter_config\.json cannot be used"):
+            read()
+
+
 # --- names that other programs read, as they write them
 
 WRITTEN = {

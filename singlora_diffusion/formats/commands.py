@@ -110,6 +110,11 @@ def add(settings: AddSettings) -> None:
 def load_base(header: Header, named: str | None, **options: str) -> models.Family:
     """The base model of an adapter: the one the user names, else the one the header names; says so if it is another."""
     family = models.load(_name_of_base(header, named), **options)
+    if header.family and header.family != family.name:
+        raise UserError(
+            f"the adapter is for {escaped(header.base_model or 'a model')}, of the family {escaped(header.family)}; "
+            f"{escaped(family.source)} is of the family {family.name}"
+        )
     if header.base_hash and family.fingerprint != header.base_hash:
         note(
             f"{escaped(family.source)} is not the very model this adapter was trained on ({escaped(header.base_model)})"

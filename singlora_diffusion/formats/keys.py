@@ -62,7 +62,9 @@ PARTS = {
     ".alpha": "alpha",
     ".A": "one",
 }
-WRAPPERS = ("base_model.model.", "module.")
+PEFT_WRAPPER = "base_model.model."
+"""What PEFT writes before each name; alpha and rank are in an adapter_config.json beside the file then."""
+WRAPPERS = (PEFT_WRAPPER, "module.")
 DENOISER_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_", "diffusion_model.", "model.diffusion_model.", "")
 """What programs write before a path in the denoiser, besides its name: kohya's, OneTrainer's, LyCORIS', ComfyUI's and
 ai-toolkit's, or nothing."""
