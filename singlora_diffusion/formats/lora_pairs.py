@@ -200,17 +200,20 @@ def _fits(where: str, up: Tensor, down: Tensor, magnitude: Tensor | None, layers
 MADE_FOR = {
     "Stable Diffusion 3": ("joint_blocks",),
     "FLUX.1": ("double_blocks", "single_blocks", "single_transformer_blocks"),
-    "a transformer, not for a UNet": ("transformer.transformer_blocks", "lora_transformer_"),
+    "a transformer, not for a UNet": (
+        "transformer.transformer_blocks",
+        "lora_transformer_",
+        "model.transformer_blocks",
+    ),
     "Stable Diffusion XL": ("text_encoder_2.", "lora_te2_", "add_embedding", "label_emb"),
 }
-"""What the first of these to occur in a file's names says of it."""
+"""Parts of names that tell the model of a file; the first that occurs counts."""
 
 
 def _hint(index: Index) -> str:
-    names = list(index.tensors)
-    bare = any("transformer_blocks" in name and not name.startswith(("unet", "lora_unet")) for name in names)
-    found = [model for model, marks in MADE_FOR.items() if any(mark in name for mark in marks for name in names)]
-    return f": it was made for {[*found, *['a transformer, not for a UNet'] * bare, 'another model'][0]}"
+    names = "\n".join(index.tensors)
+    models = (model for model, marks in MADE_FOR.items() if any(mark in names for mark in marks))
+    return f": it was made for {next(models, 'another model')}"
 
 
 def total(parts: Sequence[tuple[Mapping[str, Pair], float]]) -> dict[str, Pair]:
