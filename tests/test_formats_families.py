@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from singlora_diffusion import adapters, formats, models
 from singlora_diffusion.adapters.config import AdapterConfig
 from singlora_diffusion.errors import UserError
-from singlora_diffusion.formats import commands, exporting, forms, header, lora_pairs, metadata
+from singlora_diffusion.formats import commands, exporting, forms, header, keys, lora_pairs, metadata
 
 pytestmark = pytest.mark.numerical
 
@@ -154,6 +155,43 @@ def test_the_commands_choose_the_form(tiny_flux: Path, tmp_path: Path, capsys: A
     assert formats.read_header(home).family == "flux"
 
 
+@pytest.mark.parametrize("model", ["tiny_sdxl", "tiny_flux"])
+def test_a_base_that_does_not_fit_into_memory_is_not_needed(
+    model: str, request: Any, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    """The same bytes, from names and shapes alone."""
+    base = str(request.getfixturevalue(model))
+    family = models.load(base)
+    adapter = adapters.attach(family.networks, AdapterConfig(rank=2, text_targets=("q_proj",)), seed=1)
+    about = {"base_model": base, "family": family.name, "base_hash": family.fingerprint}
+    about["prediction_type"] = family.noise_process.prediction_type
+    formats.save(adapter, tmp_path / "a.safetensors", about=about)
+    out = tmp_path / "x.safetensors"
+    settings = formats.ExportSettings(str(tmp_path / "a.safetensors"), str(out), overwrite=True)
+    commands.export(settings)
+    whole = out.read_bytes()
+    assert "outputs by" in capsys.readouterr().out
+    monkeypatch.setattr("singlora_diffusion.device.free_memory", lambda device: 100)
+    monkeypatch.setattr(models.families, "load", None)
+    commands.export(settings)
+    printed = capsys.readouterr()
+    assert "does not fit into memory" in printed.err and "outputs by" not in printed.out
+    assert out.read_bytes() == whole
+    home = tmp_path / "home.safetensors"
+    commands.import_(formats.ImportSettings(file=str(out), output=str(home), pretrained_model_name_or_path=base))
+    assert formats.read_header(home).base_model == base
+    write = exporting.FORMS["kohya" if model in ("tiny_model", "tiny_sdxl") else "peft"]
+
+    def wrong(*arguments: Any) -> Any:
+        tensors = dict(write(*arguments))
+        first = next(key for key in tensors if not key.endswith(".alpha"))
+        return {**tensors, first: tensors[first] * 1.01}
+
+    monkeypatch.setattr(exporting, "FORMS", dict.fromkeys(exporting.FORMS, wrong))
+    with pytest.raises(UserError, match="differs by"):
+        commands.export(settings)
+
+
 def test_diffusers_knows_kohyas_single_blocks_at_one_width_only(tiny_flux: Path, tmp_path: Path) -> None:
     """Of any other, nothing is written; the file would be right, as the way back shows."""
     family = models.load(str(tiny_flux))
@@ -166,9 +204,48 @@ def test_diffusers_knows_kohyas_single_blocks_at_one_width_only(tiny_flux: Path,
     adapter.detach()
     assert tensors["lora_unet_single_blocks_0_linear1.lora_up.weight"].shape == (3 * 32 + 128, 3 * 3)
     save_file({key: value.contiguous().clone() for key, value in tensors.items()}, tmp_path / "x.safetensors")
+    assert formats.recognise(tmp_path / "x.safetensors").kind == "tied lora"
     back, _ = formats.import_(tmp_path / "x.safetensors", family.networks)
     found = dict(back.delta_weights())
     assert all(torch.allclose(found[name], change, rtol=1e-5, atol=1e-6) for name, change in changes.items())
+
+
+def test_spellings_of_text_encoders_that_are_read(tiny_sdxl: Path, tiny_flux: Path) -> None:
+    clip, t5 = "encoder.layers.0.self_attn.q_proj", "encoder.block.0.layer.0.SelfAttention.q"
+    flux, sdxl = (keys.spellings(models.meta_networks(model)) for model in (tiny_flux, tiny_sdxl))
+    for spellings, name, spelled in (
+        (flux, f"text_encoder.text_model.{clip}", [
+            "lora_te1_text_model_encoder_layers_0_self_attn_q_proj",
+            "lora_te_text_model_encoder_layers_0_self_attn_q_proj",
+            "lora_te1_encoder_layers_0_self_attn_q_proj",
+            f"text_encoder.{clip}",
+            "text_encoder.text_model.encoder.layers.0.self_attn.to_q",
+            f"text_encoders.clip_l.transformer.text_model.{clip}",
+        ]),
+        (flux, f"text_encoder_2.{t5}", [
+            "lora_te3_encoder_block_0_layer_0_SelfAttention_q",
+            "lora_te2_encoder_block_0_layer_0_SelfAttention_q",
+            f"text_encoders.t5xxl.transformer.{t5}",
+        ]),
+        (sdxl, f"text_encoder_2.text_model.{clip}", [
+            "lora_te2_text_model_encoder_layers_0_self_attn_q_proj",
+            f"text_encoders.clip_g.transformer.text_model.{clip}",
+        ]),
+    ):  # fmt: skip
+        for one in (name, *spelled):
+            assert [piece.name for piece in spellings[one]] == [name], one
+
+
+@pytest.mark.parametrize("targets", [("q_proj",), ("t5_attention",)])
+@pytest.mark.parametrize("model", ["tiny_sd3", "tiny_flux"])
+def test_adapters_of_text_encoders_alone(model: str, targets: tuple[str, ...], request: Any, tmp_path: Path) -> None:
+    family = models.load(str(request.getfixturevalue(model)))
+    adapter = adapters.attach(family.networks, AdapterConfig(rank=2, targets=(), text_targets=targets))
+    formats.save(adapter, tmp_path / "a.safetensors")
+    adapter.detach()
+    found = formats.export(tmp_path / "a.safetensors", None, tmp_path / "x.safetensors", networks=family.networks)
+    assert found.layers == len(adapter.layers())
+    assert all(key.startswith("text_encoder") for key in load_file(tmp_path / "x.safetensors"))
 
 
 @pytest.mark.parametrize("form", ["kohya", "peft"])
@@ -205,15 +282,12 @@ def test_t5_which_diffusers_leaves_out_is_read_back_by_ourselves(
     ("tiny_sd3", "peft", "sd3", "stable-diffusion-3.5-medium/lora", "networks.lora_sd3"),
     ("tiny_flux", "peft", "flux1", "flux-1-dev/lora", "networks.lora_flux"),
 ])  # fmt: skip
-@pytest.mark.parametrize("named", [True, False])
 def test_metadata_by_family(
-    model: str, form: str, version: str, architecture: str, module: str, named: bool, request: Any, tmp_path: Path
+    model: str, form: str, version: str, architecture: str, module: str, request: Any, tmp_path: Path
 ) -> None:
-    if model == "tiny_sdxl" and not named:
-        pytest.skip("a UNet alone tells its family by its width, which is not a real one here")
     family = models.load(str(request.getfixturevalue(model)))
     adapter = adapters.attach(family.networks, AdapterConfig(rank=2, alpha=3.0))
-    about = header.Header(adapter.config, family=family.name if named else "", identifier="sks", class_noun="dog")
+    about = header.Header(adapter.config, family=family.name, identifier="sks", class_noun="dog")
     formats.export(adapter, form, tmp_path / "dog.safetensors", about=about)
     with safe_open(tmp_path / "dog.safetensors", framework="pt") as file:
         facts = file.metadata()
@@ -230,6 +304,19 @@ def test_metadata_by_family(
     }
     assert {key: facts.get(key) for key in wanted} == wanted
     assert facts["modelspec.hash_sha256"] == f"0x{facts['sshs_model_hash']}"
+    if model != "tiny_sdxl":  # a UNet tells its family by its width, which is not a real one here
+        unnamed = metadata.of(
+            tmp_path / "dog", replace(about, family=""), adapter, dict(lora_pairs.of_adapter(adapter))
+        )
+        assert unnamed["modelspec.architecture"] == architecture
+
+
+def test_an_adapter_of_another_family_is_refused_with_both_named(tiny_flux: Path, tiny_sd3: Path) -> None:
+    about = header.Header(AdapterConfig(), family="flux", base_model=str(tiny_flux))
+    with pytest.raises(
+        UserError, match=r"tiny-flux, of the family flux; .*tiny-sd3 is of the family stable_diffusion_3"
+    ):
+        commands.load_base(about, str(tiny_sd3))
 
 
 @pytest.mark.parametrize(("family", "config", "architecture"), [

@@ -14,9 +14,10 @@ from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from singlora_diffusion import adapters, formats
 from singlora_diffusion.adapters.config import AdapterConfig
 from singlora_diffusion.errors import UserError
-from singlora_diffusion.formats import exporting, header, keys, lora_pairs, original_names, safetensors_io
+from singlora_diffusion.formats import exporting, header, hollow, keys, lora_pairs, original_names, safetensors_io
 from singlora_diffusion.formats.lora_pairs import Pair
 from singlora_diffusion.models import flux, stable_diffusion_3, stable_diffusion_xl
 
@@ -178,6 +179,20 @@ def test_diffusers_reads_fused_pairs_of_flux(parts: tuple[str, ...]) -> None:
     assert not any(bool(value.any()) for key, value in found.items() if "lora_B" in key)
 
 
+def test_an_export_in_kohyas_form_at_the_published_width(tmp_path: Path) -> None:
+    """Verified through diffusers, whose converter reads single blocks of that width alone."""
+    networks = {"transformer": flux.NETWORKS["transformer"].spec("transformer", flux_model(1, 1))}
+    hollow.fill(networks)
+    adapter = adapters.attach(networks, AdapterConfig(rank=2, targets=("to_q", "to_v", "add_k_proj")), seed=1)
+    found = formats.export(adapter, "kohya", tmp_path / "x.safetensors", whole=False)
+    assert found.layers == 5 and found.layer_difference < 1e-6
+    assert set(safetensors_io.read_index(tmp_path / "x.safetensors").tensors) == {
+        f"lora_unet_{layer}.{part}"
+        for layer in ("double_blocks_0_img_attn_qkv", "double_blocks_0_txt_attn_qkv", "single_blocks_0_linear1")
+        for part in ("lora_down.weight", "lora_up.weight", "alpha")
+    }
+
+
 @pytest.mark.parametrize("family", ["flux", "sd3"])
 def test_fused_pairs_come_apart_into_the_very_pairs_they_were_made_of(family: str, tmp_path: Path) -> None:
     if family == "flux":
@@ -219,6 +234,27 @@ def test_a_fused_pair_with_one_down_for_all(tmp_path: Path) -> None:
     save_file({f"{name}.lora_B.weight": up[:64].clone(), f"{name}.lora_A.weight": down}, tmp_path / "y.safetensors")
     with pytest.raises(UserError, match=r"weight \(96, 32\): made for another model"):
         lora_pairs.of_file(safetensors_io.read_index(tmp_path / "y.safetensors"), {"transformer": spec})
+
+
+def test_pefts_own_files_have_their_scale_beside_them(tmp_path: Path) -> None:
+    model = flux_model(1, 1, num_attention_heads=2, attention_head_dim=16, joint_attention_dim=40)
+    spec = flux.NETWORKS["transformer"].spec("transformer", model)
+    name = "base_model.model.transformer_blocks.0.attn.to_q"
+    up, down = torch.randn(32, 4), torch.randn(4, 32)
+    file, beside = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    save_file({f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}, file)
+
+    def read() -> Tensor:
+        found = lora_pairs.of_file(safetensors_io.read_index(file), {"transformer": spec})
+        return found["transformer.transformer_blocks.0.attn.to_q"].product()
+
+    assert near(read(), up.double() @ down.double())
+    beside.write_text('{"r": 4, "lora_alpha": 8, "rank_pattern": {}}')
+    assert near(read(), 2 * up.double() @ down.double())
+    for text in ('{"r": 4, "lora_alpha": 8, "use_rslora": true}', '{"r": 0, "lora_alpha": 8}', "[]", "{"):
+        beside.write_text(text)
+        with pytest.raises(UserError, match=r"its adapter_config\.json cannot be used"):
+            read()
 
 
 # --- names that other programs read, as they write them

@@ -38,6 +38,7 @@ def export(
     networks: Networks | None = None,
     dtype: str | torch.dtype = torch.float32,
     about: Header | None = None,
+    whole: bool = True,
     overwrite: bool = False,
 ) -> Difference:
     """Write an adapter in a form that other programs load, and verify it by loading it through diffusers.
@@ -47,6 +48,7 @@ def export(
             as they were.
         form: kohya, diffusers or peft; None: the default of the base model (`forms`).
         about: where the metadata comes from; of a file, its own header unless another is given.
+        whole: compare the networks' outputs too; False for networks without their weights (`hollow`).
 
     Returns:
         How far the file, loaded by diffusers into copies of the networks, is from the adapter.
@@ -58,10 +60,11 @@ def export(
     if isinstance(source, str | Path):
         if networks is None:
             raise TypeError("an adapter file is exported with the networks it belongs to")
+        form = forms.chosen(form, networks)
         adapter = native.load(source, networks)
         try:
             header = about or native.read_header(source)
-            return export(adapter, form, path, dtype=dtype, about=header, overwrite=overwrite)
+            return export(adapter, form, path, dtype=dtype, about=header, whole=whole, overwrite=overwrite)
         finally:
             adapter.detach()
     form = forms.chosen(form, source.networks)
@@ -84,7 +87,7 @@ def export(
         path,
         tensors,
         {"format": "pt", **facts, **metadata.hashes(tensors, facts)},
-        check=lambda part: verified.append(verify_export.verify(part, source, kind)),
+        check=lambda part: verified.append(verify_export.verify(part, source, kind, whole)),
         overwrite=overwrite,
     )
     return verified[0]

@@ -1,4 +1,4 @@
-"""Adapters of other programs: their SingLoRAs become ours, their LoRAs can be generated with."""
+"""Adapters of other programs: SingLoRAs are converted to ours, LoRAs are attached for generation."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Attached", "attach_files", "import_", "recognise"]
 
-NAME = "attached"  # the name in diffusers of what is generated with
+NAME = "attached"  # the adapter's name in diffusers
 
 
 class Attached(Protocol):
-    """Something in the networks that can be turned up and down, merged into the weights and taken out again."""
+    """An adapter in networks: its strength can be set, it can be merged into the weights and taken out again."""
 
     def set_scale(self, scale: float) -> None: ...
     def merge(self) -> None: ...
@@ -53,7 +53,7 @@ def import_(
         networks: by name, of the base it was trained on.
         alpha: None: of the file's metadata or an `adapter_config.json` beside it, else equal to the rank, with a note.
         ramp_steps: T of u = min(step / T, 1) where the file carries the step, else u = 1, with a note. PEFT-SingLoRA
-            ramps over 1000 steps whatever it was asked for. 0: u = 1.
+            ramps over 1000 steps whatever its setting says. 0: u = 1.
 
     Returns:
         The attached adapter and a header to `native.save` it with.
@@ -200,8 +200,8 @@ def attach_files(paths: Sequence[str | Path], networks: Networks, scales: Sequen
     through diffusers as one LoRA whose pairs stand side by side.
 
     Raises:
-        UserError: a file is unreadable, of no use or for another model, or has no LoRA form to add up; the networks are
-            untouched then.
+        UserError: a file is unreadable, not an adapter or for another model, or has no LoRA form to add up; the
+            networks are untouched then.
     """
     scales = [1.0] * len(paths) if scales is None else list(scales)
     if not paths or len(scales) != len(paths):

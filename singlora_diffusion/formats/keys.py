@@ -62,12 +62,20 @@ PARTS = {
     ".alpha": "alpha",
     ".A": "one",
 }
-WRAPPERS = ("base_model.model.", "module.")
+PEFT_WRAPPER = "base_model.model."
+"""What PEFT writes before each name; alpha and rank are in an adapter_config.json beside the file then."""
+WRAPPERS = (PEFT_WRAPPER, "module.")
 DENOISER_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_", "diffusion_model.", "model.diffusion_model.", "")
 """What programs write before a path in the denoiser, besides its name: kohya's, OneTrainer's, LyCORIS', ComfyUI's and
 ai-toolkit's, or nothing."""
-TEXT_PREFIXES = {"lora_te": ("lora_te1",), "lora_te1": ("lora_te",), "lora_te3": ("lora_te2",)}
-"""By kohya's prefix of a text encoder, those that some programs write for it; OneTrainer counts FLUX.1's T5 as 2."""
+TEXT_PREFIXES = {
+    "lora_te": ("lora_te1_",),
+    "lora_te1": ("lora_te_", "text_encoders.clip_l.transformer."),
+    "lora_te2": ("text_encoders.clip_g.transformer.",),
+    "lora_te3": ("lora_te2_", "text_encoders.t5xxl.transformer."),
+}
+"""By kohya's prefix of a text encoder, what some programs write before its paths: ComfyUI its own names, OneTrainer
+`lora_te2_` for FLUX.1's T5."""
 OLD_PROJECTIONS = {"to_q", "to_k", "to_v", "to_out"}  # diffusers before 0.22 kept them in attention processors
 
 
@@ -143,7 +151,7 @@ def _denoiser(network: NetworkSpec) -> dict[str, tuple[Piece, ...]]:
 
 def _text_encoder(network: NetworkSpec) -> dict[str, tuple[Piece, ...]]:
     kohya_ = network.prefix("kohya")
-    prefixes = (f"{network.name}.", *(f"{one}_" for one in (kohya_, *TEXT_PREFIXES.get(kohya_, ()))))
+    prefixes = (f"{network.name}.", f"{kohya_}_", *TEXT_PREFIXES.get(kohya_, ()))
     found: dict[str, tuple[Piece, ...]] = {}
     for path, name in _layers(network):
         spelled = {name.partition(".")[2], path}  # transformers 5 has no `text_model.` where files do

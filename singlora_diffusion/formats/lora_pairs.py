@@ -138,7 +138,7 @@ def of_file(index: Index, networks: Networks) -> dict[str, Pair]:
             raise UserError(f"{where} has half of its pair only")
         up, down, magnitude = part["up"], part["down"], part.get("magnitude")
         _fits(where, up, down, magnitude, [modules[piece.name] for piece in pieces])
-        scale = folded.get(pieces[0].name.partition(".")[0], 1.0)
+        scale = folded.get(pieces[0].name.partition(".")[0], folded.get("", 1.0))
         if "alpha" in part:
             if part["alpha"].numel() != 1:
                 raise UserError(f"{where} has {part['alpha'].numel()} alphas, want one")
@@ -156,18 +156,29 @@ def of_file(index: Index, networks: Networks) -> dict[str, Pair]:
 
 
 def _peft_scales(index: Index) -> dict[str, float]:
-    """alpha / rank by network, where diffusers' metadata gives them."""
-    text = index.metadata.get("lora_adapter_metadata")
-    if text is None:
-        return {}
+    """alpha / rank by network from diffusers' metadata; of all, under "", from what lies beside a file of PEFT's own.
+
+    Raises:
+        UserError: they cannot be used.
+    """
+    where = "lora_adapter_metadata"
     try:
-        facts = safetensors_io.parse_json(text)
+        if where in index.metadata:
+            facts = safetensors_io.parse_json(index.metadata[where])
+        elif any(key.startswith(keys.PEFT_WRAPPER) for key in index.tensors):
+            where = "adapter_config.json"
+            beside = index.path.with_name(where)
+            if not beside.is_file() or beside.stat().st_size >= 1 << 20:
+                return {}
+            facts = {f".{key}": value for key, value in safetensors_io.parse_json(beside.read_bytes()).items()}
+        else:
+            return {}
         networks = {key.partition(".")[0] for key in facts if key.endswith(".r")}
         if any(facts.get(f"{n}.{k}") for n in networks for k in ("alpha_pattern", "rank_pattern", "use_rslora")):
             raise ValueError("ranks or alphas that differ from layer to layer are not read")
         return {n: float(facts[f"{n}.lora_alpha"]) / int(facts[f"{n}.r"]) for n in networks}
-    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, RecursionError, OverflowError) as error:
-        raise UserError(f"{index.path}: its lora_adapter_metadata cannot be used: {escaped(error)}") from error
+    except (OSError, ArithmeticError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(f"{index.path}: its {where} cannot be used: {escaped(error)}") from error
 
 
 def _fits(where: str, up: Tensor, down: Tensor, magnitude: Tensor | None, layers: Sequence[nn.Module]) -> None:
@@ -189,17 +200,20 @@ def _fits(where: str, up: Tensor, down: Tensor, magnitude: Tensor | None, layers
 MADE_FOR = {
     "Stable Diffusion 3": ("joint_blocks",),
     "FLUX.1": ("double_blocks", "single_blocks", "single_transformer_blocks"),
-    "a transformer, not for a UNet": ("transformer.transformer_blocks", "lora_transformer_"),
+    "a transformer, not for a UNet": (
+        "transformer.transformer_blocks",
+        "lora_transformer_",
+        "model.transformer_blocks",
+    ),
     "Stable Diffusion XL": ("text_encoder_2.", "lora_te2_", "add_embedding", "label_emb"),
 }
-"""What the first of these to occur in a file's names says of it."""
+"""Parts of names that tell the model of a file; the first that occurs counts."""
 
 
 def _hint(index: Index) -> str:
-    names = list(index.tensors)
-    bare = any("transformer_blocks" in name and not name.startswith(("unet", "lora_unet")) for name in names)
-    found = [model for model, marks in MADE_FOR.items() if any(mark in name for mark in marks for name in names)]
-    return f": it was made for {[*found, *['a transformer, not for a UNet'] * bare, 'another model'][0]}"
+    names = "\n".join(index.tensors)
+    models = (model for model, marks in MADE_FOR.items() if any(mark in names for mark in marks))
+    return f": it was made for {next(models, 'another model')}"
 
 
 def total(parts: Sequence[tuple[Mapping[str, Pair], float]]) -> dict[str, Pair]:

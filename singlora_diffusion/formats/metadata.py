@@ -1,4 +1,4 @@
-"""What an exported file says about itself: the names that kohya's sd-scripts write and other programs show.
+"""The metadata of an exported file, under the names that kohya's sd-scripts write and other programs show.
 
 `ss_*` are kohya's, `modelspec.*` those of Stability's model metadata standard 1.0.1. All values are texts.
 """

@@ -22,12 +22,10 @@ class ExportSettings:
     output: str | None = None
     """The file to write, `.safetensors`."""
     format: Format | None = None
-    """kohya: Stable Diffusion 1, 2 and XL in ComfyUI, A1111, Forge, SD.Next, InvokeAI and diffusers; FLUX.1 in the same
-    but A1111, as a file two to five times as large as peft's.
-    peft: Stable Diffusion 3 and FLUX.1 in ComfyUI and diffusers, FLUX.1 also in Forge and InvokeAI; Stable Diffusion 1,
-    2 and XL in diffusers alone. Keeps DoRA's magnitudes, for diffusers.
-    diffusers: as peft, for Stable Diffusion 1, 2 and XL in old versions of diffusers.
-    None: kohya for Stable Diffusion 1, 2 and XL, peft for Stable Diffusion 3 and FLUX.1."""
+    """kohya: SD 1, 2, XL in ComfyUI, A1111, Forge, SD.Next, InvokeAI, diffusers; FLUX.1 in these but A1111.
+    peft: SD 3 and FLUX.1 in ComfyUI and diffusers, FLUX.1 also in Forge and InvokeAI; SD 1, 2, XL in diffusers.
+    diffusers: SD 1, 2, XL in old versions of diffusers.
+    None: kohya for SD 1, 2, XL; peft for SD 3 and FLUX.1, where kohya's file is 2 to 5 times as large."""
     dtype: Precision = "float32"
     """Precision of the stored numbers. fp16 halves the file and rounds the adapter."""
     merge_into: str | None = None

@@ -58,11 +58,12 @@ class Difference:
     does to it here."""
 
 
-def verify(path: Path, adapter: Adapter, stored: torch.dtype) -> Difference:
+def verify(path: Path, adapter: Adapter, stored: torch.dtype, whole: bool = True) -> Difference:
     """Load `path` into copies of the adapter's networks through diffusers and compare.
 
     Args:
         stored: the precision of the file, which says how large a difference may be.
+        whole: compare the networks' outputs too, not the layers alone.
 
     Raises:
         UserError: diffusers does not load the file, or it is further from the adapter than the precision explains.
@@ -90,8 +91,9 @@ def verify(path: Path, adapter: Adapter, stored: torch.dtype) -> Difference:
         worst, worst_update = max(worst, difference), max(worst_update, of_update)
         if not difference <= STORED[stored]:  # also catches NaN
             raise UserError(
-                f"not written: {name}, loaded through diffusers, differs by {difference:.1e} of its effect from the "
-                f"adapter, more than {stored} explains" + ("" if stored == torch.float32 else ": use --dtype float32")
+                f"not written: {name}, {'loaded through diffusers' if name in places else 'read back'}, differs by "
+                f"{difference:.1e} of its effect from the adapter, more than {stored} explains"
+                + ("" if stored == torch.float32 else ": use --dtype float32")
             )
     found = {name for name, pair in others.items() if bool(pair.up.any())}
     for name in sorted(found - set(pairs)):
@@ -101,7 +103,8 @@ def verify(path: Path, adapter: Adapter, stored: torch.dtype) -> Difference:
         for inside, layer in loaded.named_modules():
             if hasattr(layer, "base_layer") and inside not in wanted and _changes(layer):
                 raise UserError(f"not written: loaded through diffusers, it changes {network}.{inside} too")
-    outputs = [compare_outputs(adapter.networks[name], twins[name], worst) for name in twins] or [(0.0, 0.0)]
+    compared = twins if whole else {}
+    outputs = [compare_outputs(adapter.networks[name], compared[name], worst) for name in compared] or [(0.0, 0.0)]
     return Difference(len(bases), worst, worst_update, *(max(values) for values in zip(*outputs, strict=True)))
 
 

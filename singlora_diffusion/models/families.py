@@ -25,7 +25,8 @@ FAMILIES = {
 }
 """The file of this package for each pipeline class that a folder's model_index.json may name.
 
-It has `load(path, source, dtype, device, quantization) -> Family` and `NETWORKS`, the networks by name, the denoiser first.
+It has `load(path, source, dtype, device, quantization) -> Family` and `NETWORKS`, the networks by name, the denoiser
+first.
 """
 
 DTYPES = ("float32", "bfloat16", "float16")
