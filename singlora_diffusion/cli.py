@@ -136,6 +136,10 @@ def run(name: str, arguments: Sequence[str]) -> int:
     except Terminated:
         print(f"singlora {name}: terminated", file=sys.stderr)
         return 143
+    except UserError as error:
+        for one in error.lines:
+            print(f"singlora {name}: {escaped(one, LONGEST)}", file=sys.stderr)
+        return 2
     except Exception as error:
         line = in_one_line(error)
         if line is None:

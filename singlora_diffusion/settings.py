@@ -6,6 +6,7 @@ dataclass is a group of flags in `--help`. Flags are flat: `recipe.adapter.rank`
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import os
 import shlex
@@ -36,22 +37,66 @@ Side = Annotated[int, Interval(ge=8, le=16_384)]
 """Of an image, in pixels."""
 
 
-def parse(kind: type[Settings], words: Sequence[str], prog: str, description: str) -> Settings:
-    """Settings from a command line, every value in its range. Help and misspelt flags exit as tyro does.
+def parse(
+    kind: type[Settings], words: Sequence[str], prog: str, description: str, given: Mapping[str, Any] | None = None
+) -> Settings:
+    """Settings from a command line, every value in its range. Help and words of the wrong type exit as tyro does.
 
     A path may begin with `~`, which shells leave alone in `--output_dir=~/runs`.
 
+    Args:
+        given: values by their fields' names, as `read` returns them, where the command line says nothing.
+
     Raises:
-        UserError: a value out of its range, or different values for a flag and its alias.
+        UserError: unknown flags, a value out of its range, or different values for a flag and its alias.
     """
     import tyro
 
+    names = spellings(kind)
+    if lines := [unknown(name, names) for name, _ in grouped(words) if name and name not in names]:
+        raise UserError(*lines)
     _refuse_two_values(kind, words)
-    flat = (tyro.conf.OmitArgPrefixes,)
-    found = tyro.cli(kind, args=words, prog=prog, description=description, use_underscores=True, config=flat)
+    found = tyro.cli(
+        kind,
+        args=words,
+        prog=prog,
+        description=description,
+        default=_partly(kind, dict(given)) if given else None,
+        use_underscores=True,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
     found = _at_home(found)
     check(found)
     return found
+
+
+def grouped(words: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """A command line flag by flag: (name, the words it stands in), the name with underscores and without dashes.
+
+    Words before the first flag come under the name "". `-h` is no name: it ends up among them, or behind a flag.
+    """
+    groups: list[tuple[str, list[str]]] = [("", [])]
+    for word in words:
+        if word.startswith("--") and word.strip("-"):
+            groups.append((word[2:].partition("=")[0].replace("-", "_"), []))
+        groups[-1][1].append(word)
+    return groups if groups[0][1] else groups[1:]
+
+
+def spellings(kind: Any) -> dict[str, str]:
+    """How each field may be written as a flag, as in `grouped` -> the field: its name, its aliases, no_ for switches.
+
+    Help and what tyro does for shells are among them, as fields of their own.
+    """
+    own = {name: name for name in ("help", "tyro_print_completion", "tyro_write_completion")}
+    return {**own, **dict(_spellings(kind))}
+
+
+def unknown(name: str, names: Mapping[str, str]) -> str:
+    """One line for a name that is none of the `names`, with the one that is meant, most likely."""
+    near = difflib.get_close_matches(name, names, n=1)
+    meant = f": do you mean --{near[0]}?" if near else ": there is no such flag; --help lists them"
+    return f"--{escaped(name)}{meant}"
 
 
 def check(settings: Any) -> None:
@@ -88,6 +133,20 @@ def build(kind: type[Settings], **values: Any) -> Settings:
     return _at_home(kind(**own, **values))
 
 
+def _partly(kind: Any, values: dict[str, Any]) -> Any:
+    """`build`, with tyro's mark where a field without a default has no value; takes what it uses out of `values`."""
+    import tyro
+
+    hints, own = get_type_hints(kind), {}
+    for one in fields(kind):
+        if is_dataclass(hints[one.name]):
+            own[one.name] = _partly(hints[one.name], values)
+        else:
+            default = _default(one)
+            own[one.name] = values.pop(one.name, tyro.MISSING if default is MISSING else default)
+    return kind(**own)
+
+
 def _at_home(value: Any) -> Any:
     """Settings, a tuple or a path, with `~` spelled out at the beginning of each path."""
     if is_dataclass(value) and not isinstance(value, type):
@@ -102,29 +161,30 @@ def _refuse_two_values(kind: Any, words: Sequence[str]) -> None:
 
     Of one flag given twice the last counts, as everywhere.
     """
-    names = dict(_spellings(kind))
+    names = spellings(kind)
     given: dict[str, dict[str, list[str]]] = {}  # flag -> spelling -> values
-    for start, word in enumerate(words):
-        written, _, value = word.partition("=")
-        if flag := names.get(written.replace("-", "_")):
-            following = itertools.takewhile(lambda other: not other.startswith("--"), words[start + 1 :])
-            given.setdefault(flag, {})[written.replace("-", "_")] = [value] if value else list(following)
-    for spellings in given.values():
-        if any(values != next(iter(spellings.values())) for values in spellings.values()):
-            shown = " and ".join(f"--{spelling.strip('_')}" for spelling in spellings)
+    for name, (flag, *following) in grouped(words):
+        if name in names and name != f"no_{names[name]}":
+            value = flag.partition("=")[2]
+            given.setdefault(names[name], {})[name] = [value] if value else following
+    for spelt in given.values():
+        if any(values != next(iter(spelt.values())) for values in spelt.values()):
+            shown = " and ".join(f"--{name}" for name in spelt)
             raise UserError(f"{shown} are one setting: give one value")
 
 
 def _spellings(kind: Any) -> Iterator[tuple[str, str]]:
-    """(as it may be written, with underscores for dashes; the field) for every flag and its aliases."""
+    """(as it may be written, the field) for every flag and its aliases."""
     hints = get_type_hints(kind, include_extras=True)
     for one in fields(kind):
         if is_dataclass(hints[one.name]):
             yield from _spellings(hints[one.name])
             continue
-        yield f"__{one.name}", one.name
-        for extra in getattr(hints[one.name], "__metadata__", ()):
-            yield from ((alias.replace("-", "_"), one.name) for alias in getattr(extra, "aliases", None) or ())
+        extras = [getattr(extra, "aliases", None) or () for extra in getattr(hints[one.name], "__metadata__", ())]
+        for name in (one.name, *(alias[2:].replace("-", "_") for alias in itertools.chain(*extras))):
+            yield name, one.name
+            if get_type_hints(kind)[one.name] is bool:
+                yield f"no_{name}", one.name
 
 
 def _flags(kind: Any) -> Iterator[str]:
