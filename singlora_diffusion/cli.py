@@ -29,13 +29,16 @@ class Command(NamedTuple):
     settings: str
     work: str
     line: str
+    parse: str = "singlora_diffusion.settings:parse"
+    """What makes settings of a command line."""
 
 
 COMMANDS = {
     "train": Command(
-        "singlora_diffusion.training.recipe:Recipe",
-        "train_dreambooth:main",
+        "singlora_diffusion.training.command_line:Training",
+        "train_dreambooth:train",
         "learn a subject from a folder of images",
+        "singlora_diffusion.training.command_line:parse",
     ),
     "generate": Command(
         "singlora_diffusion.sampling.settings:GenerateSettings",
@@ -120,12 +123,10 @@ def run(name: str, arguments: Sequence[str]) -> int:
     if name not in COMMANDS:
         print(f"singlora: no command {escaped(repr(name))}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    from .settings import parse
-
     command = COMMANDS[name]
     try:
         with _sigterm():
-            chosen = parse(_find(command.settings), arguments, f"singlora {name}", command.line)
+            chosen = _find(command.parse)(_find(command.settings), arguments, f"singlora {name}", command.line)
             quiet_libraries()
             _find(command.work)(chosen)
     except BrokenPipeError:  # whoever read our output has seen enough, as in `singlora inspect FILE | head`

@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_type_hints
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Interval, Le
 
@@ -52,8 +53,7 @@ def parse(
     """
     import tyro
 
-    names = spellings(kind)
-    if lines := [unknown(name, names) for name, _ in grouped(words) if name and name not in names]:
+    if lines := complaints(kind, words):
         raise UserError(*lines)
     _refuse_two_values(kind, words)
     found = tyro.cli(
@@ -68,6 +68,18 @@ def parse(
     found = _at_home(found)
     check(found)
     return found
+
+
+def complaints(kind: Any, words: Sequence[str]) -> list[str]:
+    """One line for each flag of a command line that does not exist, or whose value is none of its choices."""
+    names, choices, lines = spellings(kind), dict(_choices(kind)), []
+    for name, (word, *values) in grouped(words):
+        value = next(iter(values), "") if "=" not in word else word.partition("=")[2]
+        if name and name not in names:
+            lines.append(unknown(name, names))
+        elif value and value not in choices.get(names.get(name, ""), [value]):
+            lines.append(f"--{name} {escaped(value)}: must be one of {', '.join(choices[names[name]])}")
+    return lines
 
 
 def grouped(words: Sequence[str]) -> list[tuple[str, list[str]]]:
@@ -175,22 +187,34 @@ def _refuse_two_values(kind: Any, words: Sequence[str]) -> None:
 
 def _spellings(kind: Any) -> Iterator[tuple[str, str]]:
     """(as it may be written, the field) for every flag and its aliases."""
-    hints = get_type_hints(kind, include_extras=True)
+    hints, whole = get_type_hints(kind), get_type_hints(kind, include_extras=True)
     for one in fields(kind):
         if is_dataclass(hints[one.name]):
             yield from _spellings(hints[one.name])
             continue
-        extras = [getattr(extra, "aliases", None) or () for extra in getattr(hints[one.name], "__metadata__", ())]
+        extras = [getattr(extra, "aliases", None) or () for extra in getattr(whole[one.name], "__metadata__", ())]
         for name in (one.name, *(alias[2:].replace("-", "_") for alias in itertools.chain(*extras))):
             yield name, one.name
-            if get_type_hints(kind)[one.name] is bool:
+            if hints[one.name] is bool:
                 yield f"no_{name}", one.name
 
 
+def _choices(kind: Any) -> Iterator[tuple[str, list[str]]]:
+    """(field, what it may be) for every field that has no other values than a few words, None among them or not."""
+    for name, hint in _hints(kind):
+        kinds = get_args(hint) if isinstance(hint, UnionType) or get_origin(hint) is Union else (hint,)
+        if all(get_origin(one) is Literal or one is NoneType for one in kinds):
+            yield name, [str(value) for one in kinds for value in get_args(one) or (None,)]
+
+
+def _hints(kind: Any) -> Iterator[tuple[str, Any]]:
+    """(field, its type) for every flag."""
+    for name, hint in get_type_hints(kind).items():
+        yield from _hints(hint) if is_dataclass(hint) else ((name, hint),)
+
+
 def _flags(kind: Any) -> Iterator[str]:
-    hints = get_type_hints(kind)
-    for one in fields(kind):
-        yield from _flags(hints[one.name]) if is_dataclass(hints[one.name]) else (one.name,)
+    return (name for name, _ in _hints(kind))
 
 
 def replaced(settings: Settings, **values: Any) -> Settings:
