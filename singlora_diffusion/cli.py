@@ -29,8 +29,8 @@ class Command(NamedTuple):
     settings: str
     work: str
     line: str
-    parse: str = "singlora_diffusion.settings:parse"
-    """What makes settings of a command line."""
+    parse: str | None = None
+    """What makes settings of a command line. None: `settings.parse`."""
 
 
 COMMANDS = {
@@ -123,10 +123,13 @@ def run(name: str, arguments: Sequence[str]) -> int:
     if name not in COMMANDS:
         print(f"singlora: no command {escaped(repr(name))}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
+    from . import settings
+
     command = COMMANDS[name]
     try:
         with _sigterm():
-            chosen = _find(command.parse)(_find(command.settings), arguments, f"singlora {name}", command.line)
+            parse = _find(command.parse) if command.parse else settings.parse
+            chosen = parse(_find(command.settings), arguments, f"singlora {name}", command.line)
             quiet_libraries()
             _find(command.work)(chosen)
     except BrokenPipeError:  # whoever read our output has seen enough, as in `singlora inspect FILE | head`
