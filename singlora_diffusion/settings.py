@@ -72,7 +72,7 @@ def parse(
 
 def complaints(kind: Any, words: Sequence[str]) -> list[str]:
     """One line for each flag of a command line that does not exist, or whose value is none of its choices."""
-    names, choices, lines = spellings(kind), dict(_choices(kind)), []
+    names, choices, lines = flags(kind), dict(_choices(kind)), list[str]()
     for name, (word, *values) in grouped(words):
         value = next(iter(values), "") if "=" not in word else word.partition("=")[2]
         if name and name not in names:
@@ -80,6 +80,24 @@ def complaints(kind: Any, words: Sequence[str]) -> list[str]:
         elif value and value not in choices.get(names.get(name, ""), [value]):
             lines.append(f"--{name} {escaped(value)}: must be one of {', '.join(choices[names[name]])}")
     return lines
+
+
+def typed(kind: Any, values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Values out of a file as their fields have them, and one line for each that is of another type.
+
+    Text that says a number will do, as some programs write 1e-4; YAML's `no` is the word where a field has it.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    found, lines, kinds = dict[str, Any](), list[str](), _type_of(kind)
+    for name, value in values.items():
+        said = {True: "yes", False: "no"}[value] if isinstance(value, bool) and kinds[name] is not bool else value
+        try:
+            found[name] = TypeAdapter(kinds[name]).validate_python(said)
+        except ValidationError as error:
+            shown = f" {escaped(said, 40)}" if isinstance(said, str | int | float | None) else ""
+            lines.append(f"--{name}{shown}: is not valid ({error.errors()[0]['msg']})")
+    return found, lines
 
 
 def grouped(words: Sequence[str]) -> list[tuple[str, list[str]]]:
@@ -96,12 +114,15 @@ def grouped(words: Sequence[str]) -> list[tuple[str, list[str]]]:
 
 
 def spellings(kind: Any) -> dict[str, str]:
-    """How each field may be written as a flag, as in `grouped` -> the field: its name, its aliases, no_ for switches.
+    """Names and aliases of all fields, as in `grouped` -> the field."""
+    return dict(_spellings(kind))
 
-    Help and what tyro does for shells are among them, as fields of their own.
-    """
+
+def flags(kind: Any) -> dict[str, str]:
+    """What may be written as a flag, as in `grouped` -> the field: `spellings`, no_ for switches, help and the like."""
+    names = spellings(kind)
     own = {name: name for name in ("help", "tyro_print_completion", "tyro_write_completion")}
-    return {**own, **dict(_spellings(kind))}
+    return {**own, **names, **{f"no_{name}": field for name, field in names.items() if _type_of(kind)[field] is bool}}
 
 
 def unknown(name: str, names: Mapping[str, str]) -> str:
@@ -139,7 +160,7 @@ def build(kind: type[Settings], **values: Any) -> Settings:
     own: dict[str, Any] = {}
     for one in fields(kind):  # type: ignore[arg-type]
         if is_dataclass(hints[one.name]):
-            inside = {key: values.pop(key) for key in _flags(hints[one.name]) if key in values}
+            inside = {key: values.pop(key) for key in _type_of(hints[one.name]) if key in values}
             if inside or _default(one) is MISSING:
                 own[one.name] = build(hints[one.name], **inside)
     return _at_home(kind(**own, **values))
@@ -173,7 +194,7 @@ def _refuse_two_values(kind: Any, words: Sequence[str]) -> None:
 
     Of one flag given twice the last counts, as everywhere.
     """
-    names = spellings(kind)
+    names = flags(kind)
     given: dict[str, dict[str, list[str]]] = {}  # flag -> spelling -> values
     for name, (flag, *following) in grouped(words):
         if name in names and name != f"no_{names[name]}":
@@ -195,26 +216,22 @@ def _spellings(kind: Any) -> Iterator[tuple[str, str]]:
         extras = [getattr(extra, "aliases", None) or () for extra in getattr(whole[one.name], "__metadata__", ())]
         for name in (one.name, *(alias[2:].replace("-", "_") for alias in itertools.chain(*extras))):
             yield name, one.name
-            if hints[one.name] is bool:
-                yield f"no_{name}", one.name
 
 
 def _choices(kind: Any) -> Iterator[tuple[str, list[str]]]:
     """(field, what it may be) for every field that has no other values than a few words, None among them or not."""
-    for name, hint in _hints(kind):
+    for name, hint in _type_of(kind).items():
         kinds = get_args(hint) if isinstance(hint, UnionType) or get_origin(hint) is Union else (hint,)
         if all(get_origin(one) is Literal or one is NoneType for one in kinds):
             yield name, [str(value) for one in kinds for value in get_args(one) or (None,)]
 
 
-def _hints(kind: Any) -> Iterator[tuple[str, Any]]:
-    """(field, its type) for every flag."""
+def _type_of(kind: Any) -> dict[str, Any]:
+    """The types of all fields, without their ranges."""
+    found: dict[str, Any] = {}
     for name, hint in get_type_hints(kind).items():
-        yield from _hints(hint) if is_dataclass(hint) else ((name, hint),)
-
-
-def _flags(kind: Any) -> Iterator[str]:
-    return (name for name, _ in _hints(kind))
+        found |= _type_of(hint) if is_dataclass(hint) else {name: hint}
+    return found
 
 
 def replaced(settings: Settings, **values: Any) -> Settings:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -55,7 +57,7 @@ training_comment no_metadata huggingface_token huggingface_repo_id wandb_api_key
 """
 """Those of its train_network.py that guides for one subject use."""
 
-NOT_YET = {"push_to_hub", "hub_model_id", "config"}
+NOT_YET = {"push_to_hub", "hub_model_id"}
 
 
 def line(words: str) -> Recipe:
@@ -70,7 +72,7 @@ def refused(words: str) -> tuple[str, ...]:
 
 @pytest.mark.parametrize("flag", sorted({*DIFFUSERS.split(), *DIFFUSERS_ALSO.split(), *KOHYA.split()}))
 def test_every_flag_they_have_is_one_here_or_is_answered(flag: str) -> None:
-    ours = settings.spellings(Training)
+    ours = settings.flags(Training)
     flag = other_flags.RENAMED.get(flag, flag)
     assert flag in ours or flag in NOT_YET or other_flags.answer(flag, ["x"], ())
 
@@ -78,13 +80,13 @@ def test_every_flag_they_have_is_one_here_or_is_answered(flag: str) -> None:
 def test_what_is_a_flag_here_has_no_answer() -> None:
     """A flag that becomes a field of the recipe loses its row, or it would never be read."""
     others = {*other_flags.RENAMED, *other_flags.ACCEPTED, *other_flags.REFUSED}
-    assert not others & settings.spellings(Training).keys()
+    assert not others & settings.flags(Training).keys()
     assert not set(other_flags.ACCEPTED) & set(other_flags.REFUSED)
     assert {*other_flags.FINE, *other_flags.BESIDE} <= set(other_flags.REFUSED)
 
 
 def test_answers_name_only_flags_that_there_are() -> None:
-    ours = settings.spellings(Training)
+    ours = settings.flags(Training)
     for said in {*other_flags.ACCEPTED.values(), *other_flags.REFUSED.values()}:
         named = {word.strip(",.;:") for word in said.split() if word.startswith("--")}
         assert {name[2:] for name in named} - {"revision", "local-dir", "format"} <= ours.keys() | NOT_YET, said
@@ -165,3 +167,111 @@ def test_two_names_of_one_setting() -> None:
     assert refused(f"{NEEDED} --rank 2 --network_dim 3") == (
         "--rank and --network_dim are one setting: give one value",
     )
+
+
+FILES = {
+    "flat.toml": """
+        instance_data_dir = "dog"
+        instance_prompt = "a photo of sks dog"
+        network_dim = 8
+        learning_rate = 1e-4
+        targets = ["to_q", "to_k"]
+        mixed_precision = "no"
+        random-flip = true
+        cache_latents = true
+        enable_bucket = false
+        """,
+    "groups.toml": """
+        [data]
+        instance_data_dir = "dog"
+        instance_prompt = "a photo of sks dog"
+        flip_aug = true
+        [anything]
+        rank = 8
+        lora_layers = "to_q,to_k"
+        learning_rate = 0.0001
+        mixed_precision = "no"
+        xformers = true
+        """,
+    "flat.yaml": """
+        instance_data_dir: dog
+        instance_prompt: a photo of sks dog
+        lora_rank: "8"
+        learning_rate: 1e-4
+        targets: [to_q, to_k]
+        mixed_precision: no
+        random_flip: true
+        sdpa: true
+        """,
+    "groups.JSON": """{"data": {"train_data_dir": "dog", "instance_prompt": "a photo of sks dog", "random_flip": true},
+        "adapter": {"rank": 8, "targets": ["to_q", "to_k"]}, "unet_lr": 1e-4, "mixed_precision": "no", "lowram": 1}""",
+}
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Callable[[str, str], str]:
+    """file(name, text) -> the words `--config PATH` of that file."""
+
+    def write(name: str, text: str) -> str:
+        (tmp_path / name).write_text(textwrap.dedent(text))
+        return shlex.join(["--config", str(tmp_path / name)])
+
+    return write
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_of_settings(name: str, file: Callable[[str, str], str], capsys: pytest.CaptureFixture[str]) -> None:
+    words = file(name, FILES[name])
+    recipe = line(words)
+    assert recipe == settings.build(
+        Recipe,
+        instance_data_dir=Path("dog"),
+        instance_prompt="a photo of sks dog",
+        rank=8,
+        targets=("to_q", "to_k"),
+        learning_rate=1e-4,
+        mixed_precision="no",
+        random_flip=True,
+    )
+    assert capsys.readouterr().err.count("note: --") == 1
+    assert line(f"{words} --network_dim 4 --no_random_flip") == settings.replaced(recipe, rank=4, random_flip=False)
+    assert line(f"--rank=4 --config_file={shlex.split(words)[1]}") == settings.replaced(recipe, rank=4)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("rnk: 3\nnever: 1", ["--rnk: do you mean --rank?", "--never: there is no such flag; --help lists them"]),
+        ("rank: 3\nnetwork_dim: 4", ["--rank has two values: give it one"]),
+        ("rank: true", ["--rank yes: is not valid (Input should be a valid integer, unable to parse"]),
+        ("a: {rank: 1.5}\nseed: {x: 1}", ["--x: there is no such flag", "--rank 1.5: is not valid (Input should be"]),
+        ("targets: to_q\nrandom_flip: 3", ["--targets to_q: is not valid", "--random_flip 3: is not valid"]),
+        ("optimizer: prodigy\nscale_lr: true", ["--optimizer: the optimizer is AdamW", "--scale_lr: give the scaled"]),
+        ("method: loar", ["--method loar: is not valid (Input should be 'singlora'"]),
+        ("plan: true", ["--plan: there is no such flag"]),
+        ("no_strict: true", ["--no_strict: do you mean --strict?"]),
+    ],
+)
+def test_a_file_that_cannot_be_understood_is_answered_key_by_key(
+    text: str, said: list[str], file: Callable[[str, str], str]
+) -> None:
+    lines = refused(f"{NEEDED} {file('x.yml', text)}")
+    assert len(lines) == len(said)
+    assert all(part in one and one.count("x.yml: ") == 1 for one, part in zip(lines, said, strict=True)), lines
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("x.toml", "rank = = 3", "x.toml: is not valid TOML"),
+        ("x.yaml", "rank: [", "x.yaml: is not valid YAML"),
+        ("x.yaml", "!!python/object/apply:os.system ['true']", "x.yaml: is not valid YAML"),
+        ("x.yaml", "3", "x.yaml: has no keys and values"),
+        ("x.json", "[3]", "x.json: is not a JSON object"),
+        ("x.ini", "rank = 3", "x.ini: must end in .toml, .yaml, .yml, .json"),
+        ("x.toml", "rank = 0", "--rank 0: must be at least 1"),
+    ],
+)
+def test_a_file_that_is_none(name: str, text: str, said: str, file: Callable[[str, str], str]) -> None:
+    assert said in refused(f"{NEEDED} {file(name, text)}")[0]
+    assert "cannot be read: No such file" in refused(f"{NEEDED} --config nowhere.toml")[0]
