@@ -81,7 +81,7 @@ def test_every_stage_runs_from_nothing(tmp_path: Path) -> None:
     from singlora_diffusion import models
 
     family = models.load(str(weights / "pipeline"))
-    picture = family.sample(["a red dog"], [0], steps=2)[0]
+    picture = models.sample(family, ["a red dog"], [0], steps=2)[0]
     assert picture.size == (64, 64)
     for role in ("clip", "dino"):
         made = encoder("toyworld", role, str(weights / role))  # type: ignore[arg-type]

@@ -77,7 +77,7 @@ def test_text_encoders(name: str, tiny_flux: Path, tiny_flux2: Path) -> None:
     assert family.encode_prompts(["a dog"])["text"].isfinite().all()
     klein: Any = models.load(str(tiny_flux2), quantization=name)
     assert quantized.is_quantized(klein.text_encoder.model.layers[0].self_attn.q_proj)
-    assert len(klein.sample(["a dog"], [0], steps=1)) == 1
+    assert len(models.sample(klein, ["a dog"], [0], steps=1)) == 1
 
 
 def test_a_missing_library_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> None:

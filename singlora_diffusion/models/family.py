@@ -156,22 +156,20 @@ class Family(Protocol):
         """A stock diffusers pipeline around the same modules; `scheduler` None keeps the model's own scheduler."""
         ...
 
-    def sample(
-        self,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        *,
-        steps: int | None = None,
-        guidance: float | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        negative_prompt: str = "",
-        scheduler: str | None = None,
-    ) -> list[Image.Image]:
-        """One image per prompt and seed. Each has its own generator, so it depends on its batch to rounding only.
+    def encode_negative(self, prompt: str) -> Conditioning | None:
+        """What guidance leads away from: one negative prompt, which may be empty; None: the model is not guided so.
 
-        None stands for what the model likes: `steps`, `guidance`, `resolution`.
+        Raises:
+            UserError: there is one, and the model takes none.
         """
+        ...
+
+    def embeddings(self, conditioning: Conditioning, negative: Conditioning | None) -> dict[str, Any]:
+        """Encoded prompts, and as many negative ones, as keyword arguments of the stock pipeline."""
+        ...
+
+    def decode(self, latents: Tensor, height: int, width: int) -> list[Image.Image]:
+        """Images of so many pixels from what the stock pipeline gives out as latents."""
         ...
 
 

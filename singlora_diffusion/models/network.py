@@ -105,44 +105,6 @@ def unet(name: str, module: nn.Module) -> NetworkSpec:
     )
 
 
-def flux_transformer(name: str, module: nn.Module) -> NetworkSpec:
-    """A diffusers FluxTransformer2DModel.
-
-    `attention+mlp` are the targets of diffusers' train_dreambooth_lora_flux.py.
-    """
-    return NetworkSpec(
-        name,
-        module,
-        "denoiser",
-        JOINT_ATTENTION,
-        presets={"attention": JOINT_ATTENTION, "attention+mlp": (*JOINT_ATTENTION, *JOINT_MLP)},
-        prefixes={"kohya": "lora_unet"},
-        sample_inputs=lambda: flux_inputs(module),
-    )
-
-
-def sd3_transformer(name: str, module: nn.Module) -> NetworkSpec:
-    """A diffusers SD3Transformer2DModel.
-
-    `attention` are the targets of diffusers' train_dreambooth_lora_sd3.py. They leave out `attn2`, the second
-    attention of some blocks of Stable Diffusion 3.5 medium; `attention+attn2` takes it in.
-    """
-    attention = tuple(f"attn.{projection}" for projection in JOINT_ATTENTION)
-    return NetworkSpec(
-        name,
-        module,
-        "denoiser",
-        attention,
-        presets={
-            "attention": attention,
-            "attention+attn2": JOINT_ATTENTION,
-            "attention+mlp": (*attention, *JOINT_MLP),
-        },
-        prefixes={"kohya": "lora_unet"},
-        sample_inputs=lambda: sd3_inputs(module),
-    )
-
-
 def clip_text_encoder(name: str, module: nn.Module, prefix: str = "lora_te") -> NetworkSpec:
     """A CLIP text encoder of transformers.
 
@@ -186,35 +148,6 @@ def unet_inputs(module: nn.Module) -> dict[str, Any]:
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         inputs["added_cond_kwargs"] = {"text_embeds": draw(2, pooled), "time_ids": draw(2, 6).abs()}
     return inputs
-
-
-def flux_inputs(module: nn.Module) -> dict[str, Any]:
-    """A batch of two images of 2 x 3 patches with five tokens of text, as a FluxTransformer2DModel takes them."""
-    config: Any = module.config
-    draw, device = normal(module), next(module.parameters()).device
-    inputs: dict[str, Any] = {
-        "hidden_states": draw(2, 6, config.in_channels),
-        "encoder_hidden_states": draw(2, 5, config.joint_attention_dim),
-        "pooled_projections": draw(2, config.pooled_projection_dim),
-        "timestep": torch.tensor([0.3, 0.8], device=device),
-        "img_ids": torch.cartesian_prod(torch.zeros(1), torch.arange(2.0), torch.arange(3.0)).to(device),
-        "txt_ids": torch.zeros(5, 3, device=device),
-    }
-    if config.guidance_embeds:
-        inputs["guidance"] = torch.ones(2, device=device)
-    return inputs
-
-
-def sd3_inputs(module: nn.Module) -> dict[str, Any]:
-    """A batch of two images of 2 x 3 patches with five tokens of text, as an SD3Transformer2DModel takes them."""
-    config: Any = module.config
-    draw = normal(module)
-    return {
-        "hidden_states": draw(2, config.in_channels, 2 * config.patch_size, 3 * config.patch_size),
-        "encoder_hidden_states": draw(2, 5, config.joint_attention_dim),
-        "pooled_projections": draw(2, config.pooled_projection_dim),
-        "timestep": torch.tensor([300.0, 800.0], device=next(module.parameters()).device),
-    }
 
 
 def text_inputs(module: nn.Module) -> dict[str, Any]:

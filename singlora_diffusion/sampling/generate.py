@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from .. import device, files
+from .. import device, files, models
 from ..errors import UserError
 from ..terminal import escaped, note
 from . import gallery, memory, records, sources
@@ -61,8 +61,6 @@ def _load(settings: GenerateSettings, adapters: Sequence[AdapterSource]) -> Fami
     """The base model, on the device and in the dtype that are asked for."""
     import torch
 
-    from .. import models
-
     named = settings.model.pretrained_model_name_or_path
     wanted = sources.base_model(named, adapters)
     where = device.choose(settings.model.device)
@@ -106,7 +104,8 @@ def _sampled(
             batch = todo[start : start + size]
             first = batch[0]
             try:
-                images = family.sample(
+                images = models.sample(
+                    family,
                     [record["prompt"] for record in batch],
                     [record["seed"] for record in batch],
                     steps=first["steps"],
