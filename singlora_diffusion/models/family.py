@@ -58,18 +58,18 @@ class Geometry(NamedTuple):
 
 
 class Corrupted(NamedTuple):
-    """Latents with noise, and the answer wanted of the denoiser, both (N, C, h, w)."""
+    """Latents with noise, and what the denoiser is to predict from them, both (N, C, h, w)."""
 
     noisy: Tensor
     target: Tensor
 
 
 class NoiseProcess(Protocol):
-    """How a model is trained: from images to noise, the answers wanted on the way, and how they count."""
+    """How a model is trained: from images to noise, what is predicted on the way, and how they count."""
 
     @property
     def prediction_type(self) -> str:
-        """What the denoiser answers with: epsilon, v_prediction or flow."""
+        """What the denoiser predicts: epsilon, v_prediction or flow."""
         ...
 
     def times(self, quantiles: Tensor) -> Tensor:
@@ -84,11 +84,11 @@ class NoiseProcess(Protocol):
         ...
 
     def corrupt(self, latents: Tensor, noise: Tensor, times: Tensor) -> Corrupted:
-        """Mix noise into latents. Answering with `target` exactly would give the latents back."""
+        """Mix noise into latents. Predicting `target` exactly would give the latents back."""
         ...
 
-    def recover(self, noisy: Tensor, answer: Tensor, times: Tensor) -> Tensor:
-        """The latents that a denoiser's answer to noisy latents implies; the inverse of `corrupt`."""
+    def recover(self, noisy: Tensor, prediction: Tensor, times: Tensor) -> Tensor:
+        """The latents that a prediction for noisy latents implies; the inverse of `corrupt`."""
         ...
 
     def loss_weights(self, times: Tensor, snr_gamma: float | None) -> Tensor | None:
@@ -130,7 +130,7 @@ class Family(Protocol):
     prompt_set: str | None
     """Name of the bundled prompt set that the model gives for itself."""
     noise_process: NoiseProcess
-    """How images become noise in training, and what the denoiser answers."""
+    """How images become noise in training, and what the denoiser predicts."""
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """What the text encoders say of N prompts; differentiable."""
@@ -149,7 +149,7 @@ class Family(Protocol):
         ...
 
     def denoise(self, noisy: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
-        """The denoiser's answer (N, C, h, w) to noisy latents, in its dtype."""
+        """The denoiser's prediction (N, C, h, w) for noisy latents, in its dtype."""
         ...
 
     def pipeline(self, scheduler: str | None = None) -> Any:

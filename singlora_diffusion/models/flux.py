@@ -122,7 +122,7 @@ class Flux:
     def denoise(self, noisy: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
         height, width = noisy.shape[2:]
         text = conditioning["text"].to(self.dtype)
-        answer = self.transformer(
+        prediction = self.transformer(
             hidden_states=pack(noisy).to(self.dtype),
             timestep=times,  # a noise level: diffusers' timestep / 1000
             guidance=torch.ones(len(noisy), device=noisy.device) if self.guided else None,
@@ -131,7 +131,7 @@ class Flux:
             txt_ids=torch.zeros(text.shape[1], 3, device=noisy.device, dtype=self.dtype),
             img_ids=image_ids(height // PATCH, width // PATCH).to(noisy.device, self.dtype),
         ).sample
-        return unpack(answer, height, width)
+        return unpack(prediction, height, width)
 
     def pipeline(self, scheduler: str | None = None) -> FluxPipeline:
         """The autoencoder is in float32: with the others in half precision, ask it for `output_type="latent"`."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 Role = Literal["denoiser", "text"]
+TEXT = "text_encoder"
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 JOINT_ATTENTION = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 """Of transformers that attend to image and text together: each has projections of its own."""
@@ -80,13 +81,22 @@ Networks = Mapping[str, "NetworkSpec | nn.Module"]
 
 def specs(networks: Networks) -> dict[str, NetworkSpec]:
     """Networks by name, each with its spec: a bare module gets the one that goes by its name and class."""
-    return {name: one if isinstance(one, NetworkSpec) else bare(name, one) for name, one in networks.items()}
+    texts = [name for name in networks if name.startswith(TEXT)]
+    prefixes = {name: f"lora_te{number}" if len(texts) > 1 else "lora_te" for number, name in enumerate(texts, 1)}
+    return {
+        name: one if isinstance(one, NetworkSpec) else bare(name, one, prefixes.get(name, name))
+        for name, one in networks.items()
+    }
 
 
-def bare(name: str, module: nn.Module) -> NetworkSpec:
-    """The spec of a module that comes without one: a diffusers UNet, a CLIP text encoder, or any other network."""
-    if name.startswith("text_encoder"):
-        return clip_text_encoder(name, module)
+def bare(name: str, module: nn.Module, prefix: str = "lora_te") -> NetworkSpec:
+    """The spec of a module that comes without one: a diffusers UNet, a CLIP text encoder, or any other network.
+
+    Args:
+        prefix: of a text encoder's layers in kohya's form.
+    """
+    if name.startswith(TEXT):
+        return clip_text_encoder(name, module, prefix)
     if hasattr(getattr(module, "config", None), "cross_attention_dim"):
         return unet(name, module)
     return NetworkSpec(name, module, "denoiser", ATTENTION)

@@ -61,6 +61,8 @@ def _load(settings: GenerateSettings, adapters: Sequence[AdapterSource]) -> Fami
     """The base model, on the device and in the dtype that are asked for."""
     import torch
 
+    from ..models.quantized import QUANTIZATIONS
+
     named = settings.model.pretrained_model_name_or_path
     wanted = sources.base_model(named, adapters)
     where = device.choose(settings.model.device)
@@ -69,7 +71,8 @@ def _load(settings: GenerateSettings, adapters: Sequence[AdapterSource]) -> Fami
     if slow:
         note(slow)
     try:
-        needed = memory.of_weights(models.folder(wanted), getattr(torch, dtype).itemsize)
+        packed = QUANTIZATIONS[settings.model.quantize].bytes if settings.model.quantize else None
+        needed = memory.of_weights(models.folder(wanted), packed or getattr(torch, dtype).itemsize)
         device.require(needed, where, f"{escaped(wanted)} in {dtype}")
         family = models.load(wanted, dtype, where, settings.model.quantize)
     except UserError as error:
