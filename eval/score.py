@@ -78,8 +78,15 @@ class ScoreSettings:
     """A torch device. None: the GPU if there is one."""
 
 
-def score(settings: ScoreSettings) -> dict[str, Any]:
+def score(
+    settings: ScoreSettings,
+    open_encoder: Callable[..., Encoder] = encoder,
+    open_store: Callable[[Path, str], VectorStore] = VectorStore,
+) -> dict[str, Any]:
     """Embed every image once, apply the metrics, write the result and return it.
+
+    Args:
+        open_encoder, open_store: for those who score many folders, and keep encoders and vectors from one to the next.
 
     Returns:
         What scores.json holds: "metrics" (per image: mean over prompts, sd over images, n, real-to-real; per set: its
@@ -99,13 +106,13 @@ def score(settings: ScoreSettings) -> dict[str, Any]:
     chosen, skipped = reading.choose(settings.metrics, inputs)
     protocol, why = _protocol(settings, inputs)
     encoders = {
-        role: encoder(
+        role: open_encoder(
             protocol, role, getattr(settings.encoders, role), device=settings.device, batch_size=settings.batch_size
         )
         for role in sorted({metric.encoder for metric in chosen.values()})  # no encoder that no metric needs
     }
     cache = settings.cache_dir or output.parent / ".features"
-    stores = {role: VectorStore(cache, made.fingerprint) for role, made in encoders.items()}
+    stores = {role: open_store(cache, made.fingerprint) for role, made in encoders.items()}
     paths = [*inputs.images, *inputs.references, *inputs.base_images]
     try:
         embedded = embed_images(paths, encoders, stores, settings.batch_size)

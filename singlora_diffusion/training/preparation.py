@@ -47,8 +47,8 @@ def checkpoint_to_resume(recipe: Recipe) -> Generator[Event, None, State | None]
     return state
 
 
-def load(recipe: Recipe) -> Generator[Event, None, tuple[Accelerator, Family, int]]:
-    """Processes, base model, and the side of the images in pixels."""
+def load(recipe: Recipe, family: Family | None) -> Generator[Event, None, tuple[Accelerator, Family, int]]:
+    """Processes, base model (unless it is there already), and the side of the images in pixels."""
     where, precision = recipe.model.device, recipe.model.mixed_precision
     chosen = device.choose(where)
     if precision == "fp16" and torch.device(chosen).type == "cpu":
@@ -65,7 +65,7 @@ def load(recipe: Recipe) -> Generator[Event, None, tuple[Accelerator, Family, in
     slow = device.slow_bfloat16(chosen, dtype)
     if slow:
         yield Remark(slow)
-    family = models.load(recipe.model.pretrained_model_name_or_path, dtype, chosen)
+    family = family or models.load(recipe.model.pretrained_model_name_or_path, dtype, chosen)
     side = recipe.data.resolution
     resolution, _ = check_sides(family, side, side, ("--resolution", "--resolution"))
     process = family.noise_process
