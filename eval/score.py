@@ -213,7 +213,7 @@ def _made_with(settings: ScoreSettings, encoders: Mapping[str, Encoder]) -> dict
         },
         "dtype": "float32",
         "device": devices.choose(settings.device) if "torch" in sys.modules else "none, all vectors were stored",
-        "versions": _versions(),
+        "versions": versions(),
         "settings": as_json(settings),
         "command": command_line("score", settings),
     }
@@ -241,7 +241,6 @@ def _summary(metric: Metric, found: Any, inputs: Inputs, references: Vectors) ->
 
 def _writable(output: Path) -> Path:
     """Found out before the work, not after it."""
-    output = output.expanduser()
     if output.suffix != ".json" or os.path.isdir(output):
         raise UserError(f"{output}: is no name for the result; name a .json file with --output")
     nearest = next((parent for parent in output.absolute().parents if os.path.exists(parent)), Path("/"))
@@ -250,14 +249,15 @@ def _writable(output: Path) -> Path:
     return output
 
 
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
+def versions() -> dict[str, str]:
+    """Of what scores follow from."""
+    found = {"python": platform.python_version()}
     for name in ("singlora-diffusion", "torch", "open_clip_torch", "timm", "transformers", "pillow", "numpy"):
         try:
-            versions[name] = importlib.metadata.version(name)
+            found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return versions
+    return found
 
 
 if __name__ == "__main__":

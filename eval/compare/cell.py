@@ -166,6 +166,7 @@ def generations(plan: Plan, cell: Cell) -> dict[str, GenerateSettings]:
             GenerateSettings,
             **shared,
             output_dir=folder / SAMPLES,
+            overwrite=True,  # a training that was killed and begun again has made another adapter
             prompts=images.prompts,
             seeds=images.image_seeds,
         ),
@@ -173,6 +174,7 @@ def generations(plan: Plan, cell: Cell) -> dict[str, GenerateSettings]:
             GenerateSettings,
             **shared,
             output_dir=folder / PRIOR,
+            overwrite=True,
             prompt=("a photo of a {class}",),
             seeds=images.prior_seeds,
         ),

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from itertools import islice
+from contextlib import nullcontext
 
 from singlora_diffusion import files
+from singlora_diffusion.settings import command_line
 from singlora_diffusion.terminal import escaped
 
 from . import cell as cells
-from . import engines, grid, subjects, tuning
+from . import engines, grid, page, results, subjects, tuning, verdicts
 from .grid import Cell, Plan
+from .results import Results
 from .settings import CompareSettings, check
 
 
@@ -24,41 +26,51 @@ def compare(settings: CompareSettings) -> None:
     check(settings)
     out = settings.run.output_dir
     files.check_writable(out, "--output_dir")
-    with files.locked(out, "a comparison"):
+    with nullcontext() if settings.run.report_only else files.locked(out, "a comparison"):
         known = subjects.read(settings.who, out / "subjects")
         plan = grid.plan(settings, known)
         for method, size in plan.sizes.items():
             print(f"{method:<14} rank {size.rank:<4} {size.parameters:,} parameters ({size.deviation:+.1%})")
+        bases = list(grid.base_cells((*known.tuning, *known.test)))
         tune = list(grid.tuning_cells(settings, known.tuning))
-        left = settings.run.cells or None
-        first = [*grid.base_cells((*known.tuning, *known.test)), *tune]
-        done = _run(plan, first, left, "tuning")
-        if left is not None:
-            left -= done
-        if _missing(plan, first):
-            print(f"{len(_missing(plan, first))} cells of the tuning are left: the same command goes on")
-            return
-        chosen = tuning.choose(settings.what, (cells.known(plan, cell) for cell in tune))
-        for method, choice in chosen.items():
+        _run(plan, [*bases, *tune], "base model and tuning")
+        choices = {} if _missing(plan, tune) else tuning.choose(settings, (cells.known(plan, cell) for cell in tune))
+        for method, choice in choices.items():
             edge = ", at the edge of its grid" if choice.at_the_edge else ""
             print(f"{method:<14} learning rate {choice.rate:g}{edge}")
-        test = list(grid.test_cells(settings, known.test, {name: choice.rate for name, choice in chosen.items()}))
-        _run(plan, [*test, *grid.noise_cells(settings, test)], left, "comparison")
+        test = list(grid.test_cells(settings, known.test, choices))
+        again = list(grid.noise_cells(settings, test)) if choices else []
+        if choices:
+            _run(plan, [*test, *again], "comparison")
+        _report(results.gather(plan, bases, tune, test, again, choices))
+
+
+def _report(found: Results) -> None:
+    for row in found.rows:
+        if row.adjusted is not None:
+            print(verdicts.sentence(row, results.label, found.methods[0]))
+    print(results.state(found))
+    settings = found.plan.settings
+    model = settings.training.pretrained_model_name_or_path
+    title = f"{len(found.methods)} adapters of equal size on {model}"
+    for path in page.write(found, title, [command_line("compare", settings)]):
+        print(f"written: {escaped(path, 4096)}")
 
 
 def _missing(plan: Plan, todo: Iterable[Cell]) -> list[Cell]:
     return [cell for cell in todo if not cells.is_done(plan, cell)]
 
 
-def _run(plan: Plan, todo: Sequence[Cell], most: int | None, what: str) -> int:
-    """Run those that are not done, at most so many; returns how many were run."""
-    missing = list(islice(_missing(plan, todo), most))
+def _run(plan: Plan, todo: Sequence[Cell], what: str) -> None:
+    """Run those that are not done."""
+    missing = _missing(plan, todo)
     print(f"{what}: {len(todo)} cells, {len(todo) - len(missing)} of them there already", flush=True)
+    if plan.settings.run.report_only:
+        return
     began = time.monotonic()
     for number, cell in enumerate(engines.engine(plan)(plan, missing), start=1):
         left = (time.monotonic() - began) / number * (len(missing) - number)
         print(f"{number}/{len(missing)} {_told(plan, cell)}, {_clock(left)} left", flush=True)
-    return len(missing)
 
 
 def _told(plan: Plan, cell: Cell) -> str:

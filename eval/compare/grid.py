@@ -12,6 +12,7 @@ from singlora_diffusion.sampling.settings import parse_seeds
 
 from .settings import CompareSettings, learning_rates
 from .subjects import Subject, Subjects
+from .tuning import Choice
 
 BASE = "base"
 """What stands for a method where nothing is trained."""
@@ -77,11 +78,13 @@ def tuning_cells(settings: CompareSettings, subjects: Sequence[Subject]) -> Iter
                 yield from (Cell(subject.name, method, grid[place], seed) for method, grid in rates.items())
 
 
-def test_cells(settings: CompareSettings, subjects: Sequence[Subject], chosen: Mapping[str, float]) -> Iterator[Cell]:
-    """Seed by seed and subject by subject, each method at its chosen rate."""
+def test_cells(settings: CompareSettings, subjects: Sequence[Subject], choices: Mapping[str, Choice]) -> Iterator[Cell]:
+    """Seed by seed and subject by subject, each method at its chosen rate; at none as long as none is chosen."""
     for seed in parse_seeds(settings.training.seeds):
         for subject in subjects:
-            yield from (Cell(subject.name, method, rate, seed) for method, rate in chosen.items())
+            for method in settings.what.methods:
+                rate = choices[method].rate if method in choices else 0.0
+                yield Cell(subject.name, method, rate, seed)
 
 
 def noise_cells(settings: CompareSettings, test: Sequence[Cell]) -> Iterator[Cell]:

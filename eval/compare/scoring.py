@@ -18,7 +18,7 @@ METRICS = ("dino", "clip_i", "clip_t", "drift", "diversity")
 
 def wanted(plan: Plan, cell: Cell) -> tuple[str, ...]:
     """The names of the scores that a cell is to have."""
-    return METRICS
+    return (*METRICS, *(name for name in plan.settings.decision.primary if name not in METRICS))
 
 
 def scores(plan: Plan, cell: Cell, source: Path) -> dict[str, float]:

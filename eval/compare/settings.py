@@ -14,7 +14,8 @@ from singlora_diffusion.errors import UserError
 from singlora_diffusion.settings import Count, CountOrZero, NotNegative, Side
 from singlora_diffusion.terminal import escaped
 
-from ..score import ProtocolName
+from ..metrics import METRICS
+from ..score import MetricName, ProtocolName
 
 SQUARE = 1.8e-3
 CENTRES = {"singlora": SQUARE, "offset": SQUARE, "balanced": SQUARE, "singlora+dora": SQUARE, "lora+": 1e-4}
@@ -108,6 +109,8 @@ class ImageSettings:
 class DecisionSettings:
     """What counts as a difference: named before looking."""
 
+    primary: tuple[MetricName, ...] = ("dino", "clip_t")
+    """Scores that decide: their product chooses the learning rates, verdicts and adjusted p are of these alone."""
     bound: NotNegative = 0.01
     """The largest difference of a score that does not matter."""
     noise_cells: CountOrZero = 0
@@ -126,8 +129,8 @@ class RunSettings:
     """Cells at once. 1 with `processes`: in this process."""
     gpus_per_cell: NotNegative = 0.0
     """ray: GPUs that a cell asks for; fractions share one."""
-    cells: CountOrZero = 0
-    """Stop after so many cells, and report on what is there. 0: all."""
+    report_only: bool = False
+    """Run nothing and report on what is there, also while another process runs cells."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,11 @@ def check(chosen: CompareSettings) -> None:
         raise UserError("--identifier: give one word, such as sks")
     if both := set(chosen.who.subjects) & set(chosen.who.tuning_subjects):
         raise UserError(f"--tuning_subjects {escaped(min(both))}: is one of --subjects; tune on others")
+    for name in chosen.decision.primary:
+        if not METRICS[name].higher_is_better:
+            raise UserError(f"--primary {name}: lower is better there, and rates are chosen by a product of scores")
+    if not chosen.decision.primary:
+        raise UserError("--primary: name at least one score")
     centres(chosen.what)
     rank = chosen.what.match.rpartition(":")[0]
     if rank and rank not in rows():
