@@ -52,6 +52,7 @@ def settings(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Comp
         dino=str(timm_folder(folder / "dino")),
         primary=("dino",),
         noise_cells=1,
+        bound=0.0,
         device="cpu",
         output_dir=folder / "out",
     )
@@ -131,12 +132,13 @@ def test_another_grid_in_the_same_folder_is_refused(done: CompareSettings) -> No
 
 def test_a_new_score_trains_nothing(done: CompareSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(done.run.output_dir, tmp_path / "out")
-    more = replaced(done, output_dir=tmp_path / "out", primary=("dino", "clip_t_token"))
-    plan = planned(more)
+    plan = planned(replaced(done, output_dir=tmp_path / "out"))
     cell = Cell("can-3", "lora", learning_rates(done.what)["lora"][0])
-    assert cells.lacking(plan, cell, cells.known(plan, cell)) == ["clip_t_token"]
+    record = cells.known(plan, cell)
+    del record["scores"]["rank_one"]  # as if it had been added to the table since
+    (plan.folder(cell) / "cell.json").write_text(json.dumps(record))
+    assert cells.lacking(plan, cell, record) == ["rank_one"] and cells.is_decided(plan, cell)
     monkeypatch.setattr(cells, "_train", None)
-    monkeypatch.setattr(cells.worker, "tools", cells.worker.tools)
     cells.run(plan, cell)
     assert cells.is_done(plan, cell)
 
@@ -172,7 +174,7 @@ def test_the_report_says_what_the_cells_say(done: CompareSettings) -> None:
     line = next(line for line in text.splitlines() if line.startswith("| SingLoRA |"))  # of the first table
     assert line.split("|")[2].strip() == f"{mean:.3f}"
     assert "8 of 8 trainings are done. n = 2 subjects, 1 training seed; learning rates tuned on 1 others." in text
-    assert "is not told apart from LoRA" in text  # two subjects decide nothing
+    assert "SingLoRA is not told apart from LoRA" in text  # two subjects decide nothing
     assert "singlora compare --subjects cat-1 dog-1" in text
 
 

@@ -18,11 +18,12 @@ from singlora_diffusion.training.recipe import Recipe
 
 from . import scoring, worker
 from .grid import BASE, Cell, Plan
+from .scoring import PRIOR, SAMPLES
 
 if TYPE_CHECKING:
     from singlora_diffusion.sampling.settings import GenerateSettings
 
-RECORD, SAMPLES, PRIOR = "cell.json", "samples", "prior"
+RECORD = "cell.json"
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,12 @@ def is_done(plan: Plan, cell: Cell) -> bool:
     """Whether it has all its scores."""
     record = read(plan, cell)
     return record is not None and not lacking(plan, cell, record)
+
+
+def is_decided(plan: Plan, cell: Cell) -> bool:
+    """Whether it has the scores that decide."""
+    record = read(plan, cell)
+    return record is not None and set(plan.settings.decision.primary) <= set(record.get("scores", {}))
 
 
 def known(plan: Plan, cell: Cell) -> dict[str, Any]:

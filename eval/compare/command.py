@@ -34,7 +34,9 @@ def compare(settings: CompareSettings) -> None:
         bases = list(grid.base_cells((*known.tuning, *known.test)))
         tune = list(grid.tuning_cells(settings, known.tuning))
         _run(plan, [*bases, *tune], "base model and tuning")
-        choices = {} if _missing(plan, tune) else tuning.choose(settings, (cells.known(plan, cell) for cell in tune))
+        choices = {}
+        if all(cells.is_decided(plan, cell) for cell in tune):
+            choices = tuning.choose(settings, (cells.known(plan, cell) for cell in tune))
         for method, choice in choices.items():
             edge = ", at the edge of its grid" if choice.at_the_edge else ""
             print(f"{method:<14} learning rate {choice.rate:g}{edge}")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import io
 
-from ..metrics import METRICS
 from . import tables, verdicts
 from .results import Results, label, state
+from .scores import SCORES
 from .tables import Table
 
 
@@ -31,7 +31,7 @@ def cells_csv(found: Results) -> str:
     """A row per training: what it was and what it scored."""
     done = [("base", one) for one in found.bases] + [("tuning", one) for one in found.tuned]
     done += [("test", one) for one in found.tested]
-    metrics = [m for m in METRICS if any(one.scores.get(m) is not None for _, one in done)]
+    metrics = [m for m in SCORES if any(one.scores.get(m) is not None for _, one in done)]
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     facts = ("subject", "method", "learning_rate", "seed", "parameters", "seconds_per_step", "peak_bytes", "diverged")

@@ -43,6 +43,8 @@ class Plan:
 
     settings: CompareSettings
     subjects: Mapping[str, Subject]
+    gallery: Path
+    """A folder with a folder of real images for each subject."""
     sizes: Mapping[str, Match]
     """Rank and trained parameters of each method."""
 
@@ -61,7 +63,7 @@ def plan(settings: CompareSettings, subjects: Subjects) -> Plan:
     layers = budget.shapes(settings.training.pretrained_model_name_or_path, settings.what.targets)
     goal = budget.target_count(settings.what.match, layers)
     sizes = {method: budget.match(goal, method, layers) for method in settings.what.methods}
-    return Plan(settings, subjects.by_name, sizes)
+    return Plan(settings, subjects.by_name, subjects.gallery, sizes)
 
 
 def base_cells(subjects: Sequence[Subject]) -> Iterator[Cell]:

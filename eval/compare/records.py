@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..metrics import METRICS
 from . import cell as cells
 from .grid import Cell, Plan
+from .scores import SCORES
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Done:
 
 
 def done(plan: Plan, todo: Iterable[Cell]) -> list[Done]:
-    """Those of the cells that are done, in their order."""
-    return [Done(cell, cells.known(plan, cell)) for cell in todo if cells.is_done(plan, cell)]
+    """Those of the cells that have the scores that decide, in their order."""
+    return [Done(cell, cells.known(plan, cell)) for cell in todo if cells.is_decided(plan, cell)]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def tables(methods: Sequence[str], found: Sequence[Done]) -> Tables:
             break
         seeds, subjects = more, whole
     scores: dict[str, dict[str, NDArray[np.float64]]] = {}
-    for metric in METRICS:
+    for metric in SCORES:
         cells_ = [by_place[method, n, s].scores.get(metric) for method in methods for n in subjects for s in seeds]
         if cells_ and all(value is not None for value in cells_):
             values = np.array(cells_, dtype=np.float64).reshape(len(methods), len(subjects), len(seeds))

@@ -10,11 +10,11 @@ import numpy as np
 from singlora_diffusion.adapters import budget
 from singlora_diffusion.adapters.methods import METHODS
 
-from ..metrics import METRICS as SCORES
 from . import records, robustness, verdicts
 from .grid import BASE, Cell, Plan
 from .records import Done, Tables
 from .robustness import Curve
+from .scores import SCORES
 from .settings import learning_rates
 from .tuning import Choice
 from .verdicts import Row

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..metrics import METRICS
 from ..statistics import Interval
 from .records import Done
+from .scores import SCORES
 
 NEAR = 0.02
 """Within this share of the method's own best."""
@@ -66,7 +66,7 @@ def curves(grids: Mapping[str, Sequence[float]], metrics: Sequence[str], found: 
 
 
 def _curve(method: str, metric: str, rates: tuple[float, ...], scores: NDArray[np.float64]) -> Curve:
-    sign = 1.0 if METRICS[metric].higher_is_better else -1.0
+    sign = 1.0 if SCORES[metric].higher_is_better else -1.0
     subjects = len(scores)
     interval = None
     if subjects > 1:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from singlora_diffusion.data import png
 from singlora_diffusion.data.folders import image_files
@@ -20,6 +21,8 @@ HELD_OUT = "heldout"
 """The folder, in a subject's own, of images to score with."""
 TUNED_ON = 3
 """So many subjects, where none is named."""
+IN_GALLERY = 4
+"""Images of each of toyworld's subjects."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class Subjects:
 
     tuning: tuple[Subject, ...]
     test: tuple[Subject, ...]
+    gallery: Path
+    """A folder with a folder of real images for each subject, in which generated images look for theirs."""
 
     @property
     def by_name(self) -> dict[str, Subject]:
@@ -70,9 +75,12 @@ def read(who: SubjectSettings, written_to: Path) -> Subjects:
     if not tuning or not test:
         raise UserError("at least one subject to tune learning rates on and one to compare on are needed")
     if who.subjects_dir is None:
-        return Subjects(*(tuple(_written(name, written_to) for name in names) for names in (tuning, test)))
-    folder, nouns = who.subjects_dir, _nouns(who.class_nouns)
-    return Subjects(*(tuple(_in_folder(folder / name, nouns) for name in names) for names in (tuning, test)))
+        gallery = _gallery(known, written_to / "gallery")
+        found = {name: _written(name, written_to) for name in (*tuning, *test)}
+    else:
+        gallery, nouns = who.subjects_dir, _nouns(who.class_nouns)
+        found = {name: _in_folder(gallery / name, nouns) for name in (*tuning, *test)}
+    return Subjects(tuple(found[name] for name in tuning), tuple(found[name] for name in test), gallery)
 
 
 def _toyworld() -> tuple[Sequence[str], Sequence[str]]:
@@ -83,8 +91,6 @@ def _toyworld() -> tuple[Sequence[str], Sequence[str]]:
 
 def _written(name: str, root: Path) -> Subject:
     """Five images to train on, and twelve others, one in each of toyworld's places."""
-    from PIL import Image
-
     from singlora_diffusion.toyworld.identities import BACKGROUNDS
     from singlora_diffusion.toyworld.subjects import HELD_OUT as FIRST
     from singlora_diffusion.toyworld.subjects import references, subject
@@ -92,12 +98,29 @@ def _written(name: str, root: Path) -> Subject:
     known = subject(name)
     folders = {"train": references(known), HELD_OUT: references(known, len(BACKGROUNDS), start=FIRST)}
     for folder, supply in folders.items():
-        for number, (pixels, _, _) in enumerate(supply):
-            path = root / folder / name / f"{number:02d}.png"
-            if not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                png.write(Image.fromarray(pixels), path)
+        _write(root / folder / name, supply)
     return Subject(name, known.class_noun, root / "train" / name, root / HELD_OUT / name)
+
+
+def _gallery(names: Sequence[str], root: Path) -> Path:
+    """Some images of every subject there is, other ones than are scored with, whichever subjects are compared on."""
+    from singlora_diffusion.toyworld.subjects import HELD_OUT as FIRST
+    from singlora_diffusion.toyworld.subjects import references, subject
+
+    for name in names:
+        if not (root / name).is_dir():
+            _write(root / name, references(subject(name), IN_GALLERY, start=FIRST + 100))
+    return root
+
+
+def _write(folder: Path, supply: Sequence[tuple[Any, Any, Any]]) -> None:
+    from PIL import Image
+
+    for number, (pixels, _, _) in enumerate(supply):
+        path = folder / f"{number:02d}.png"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            png.write(Image.fromarray(pixels), path)
 
 
 def _folders(root: Path) -> tuple[Sequence[str], Sequence[str]]:

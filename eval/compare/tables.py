@@ -9,10 +9,10 @@ import numpy as np
 
 from singlora_diffusion.adapters.budget import TOLERANCE
 
-from ..metrics import METRICS
 from .grid import BASE
 from .results import Results, base_mean, label
 from .robustness import NEAR
+from .scores import SCORES
 from .verdicts import Row
 
 
@@ -43,7 +43,7 @@ def decisions(found: Results) -> list[Table]:
     )
     return [
         Table(
-            f"{METRICS[metric].label}: {METRICS[metric].description}",
+            f"{SCORES[metric].label}: {SCORES[metric].description}",
             heads,
             tuple(_decision(row) for row in found.rows if row.metric == metric),
             f"Difference: against {label(found.methods[0])}, paired by subject. p: exact sign-flip test over subjects; "
@@ -83,7 +83,7 @@ def others(found: Results) -> Table:
         cells = []
         for metric in metrics:
             row = next(row for row in found.rows if (row.method, row.metric) == (method, metric))
-            sign = 1.0 if METRICS[metric].higher_is_better else -1.0
+            sign = 1.0 if SCORES[metric].higher_is_better else -1.0
             text = _number(row.mean)
             if row.difference is not None and row.difference.t_interval is not None:
                 low, high = sorted(sign * end for end in row.difference.t_interval)
@@ -93,12 +93,12 @@ def others(found: Results) -> Table:
     base = [base_mean(found, metric) for metric in metrics]
     rows.append((label(BASE), *("" if value is None else _number(value) for value in base)))
     about = [
-        f"{METRICS[metric].label}: {METRICS[metric].description} ({METRICS[metric].unit}, "
-        f"{'higher' if METRICS[metric].higher_is_better else 'lower'} is better)."
+        f"{SCORES[metric].label}: {SCORES[metric].description} ({SCORES[metric].unit}, "
+        f"{'higher' if SCORES[metric].higher_is_better else 'lower'} is better)."
         for metric in metrics
     ]
     note = f"In brackets: difference from {label(found.methods[0])} and its 95 % interval, not adjusted. "
-    return Table("Other scores", ("method", *(METRICS[m].label for m in metrics)), tuple(rows), note + " ".join(about))
+    return Table("Other scores", ("method", *(SCORES[m].label for m in metrics)), tuple(rows), note + " ".join(about))
 
 
 def costs(found: Results) -> Table:
@@ -135,7 +135,7 @@ def robustness(found: Results) -> Table:
     rows = tuple(
         (
             label(curve.method),
-            METRICS[curve.metric].label,
+            SCORES[curve.metric].label,
             f"{curve.rates[0]:g} to {curve.rates[-1]:g}",
             f"{curve.width:.2f}",
             "" if curve.width_interval is None else "{:.2f} to {:.2f}".format(*curve.width_interval),
@@ -159,7 +159,7 @@ def spreads(found: Results) -> Table:
     """Where differences come from."""
     rows = tuple(
         (
-            METRICS[row.metric].label,
+            SCORES[row.metric].label,
             label(row.method),
             "" if row.spread.subject is None else _number(row.spread.subject),
             "" if row.spread.seed is None else _number(row.spread.seed),
@@ -184,7 +184,7 @@ def all_tables(found: Results) -> list[Table]:
 
 
 def _number(value: float, sign: str = "") -> str:
-    return f"{value:{sign}.3f}"
+    return f"{round(value, 3) + 0.0:{sign}.3f}"  # no -0.000
 
 
 def _interval(ends: tuple[float, float] | None, sign: str) -> str:

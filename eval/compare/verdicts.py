@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .. import statistics
-from ..metrics import METRICS
 from ..statistics import Comparison, Interval, Spread
 from .records import Done, Tables
+from .scores import SCORES
 
 LEVEL = 0.95
 
@@ -47,7 +47,7 @@ def rows(tables: Tables, bound: float, primary: Sequence[str]) -> list[Row]:
     found = []
     for metric in sorted(tables.scores, key=lambda name: name not in primary):
         by_method = tables.scores[metric]
-        sign = 1.0 if METRICS[metric].higher_is_better else -1.0
+        sign = 1.0 if SCORES[metric].higher_is_better else -1.0
         first, *_ = by_method.values()
         for method, scores in by_method.items():
             means = scores.mean(axis=1)
@@ -98,7 +98,7 @@ def noise(found: Sequence[Done], again: Sequence[Done]) -> dict[str, float]:
     usual = {(one.cell.subject, one.cell.method, one.cell.rate, one.cell.seed): one for one in found}
     pairs = [(usual[key], two) for two in again if (key := _key(two)) in usual]
     sizes = {}
-    for metric in METRICS:
+    for metric in SCORES:
         known = [(a.scores.get(metric), b.scores.get(metric)) for a, b in pairs]
         if known and all(a is not None and b is not None for a, b in known):
             first, second = np.array(known, dtype=np.float64).T
@@ -131,4 +131,4 @@ def sentence(row: Row, label: Callable[[str], str], first: str) -> str:
     if found.verdict == "undecided" and row.needed:
         numbers.append(f"about {row.needed} subjects would show a difference of {found.bound:g}")
     what = f"{label(row.method)} {WORDS[found.verdict]} {label(first)}"
-    return f"{METRICS[row.metric].label}: {what} ({'; '.join(numbers)})."
+    return f"{SCORES[row.metric].label}: {what} ({'; '.join(numbers)})."
