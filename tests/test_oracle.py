@@ -1,4 +1,4 @@
-"""Toyworld's reader as a judge: on renders of the subject, in the places of their prompts, it is nearly always right."""
+"""Toyworld's reader as a judge: on renders of the subject, in the places of their prompts, it is mostly right."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_renders_are_right_and_other_subjects_wrong(tmp_path: Path) -> None:
     manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = oracle.scores(tmp_path, "cat-1")
     assert list(found) == list(oracle.ROWS) and min(found.values()) > 0.9
-    other = oracle.scores(tmp_path, "vase-2")  # another class, colour and pattern
+    other = oracle.scores(tmp_path, "bowl-2")  # another class, colour and pattern
     assert max(other["right_class"], other["right_colour"], other["right_pattern"]) < 0.1
     assert other["right_place"] == found["right_place"]
     manifest.write_text("".join(json.dumps({**line, "prompt": "a sks cat"}) + "\n" for line in lines))
