@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from .. import device, files, models
@@ -21,11 +22,12 @@ if TYPE_CHECKING:
     from .sources import AdapterSource
 
 
-def generate(settings: GenerateSettings, *, quiet: bool = False) -> list[Record]:
+def generate(settings: GenerateSettings, *, quiet: bool = False, family: Family | None = None) -> list[Record]:
     """Make what is missing of prompts x seeds, PNG by PNG, then the contact sheet.
 
     Args:
         quiet: print nothing but notes.
+        family: the base model, for those who sample from it many times. It is left as it was. None: it is loaded.
 
     Returns:
         The manifest's records for these prompts and seeds, prompt by prompt.
@@ -35,15 +37,15 @@ def generate(settings: GenerateSettings, *, quiet: bool = False) -> list[Record]
     """
     check(settings)
     adapters = [sources.read_adapter(path) for path in settings.adapters.adapter]
-    family = _load(settings, adapters)
+    family = family or _load(settings, adapters)
     plan = records.plan(settings, family, adapters)
     _require_memory(family, plan[0], min(settings.sampling.batch_size, len(plan)))
     records.note_cut_prompts(family, plan)
-    if adapters:
-        sources.attach(adapters, family, settings.adapters)  # an adapter for another model leaves no folder behind
-
     folder = settings.output.output_dir
-    with files.locked(folder, "singlora generate"):
+    with ExitStack() as stack:
+        if adapters:  # one for another model leaves no folder behind
+            stack.callback(sources.attach(adapters, family, settings.adapters).detach)
+        stack.enter_context(files.locked(folder, "singlora generate"))
         files.remove_leftovers(folder)
         todo = gallery.missing(folder, plan, settings.output.overwrite)
         began = time.monotonic()

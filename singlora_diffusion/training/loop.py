@@ -60,11 +60,12 @@ class Job:
         return self.accelerator.is_main_process
 
 
-def run(recipe: Recipe, stop: Callable[[], bool] = lambda: False) -> Iterator[Event]:
+def run(recipe: Recipe, stop: Callable[[], bool] = lambda: False, family: Family | None = None) -> Iterator[Event]:
     """Train an adapter; the last event is `Saved`, or `Interrupted`.
 
     Args:
         stop: asked after every step; once it says yes, the state is saved and the run ends.
+        family: the recipe's base model, for those who train on it many times. It is left as it was. None: it is loaded.
 
     Raises:
         UserError: something in the recipe or its files must be mended first, the training diverged, or a file cannot be
@@ -83,7 +84,7 @@ def run(recipe: Recipe, stop: Callable[[], bool] = lambda: False) -> Iterator[Ev
 
     recipe = preparation.on_this_machine(recipe)
     state = yield from preparation.checkpoint_to_resume(recipe)
-    accelerator, family, resolution = yield from preparation.load(recipe)
+    accelerator, family, resolution = yield from preparation.load(recipe, family)
     config = adapter_config(recipe, state.config.ramp_steps if state else None)
     memory.require(family, config, recipe, resolution)
     with ExitStack() as stack:

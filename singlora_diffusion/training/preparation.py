@@ -55,8 +55,8 @@ def checkpoint_to_resume(recipe: Recipe) -> Generator[Event, None, State | None]
     return state
 
 
-def load(recipe: Recipe) -> Generator[Event, None, tuple[Accelerator, Family, int]]:
-    """Processes, base model, and the side of the images in pixels.
+def load(recipe: Recipe, family: Family | None) -> Generator[Event, None, tuple[Accelerator, Family, int]]:
+    """Processes, base model (unless it is there already), and the side of the images in pixels.
 
     Args:
         recipe: of `on_this_machine`.
@@ -77,7 +77,8 @@ def load(recipe: Recipe) -> Generator[Event, None, tuple[Accelerator, Family, in
     slow = device.slow_bfloat16(chosen, dtype)
     if slow:
         yield Remark(slow)
-    family = models.load(recipe.model.pretrained_model_name_or_path, dtype, chosen, recipe.model.quantize)
+    if family is None:
+        family = models.load(recipe.model.pretrained_model_name_or_path, dtype, chosen, recipe.model.quantize)
     side = recipe.data.resolution
     resolution, _ = check_sides(family, side, side, ("--resolution", "--resolution"))
     process = family.noise_process
