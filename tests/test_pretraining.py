@@ -70,8 +70,8 @@ def test_every_word_of_the_vocabulary_is_one_token_and_any_other_can_be_read() -
 
 
 def test_every_stage_runs_from_nothing(tmp_path: Path) -> None:
-    steps = [f"--{stage}_steps=2" for stage in ("autoencoder", "denoiser", "reader", "clip", "dino")]
-    sizes = ["--images=120", "--subjects=60", "--batch=2", "--device=cpu"]
+    steps = [f"--{stage}_steps=2" for stage in ("autoencoder", "denoiser", "flow", "reader", "clip", "dino")]
+    sizes = ["--images=120", "--subjects=60", "--batch=2", "--flow_batch=2", "--device=cpu"]
     folders = [f"--work_dir={tmp_path / 'work'}", f"--output_dir={tmp_path / 'weights'}"]
     pretrain.main([*steps, *sizes, *folders])
     weights = tmp_path / "weights"

@@ -34,7 +34,7 @@ def load(name_or_path: str, dtype: str = "float32", device: str = "cpu") -> Fami
     """Load a base model, frozen and in eval mode.
 
     Args:
-        name_or_path: `toyworld`, a diffusers folder, or a hub id.
+        name_or_path: `toyworld`, `toyworld-flow`, a diffusers folder, or a hub id.
         dtype: float32, bfloat16 or float16: what the frozen networks compute in.
         device: a torch device.
 

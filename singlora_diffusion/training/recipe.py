@@ -47,7 +47,7 @@ class ModelSettings:
     """The base model."""
 
     pretrained_model_name_or_path: str = "toyworld"
-    """`toyworld` (comes with the package), a diffusers folder, or a hub id."""
+    """`toyworld` or `toyworld-flow` (they come with the package), a diffusers folder, or a hub id."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """What the frozen base computes in. The adapter stays in float32."""
     device: Annotated[str | None, MayDiffer] = None
