@@ -150,10 +150,8 @@ def transformer() -> SD3Transformer2DModel:
         qk_norm="rms_norm",
     )
     # As DiT starts (arXiv 2212.09748): every block is the identity and the answer is zero.
-    modulations = [
-        module for name, module in model.named_modules() if name.endswith(("norm1.linear", "context.linear"))
-    ]
-    for module in (*modulations, model.norm_out.linear, model.proj_out):
+    modulations = [module for name, module in model.named_modules() if name.endswith(".linear")]
+    for module in (*modulations, model.proj_out):
         nn.init.zeros_(module.weight)
         nn.init.zeros_(module.bias)
     return model

@@ -1,4 +1,4 @@
-"""Stage 2b: the joint-attention transformer, trained by flow matching between the UNet's autoencoder and text encoder."""
+"""Stage 3: the joint-attention transformer, by flow matching, on the UNet's autoencoder and frozen text encoder."""
 
 from __future__ import annotations
 
