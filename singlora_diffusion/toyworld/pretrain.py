@@ -202,22 +202,20 @@ def make_dino(settings: Pretraining) -> None:
 
 def make_package(settings: Pretraining) -> None:
     """Copy what is finished to the output folder, in half precision."""
-    from diffusers import DiffusionPipeline
     from safetensors.torch import load_file
 
     out = settings.output_dir
-    for name, hints in HINTS.items():
-        if (settings.work_dir / name).exists():
-            pipe = DiffusionPipeline.from_pretrained(settings.work_dir / name, local_files_only=True)
-            pipe.to(dtype=torch.float16).save_pretrained(out / name)
-            (out / name / "singlora.json").write_text(json.dumps(hints) + "\n")
-    for name in ("reader", "clip", "dino"):
-        for file in sorted((settings.work_dir / name).glob("*")):
-            (out / name).mkdir(parents=True, exist_ok=True)
+    for name in (*HINTS, "reader", "clip", "dino"):
+        for file in sorted((settings.work_dir / name).rglob("*.*")):
+            copy = out / file.relative_to(settings.work_dir)
+            copy.parent.mkdir(parents=True, exist_ok=True)
             if file.suffix == ".safetensors":
-                save_file({k: _half(t) for k, t in load_file(file).items()}, out / name / file.name, {"format": "pt"})
+                save_file({k: _half(t) for k, t in load_file(file).items()}, copy, {"format": "pt"})
             else:
-                (out / name / file.name).write_bytes(file.read_bytes())
+                copy.write_bytes(file.read_bytes())
+    for name, hints in HINTS.items():
+        if (out / name).exists():
+            (out / name / "singlora.json").write_text(json.dumps(hints) + "\n")
     size = sum(file.stat().st_size for file in out.rglob("*.safetensors"))
     console.print(f"{out}: {size / 1e6:.1f} MB of weights")
 
