@@ -20,9 +20,9 @@ from .family import Conditioning, Geometry, Latents, NoiseProcess, check_sides
 from .network import Part
 
 NETWORKS = {  # kohya's tools call T5 the third text encoder in every family
-    "transformer": Part(FluxTransformer2DModel, network.flux_transformer),
+    "transformer": Part(FluxTransformer2DModel, network.flux_transformer, large=True),
     "text_encoder": Part(CLIPTextModel, partial(network.clip_text_encoder, prefix="lora_te1")),
-    "text_encoder_2": Part(T5EncoderModel, partial(network.t5_encoder, prefix="lora_te3")),
+    "text_encoder_2": Part(T5EncoderModel, partial(network.t5_encoder, prefix="lora_te3"), large=True),
 }
 PATCH = 2  # latents along a side of what the transformer sees as one token
 
@@ -165,11 +165,11 @@ def image_ids(rows: int, columns: int) -> Tensor:
     return torch.cartesian_prod(torch.zeros(1), torch.arange(float(rows)), torch.arange(float(columns)))
 
 
-def load(path: Path, source: str, dtype: str, device: str) -> Flux:
+def load(path: Path, source: str, dtype: str, device: str, quantization: str | None) -> Flux:
     """Load the parts from a diffusers folder, frozen; the autoencoder in float32, the rest in `dtype`."""
     with parts.loading(path, "FLUX.1"):
         return Flux(
-            **parts.networks(NETWORKS, parts.index(path), path, device, dtype),
+            **parts.networks(NETWORKS, parts.index(path), path, device, dtype, quantization),
             vae=parts.network(AutoencoderKL, path / "vae", device, torch.float32),
             tokenizer=parts.tokenizer(CLIPTokenizer, path / "tokenizer"),
             tokenizer_2=parts.tokenizer(T5TokenizerFast, path / "tokenizer_2"),

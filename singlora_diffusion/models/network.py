@@ -61,10 +61,12 @@ class NetworkSpec:
 
 
 class Part(NamedTuple):
-    """A network of a family: its class, and the spec of a module of it by the network's name."""
+    """A network of a family: its class, the spec of a module of it by the network's name, and whether it is packed
+    when the model is loaded with a quantization: CLIP is not worth it."""
 
     kind: Any
     spec: Callable[[str, nn.Module], NetworkSpec]
+    large: bool = False
 
 
 def specs_of(table: Mapping[str, Part], owner: object) -> dict[str, NetworkSpec]:
@@ -106,8 +108,7 @@ def unet(name: str, module: nn.Module) -> NetworkSpec:
 def flux_transformer(name: str, module: nn.Module) -> NetworkSpec:
     """A diffusers FluxTransformer2DModel.
 
-    `attention+mlp` are the targets of diffusers' train_dreambooth_lora_flux.py. `lora_transformer` is OneTrainer's
-    prefix for these paths; kohya's own names are those of another implementation, with fused projections.
+    `attention+mlp` are the targets of diffusers' train_dreambooth_lora_flux.py.
     """
     return NetworkSpec(
         name,
@@ -115,7 +116,7 @@ def flux_transformer(name: str, module: nn.Module) -> NetworkSpec:
         "denoiser",
         JOINT_ATTENTION,
         presets={"attention": JOINT_ATTENTION, "attention+mlp": (*JOINT_ATTENTION, *JOINT_MLP)},
-        prefixes={"kohya": "lora_transformer"},
+        prefixes={"kohya": "lora_unet"},
         sample_inputs=lambda: flux_inputs(module),
     )
 
@@ -137,7 +138,7 @@ def sd3_transformer(name: str, module: nn.Module) -> NetworkSpec:
             "attention+attn2": JOINT_ATTENTION,
             "attention+mlp": (*attention, *JOINT_MLP),
         },
-        prefixes={"kohya": "lora_transformer"},
+        prefixes={"kohya": "lora_unet"},
         sample_inputs=lambda: sd3_inputs(module),
     )
 
@@ -174,7 +175,7 @@ def t5_encoder(name: str, module: nn.Module, prefix: str) -> NetworkSpec:
 def unet_inputs(module: nn.Module) -> dict[str, Any]:
     """A batch of two small random latents with text, as a UNet takes them; SDXL's pooled text and sizes too."""
     config: Any = module.config
-    draw = _normal(module)
+    draw = normal(module)
     side = 2 ** len(config.down_block_types)
     inputs: dict[str, Any] = {
         "sample": draw(2, config.in_channels, side, side),
@@ -190,7 +191,7 @@ def unet_inputs(module: nn.Module) -> dict[str, Any]:
 def flux_inputs(module: nn.Module) -> dict[str, Any]:
     """A batch of two images of 2 x 3 patches with five tokens of text, as a FluxTransformer2DModel takes them."""
     config: Any = module.config
-    draw, device = _normal(module), next(module.parameters()).device
+    draw, device = normal(module), next(module.parameters()).device
     inputs: dict[str, Any] = {
         "hidden_states": draw(2, 6, config.in_channels),
         "encoder_hidden_states": draw(2, 5, config.joint_attention_dim),
@@ -207,7 +208,7 @@ def flux_inputs(module: nn.Module) -> dict[str, Any]:
 def sd3_inputs(module: nn.Module) -> dict[str, Any]:
     """A batch of two images of 2 x 3 patches with five tokens of text, as an SD3Transformer2DModel takes them."""
     config: Any = module.config
-    draw = _normal(module)
+    draw = normal(module)
     return {
         "hidden_states": draw(2, config.in_channels, 2 * config.patch_size, 3 * config.patch_size),
         "encoder_hidden_states": draw(2, 5, config.joint_attention_dim),
@@ -224,6 +225,7 @@ def text_inputs(module: nn.Module) -> dict[str, Any]:
     return {"input_ids": ids.to(next(module.parameters()).device)}
 
 
-def _normal(module: nn.Module) -> Callable[..., Tensor]:
-    generator, like = torch.Generator().manual_seed(1), next(module.parameters())
+def normal(module: nn.Module) -> Callable[..., Tensor]:
+    """Draws of a standard normal variable on a module's device and in its dtype, the same each time."""
+    generator, like = torch.Generator().manual_seed(1), next(p for p in module.parameters() if p.is_floating_point())
     return lambda *shape: torch.randn(*shape, generator=generator).to(like)

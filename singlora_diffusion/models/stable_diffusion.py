@@ -26,7 +26,7 @@ from .family import Conditioning, Geometry, Latents, NoiseProcess, check_sides
 from .network import Part
 
 NETWORKS = {
-    "unet": Part(UNet2DConditionModel, network.unet),
+    "unet": Part(UNet2DConditionModel, network.unet, large=True),
     "text_encoder": Part(CLIPTextModel, network.clip_text_encoder),
 }
 SCHEDULERS = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler, "euler": EulerDiscreteScheduler}
@@ -124,11 +124,11 @@ class StableDiffusion:
         return autoencoder.decode(self.vae, latents)
 
 
-def load(path: Path, source: str, dtype: str, device: str) -> StableDiffusion:
+def load(path: Path, source: str, dtype: str, device: str, quantization: str | None) -> StableDiffusion:
     """Load the parts from a diffusers folder, frozen; the autoencoder in float32, the rest in `dtype`."""
     with parts.loading(path, "Stable Diffusion"):
         return StableDiffusion(
-            **parts.networks(NETWORKS, parts.index(path), path, device, dtype),
+            **parts.networks(NETWORKS, parts.index(path), path, device, dtype, quantization),
             vae=parts.network(AutoencoderKL, path / "vae", device, torch.float32),
             tokenizer=parts.tokenizer(CLIPTokenizer, path / "tokenizer"),
             scheduler=parts.scheduler(path / "scheduler"),

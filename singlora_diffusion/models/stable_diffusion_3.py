@@ -19,10 +19,10 @@ from .family import Conditioning, Geometry, Latents, NoiseProcess, check_sides
 from .network import Part
 
 NETWORKS = {
-    "transformer": Part(SD3Transformer2DModel, network.sd3_transformer),
+    "transformer": Part(SD3Transformer2DModel, network.sd3_transformer, large=True),
     "text_encoder": Part(CLIPTextModelWithProjection, partial(network.clip_text_encoder, prefix="lora_te1")),
     "text_encoder_2": Part(CLIPTextModelWithProjection, partial(network.clip_text_encoder, prefix="lora_te2")),
-    "text_encoder_3": Part(T5EncoderModel, partial(network.t5_encoder, prefix="lora_te3")),
+    "text_encoder_3": Part(T5EncoderModel, partial(network.t5_encoder, prefix="lora_te3"), large=True),
 }
 T5_LENGTH = 256
 """Tokens of a prompt that T5 reads: the stock pipeline's own."""
@@ -156,7 +156,7 @@ class StableDiffusion3:
         return autoencoder.decode(self.vae, latents)
 
 
-def load(path: Path, source: str, dtype: str, device: str) -> StableDiffusion3:
+def load(path: Path, source: str, dtype: str, device: str, quantization: str | None) -> StableDiffusion3:
     """Load the parts from a diffusers folder, frozen; the autoencoder in float32, the rest in `dtype`."""
     index = parts.index(path)
     with parts.loading(path, "Stable Diffusion 3"):
@@ -164,7 +164,7 @@ def load(path: Path, source: str, dtype: str, device: str) -> StableDiffusion3:
         if parts.listed(index, "tokenizer_3"):
             optional["tokenizer_3"] = parts.tokenizer(T5TokenizerFast, path / "tokenizer_3")
         return StableDiffusion3(
-            **parts.networks(NETWORKS, index, path, device, dtype),
+            **parts.networks(NETWORKS, index, path, device, dtype, quantization),
             **optional,
             vae=parts.network(AutoencoderKL, path / "vae", device, torch.float32),
             tokenizer=parts.tokenizer(CLIPTokenizer, path / "tokenizer"),

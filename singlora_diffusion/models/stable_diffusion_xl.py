@@ -23,7 +23,7 @@ from .network import Part
 from .stable_diffusion import SCHEDULERS
 
 NETWORKS = {  # kohya's tools number the text encoders from 1
-    "unet": Part(UNet2DConditionModel, network.unet),
+    "unet": Part(UNet2DConditionModel, network.unet, large=True),
     "text_encoder": Part(CLIPTextModel, partial(network.clip_text_encoder, prefix="lora_te1")),
     "text_encoder_2": Part(CLIPTextModelWithProjection, partial(network.clip_text_encoder, prefix="lora_te2")),
 }
@@ -147,7 +147,7 @@ class StableDiffusionXL:
         return autoencoder.decode(self.vae, latents)
 
 
-def load(path: Path, source: str, dtype: str, device: str) -> StableDiffusionXL:
+def load(path: Path, source: str, dtype: str, device: str, quantization: str | None) -> StableDiffusionXL:
     """Load the parts from a diffusers folder, frozen; the autoencoder in float32, the rest in `dtype`.
 
     Raises:
@@ -159,7 +159,7 @@ def load(path: Path, source: str, dtype: str, device: str) -> StableDiffusionXL:
             f"{escaped(path, 1000)} is a Stable Diffusion XL refiner: adapters are trained and used on the base model"
         )
     with parts.loading(path, "Stable Diffusion XL"):
-        networks = parts.networks(NETWORKS, index, path, device, dtype)
+        networks = parts.networks(NETWORKS, index, path, device, dtype, quantization)
         unet, projection = networks["unet"].config, networks["text_encoder_2"].config.projection_dim
         told = unet.projection_class_embeddings_input_dim or 0
         if told != 6 * (unet.addition_time_embed_dim or 0) + projection:

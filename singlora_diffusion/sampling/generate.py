@@ -73,7 +73,7 @@ def _load(settings: GenerateSettings, adapters: Sequence[AdapterSource]) -> Fami
     try:
         needed = memory.of_weights(models.folder(wanted), getattr(torch, dtype).itemsize)
         device.require(needed, where, f"{escaped(wanted)} in {dtype}")
-        family = models.load(wanted, dtype, where)
+        family = models.load(wanted, dtype, where, settings.model.quantize)
     except UserError as error:
         if named is not None:
             raise

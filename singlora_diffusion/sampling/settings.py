@@ -37,6 +37,8 @@ class ModelSettings:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """What the networks compute in. None: bfloat16 on a GPU that has it, float16 on an older one,
     float32 elsewhere."""
+    quantize: Literal["nf4", "int8"] | None = None
+    """Keep the networks in 4 bits (nf4, by bitsandbytes) or 8 (int8, by torchao), to fit a smaller GPU."""
     device: str | None = None
     """A torch device. None: the GPU if there is one."""
 

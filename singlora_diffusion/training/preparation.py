@@ -65,7 +65,7 @@ def load(recipe: Recipe) -> Generator[Event, None, tuple[Accelerator, Family, in
     slow = device.slow_bfloat16(chosen, dtype)
     if slow:
         yield Remark(slow)
-    family = models.load(recipe.model.pretrained_model_name_or_path, dtype, chosen)
+    family = models.load(recipe.model.pretrained_model_name_or_path, dtype, chosen, recipe.model.quantize)
     side = recipe.data.resolution
     resolution, _ = check_sides(family, side, side, ("--resolution", "--resolution"))
     process = family.noise_process

@@ -50,6 +50,8 @@ class ModelSettings:
     """`toyworld` or `toyworld-flow` (they come with the package), a diffusers folder, or a hub id."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """What the frozen base computes in. The adapter stays in float32."""
+    quantize: Literal["nf4", "int8"] | None = None
+    """Keep the frozen base in 4 bits (nf4, by bitsandbytes) or 8 (int8, by torchao), to fit a smaller GPU."""
     device: Annotated[str | None, MayDiffer] = None
     """A torch device. None: the GPU if there is one."""
 
