@@ -2,7 +2,7 @@
 
 The command is `singlora`. From Python, with `import singlora_diffusion as sd`:
 
-    family = sd.models.load("toyworld")  # or a diffusers folder, or a hub id
+    family = sd.models.load("toyworld")  # or "toyworld-flow", a diffusers folder, or a hub id
     adapter = sd.attach(family.networks, sd.AdapterConfig(rank=16, text_targets=("q_proj", "v_proj")))
     optimizer = torch.optim.AdamW(adapter.param_groups(lr=1e-3))
     for step in range(400):

@@ -235,7 +235,7 @@ def test_names_that_are_no_model(tmp_path: Path, tiny_model: Path, monkeypatch: 
     (tmp_path / "empty").mkdir()
     (tmp_path / "file.safetensors").write_bytes(b"")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(hub, "TOYWORLD", tmp_path / "nowhere")
+    monkeypatch.setitem(hub.PACKAGED, "toyworld", tmp_path / "nowhere")
     for name, message in (
         (str(tmp_path / "missing"), "no model at .*missing"),
         ("./missing", "no model at ./missing"),

@@ -106,7 +106,7 @@ class Family(Protocol):
     name: str
     """Of the family: `stable_diffusion`."""
     source: str
-    """What the user named: `toyworld`, a folder, a hub id."""
+    """What the user named: a packaged model, a folder, a hub id."""
     fingerprint: str
     """sha256 of samples of the denoiser's weight files (`parts.fingerprint`)."""
     networks: dict[str, NetworkSpec]

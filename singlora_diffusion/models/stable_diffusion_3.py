@@ -101,7 +101,8 @@ class StableDiffusion3:
         self.largest: int | None = int(transformer.config.pos_embed_max_size) * self.multiple  # positions learned
         self.device, self.dtype = transformer.device, transformer.dtype
         self.guidance, self.steps = float(hints.get("guidance_scale", 7.0)), 28  # the stock pipeline's
-        self.prompt_length = T5_LENGTH if tokenizer_3 is None else min(T5_LENGTH, tokenizer_3.model_max_length)
+        length = int(hints.get("t5_length", T5_LENGTH))
+        self.prompt_length = length if tokenizer_3 is None else min(length, tokenizer_3.model_max_length)
         self.prompt_set: str | None = hints.get("prompts")
 
     def encode_images(self, pixels: Tensor) -> Latents:
