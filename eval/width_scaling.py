@@ -166,7 +166,6 @@ def table(settings: WidthSettings, found: dict[str, NDArray[np.float64]]) -> lis
 def plot(settings: WidthSettings, found: dict[str, NDArray[np.float64]]) -> str:
     """SVG: the change in the fifth step over the width, both axes logarithmic."""
     from .plots import GRID, SOFT, panel
-    from .report import PALETTE
 
     with panel("RMS change of the features in step 5", 5.2) as (axes, finish):
         for place, (name, sizes) in enumerate(found.items()):
@@ -179,7 +178,7 @@ def plot(settings: WidthSettings, found: dict[str, NDArray[np.float64]]) -> str:
                 marker="o",
                 markersize=3.5,
                 linestyle=line,
-                color=PALETTE[place % len(PALETTE)],
+                color=f"C{place}",
                 label=RULES[name].label,
             )
         axes.set_xscale("log", base=2)
