@@ -140,7 +140,7 @@ def test_transformers_clip(same: SimpleNamespace) -> None:
     images, texts = ours(same)
     assert np.allclose(images, found.image_embeds.numpy(), atol=AGREE)
     assert np.allclose(texts, found.text_embeds.numpy(), atol=AGREE)
-    logits = (found.logits_per_image / float(model.logit_scale.exp())).numpy()
+    logits = (found.logits_per_image / model.logit_scale.exp().item()).numpy()
     assert np.allclose(paired_cosine(images, texts), np.diag(logits), atol=AGREE)
     vectors = found.image_embeds.numpy()
     between = (vectors @ vectors.T).mean(axis=1)
