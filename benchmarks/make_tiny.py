@@ -19,7 +19,7 @@ from singlora_diffusion.errors import UserError
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DiffusionPipeline
-    from transformers import CLIPTextConfig, CLIPTokenizer, T5Config, T5TokenizerFast
+    from transformers import CLIPTextConfig, CLIPTokenizer, Qwen2TokenizerFast, T5Config, T5TokenizerFast
 
 WORDS = """a an photo picture of sks zwx dog cat toy bear teapot the in on with red blue green snow beach grass house"""
 CONTEXT = 24  # tokens
@@ -31,7 +31,7 @@ class Settings:
     """Write a tiny model of a family, with random weights, as a diffusers folder."""
 
     family: Positional[str]
-    """stable_diffusion, stable_diffusion_xl, stable_diffusion_3 or flux."""
+    """stable_diffusion, stable_diffusion_xl, stable_diffusion_3, flux or flux_2."""
     output_dir: Positional[Path]
     """A folder that does not exist yet."""
     seed: int = 0
@@ -157,11 +157,66 @@ def flux() -> DiffusionPipeline:
     )
 
 
+def flux_2() -> DiffusionPipeline:
+    """As FLUX.2 klein base: images (3, 32, 32), latents (16, 4, 4), hidden states (48, 3 * 16)."""
+    from diffusers import (
+        AutoencoderKLFlux2,
+        FlowMatchEulerDiscreteScheduler,
+        Flux2KleinPipeline,
+        Flux2Transformer2DModel,
+    )
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    words = qwen_tokenizer()
+    vae = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 16, 16),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        mid_block_add_attention=False,
+        sample_size=RESOLUTION,
+    )
+    vae.bn.running_mean.uniform_(-1, 1)
+    vae.bn.running_var.uniform_(0.5, 2)
+    return Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=vae,
+        text_encoder=Qwen3ForCausalLM(
+            Qwen3Config(
+                vocab_size=len(words),
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=28,  # the pipeline reads the 9th, 18th and 27th
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                head_dim=8,
+                max_position_embeddings=64,
+                pad_token_id=words.pad_token_id,
+                eos_token_id=words.eos_token_id,
+            )
+        ),
+        tokenizer=words,
+        transformer=Flux2Transformer2DModel(
+            in_channels=4 * 4,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=3 * 16,
+            axes_dims_rope=(4, 4, 4, 4),
+            guidance_embeds=False,
+        ),
+    )
+
+
 FAMILIES: dict[str, Callable[[], DiffusionPipeline]] = {
     "stable_diffusion": stable_diffusion,
     "stable_diffusion_xl": stable_diffusion_xl,
     "stable_diffusion_3": stable_diffusion_3,
     "flux": flux,
+    "flux_2": flux_2,
 }
 
 
@@ -268,6 +323,22 @@ def t5_config(tokenizer: T5TokenizerFast, width: int) -> T5Config:
         relative_attention_max_distance=32,
         feed_forward_proj="gated-gelu",
     )
+
+
+def qwen_tokenizer() -> Qwen2TokenizerFast:
+    """Qwen's kind: bytes, with `WORDS` as further tokens and a chat template."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2TokenizerFast
+
+    vocabulary = {symbol: i for i, symbol in enumerate(sorted(ByteLevel.alphabet()))}
+    made = Qwen2TokenizerFast(vocab=vocabulary, merges=[], model_max_length=2 * CONTEXT)
+    made.add_special_tokens({"pad_token": "<|endoftext|>", "additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    made.add_tokens([text for word in WORDS.split() if len(word) > 1 for text in (word, f" {word}")])
+    made.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message.content }}<|im_end|>{% endfor %}"
+        "{% if not enable_thinking %}<|im_start|>{% endif %}"
+    )
+    return made
 
 
 def make(settings: Settings) -> Path:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from . import make_stable_diffusion as full
+from . import published
 
 if TYPE_CHECKING:
     import torch
@@ -50,25 +51,6 @@ class Bench:
         return budgets.match(budgets.count("lora", budget, self.shapes), method, self.shapes).rank
 
 
-def sdxl() -> nn.Module:
-    """Stable Diffusion XL's, 2.6 thousand million parameters."""
-    from diffusers import UNet2DConditionModel
-
-    return UNet2DConditionModel(
-        sample_size=128,
-        block_out_channels=(320, 640, 1280),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2, 10),
-        attention_head_dim=(5, 10, 20),
-        cross_attention_dim=2048,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=2816,
-    )
-
-
 def tiny() -> nn.Module:
     """For trying the benchmark itself."""
     from diffusers import UNet2DConditionModel
@@ -85,14 +67,24 @@ def tiny() -> nn.Module:
     )
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {"sd15": full.unet, "sdxl": sdxl, "tiny": tiny}
+def _published(model: str, part: str, kind: Any = None) -> Any:
+    import torch
+
+    return published.built(published.MODELS[model].parts[part], torch.get_default_dtype(), kind)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "sd15": partial(_published, "sd15", "unet"),
+    "sdxl": partial(_published, "sdxl", "unet"),
+    "tiny": tiny,
+}
 
 
 def random_weights(build: Callable[[], nn.Module], dtype: torch.dtype, device: str) -> Any:
     """The network, frozen: built without memory, then filled in `dtype` at once."""
     import torch
 
-    with torch.device("meta"), full.made_as(dtype):
+    with torch.device("meta"), published.made_as(dtype):
         network = build()
     network = network.to_empty(device=device).requires_grad_(False).eval()
     pool = torch.rand(1 << 20, generator=torch.Generator().manual_seed(0)).mul_(2).sub_(1).to(device, dtype)
@@ -141,15 +133,17 @@ def prepare(model: Model, resolution: int, batch: int, precision: Precision, *, 
 
 
 def _sd15_encoders(dtype: torch.dtype, device: str) -> tuple[Any, Any]:
-    text_encoder = full.text_encoder(full.tokenizer()).to(device, dtype).requires_grad_(False).eval()
-    return random_weights(full.vae, dtype, device), text_encoder
+    from transformers import CLIPTextModel
+
+    text_encoder = _published("sd15", "text_encoder", CLIPTextModel).to(device, dtype).requires_grad_(False).eval()
+    return random_weights(partial(_published, "sd15", "vae"), dtype, device), text_encoder
 
 
 def _sdxl_encoders(dtype: torch.dtype, device: str) -> tuple[Any, None]:
-    """The autoencoder alone, which has SD 1.5's shapes and overflows in half precision: float32."""
+    """The autoencoder alone, which overflows in half precision: float32."""
     import torch
 
-    return random_weights(full.vae, torch.float32, device), None
+    return random_weights(partial(_published, "sdxl", "vae"), torch.float32, device), None
 
 
 def _tiny_encoders(dtype: torch.dtype, device: str) -> tuple[Any, Any]:

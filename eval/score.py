@@ -21,6 +21,7 @@ from typing_extensions import Doc
 from singlora_diffusion import device as devices
 from singlora_diffusion.errors import UserError
 from singlora_diffusion.files import write_json
+from singlora_diffusion.models.hub import PACKAGED
 from singlora_diffusion.settings import Count, as_json, command_line
 
 from . import inputs as reading
@@ -156,7 +157,7 @@ def _protocol(settings: ScoreSettings, inputs: Inputs) -> tuple[str, str]:
     """Its name, and why it was taken."""
     if settings.protocol is not None:
         return settings.protocol, "as asked for"
-    if inputs.manifest is not None and all(line.get("base_model") == "toyworld" for line in inputs.lines):
+    if inputs.manifest is not None and all(line.get("base_model") in PACKAGED for line in inputs.lines):
         return "toyworld", "the images were made by toyworld"
     return "dreambooth-v1", "the default"
 

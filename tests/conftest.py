@@ -70,6 +70,14 @@ def tiny_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_flux2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny FLUX.2 klein base, for reading only."""
+    path = tmp_path_factory.mktemp("models") / "tiny-flux2"
+    make_tiny.build("flux_2").save_pretrained(path, safe_serialization=True)
+    return path
+
+
+@pytest.fixture(scope="session")
 def make_networks(_pipeline: StableDiffusionPipeline) -> MakeNetworks:
     """make_networks(dtype=None) -> {"unet": ..., "text_encoder": ...} of `tiny_model`, frozen, fresh at each call."""
 

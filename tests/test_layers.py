@@ -25,7 +25,13 @@ LEVELS = (
 LEVEL = {unit: number for number, units in enumerate(LEVELS) for unit in units.split()}
 
 ONLY = {
-    "singlora_diffusion.adapters": {"adapters", "models.attention_view", "models.cpu_layers", "models.network"},
+    "singlora_diffusion.adapters": {
+        "adapters",
+        "models.attention_view",
+        "models.cpu_layers",
+        "models.network",
+        "models.quantized",
+    },
     "singlora_diffusion.adapters.budget": {"adapters", "models.families", "models.network"},
     "singlora_diffusion.models": {"models"},
     "eval": {"eval", "data", "sampling.manifest", "models.hub"},

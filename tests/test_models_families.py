@@ -11,15 +11,15 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FluxPipeline
+from diffusers import DiffusionPipeline, Flux2KleinPipeline, FluxPipeline
 from diffusers.training_utils import compute_density_for_timestep_sampling
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks import make_tiny
 from singlora_diffusion import adapters, models
 from singlora_diffusion.adapters.config import AdapterConfig
 from singlora_diffusion.errors import UserError
-from singlora_diffusion.models import autoencoder, flux
+from singlora_diffusion.models import autoencoder, flux, flux_2
 from singlora_diffusion.models.family import Geometry
 from singlora_diffusion.sampling.generate import generate
 from singlora_diffusion.sampling.settings import GenerateSettings
@@ -32,8 +32,10 @@ FOLDERS = {
     "stable_diffusion_xl": "tiny_sdxl",
     "stable_diffusion_3": "tiny_sd3",
     "flux": "tiny_flux",
+    "flux_2": "tiny_flux2",
 }
-FLOWS = ("stable_diffusion_3", "flux")
+FLOWS = ("stable_diffusion_3", "flux", "flux_2")
+LATENTS = {name: (16, 4, 4) if name == "flux_2" else (4, 8, 8) for name in FOLDERS}
 
 
 @pytest.fixture(scope="module", params=FOLDERS)
@@ -57,6 +59,11 @@ def stock(folder: Path) -> DiffusionPipeline:
 @pytest.fixture(scope="module")
 def xl(tiny_sdxl: Path) -> Any:
     return models.load(str(tiny_sdxl))
+
+
+@pytest.fixture(scope="module")
+def klein(tiny_flux2: Path) -> Any:
+    return models.load(str(tiny_flux2))
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +159,7 @@ def test_prompts_are_read_as_the_stock_pipeline_does(family: Any, stock: Any) ->
         options["max_sequence_length"] = family.prompt_length
     if family.name == "stable_diffusion_3":
         options.update(prompt_2=None, prompt_3=None)
-    if family.name != "flux":
+    if not family.name.startswith("flux"):
         options["do_classifier_free_guidance"] = False
     same = family.pipeline().encode_prompt(PROMPTS, device="cpu", **options)
     theirs = stock.encode_prompt(PROMPTS, device="cpu", **options)
@@ -169,13 +176,15 @@ def test_sample_is_the_stock_pipeline(family: Any, stock: Any, negative: str) ->
     if family.name == "flux":
         if negative:
             with pytest.raises(UserError, match="takes none"):
-                family.sample(PROMPTS[:1], [5], negative_prompt=negative)
+                models.sample(family, PROMPTS[:1], [5], negative_prompt=negative)
             return
         options = {}
+    if family.name == "flux_2":  # it takes the encoded text only
+        options = {"negative_prompt_embeds": family.encode_prompts([negative])["text"]} if negative else {}
     if family.name in FLOWS:
         options["max_sequence_length"] = family.prompt_length
     theirs = stock(
-        PROMPTS[0],
+        prompt=PROMPTS[0],
         num_inference_steps=4,
         guidance_scale=3.0,
         height=48,
@@ -183,33 +192,36 @@ def test_sample_is_the_stock_pipeline(family: Any, stock: Any, negative: str) ->
         generator=torch.Generator().manual_seed(5),
         **options,
     ).images
-    ours = family.sample(PROMPTS[:1], [5], steps=4, guidance=3.0, height=48, width=32, negative_prompt=negative)
+    ours = models.sample(family, PROMPTS[:1], [5], steps=4, guidance=3.0, height=48, width=32, negative_prompt=negative)
     assert ours[0].size == (32, 48)
     assert np.abs(pixels(ours) - pixels(theirs)).max() <= 1
     # Several at once, each with its own generator.
-    more = family.sample(PROMPTS, [7, 5], steps=4, guidance=3.0, height=48, width=32, negative_prompt=negative)
-    alone = family.sample(PROMPTS[1:], [5], steps=4, guidance=3.0, height=48, width=32, negative_prompt=negative)
+    more = models.sample(family, PROMPTS, [7, 5], steps=4, guidance=3.0, height=48, width=32, negative_prompt=negative)
+    alone = models.sample(
+        family, PROMPTS[1:], [5], steps=4, guidance=3.0, height=48, width=32, negative_prompt=negative
+    )
     assert np.abs(pixels(more)[1:] - pixels(alone)).max() <= 1
 
 
 def test_seeds_of_64_bits(family: Any) -> None:
-    few = [family.sample(PROMPTS[:1], [seed], steps=2) for seed in (3, 3 + (1 << 40))]
+    few = [models.sample(family, PROMPTS[:1], [seed], steps=2) for seed in (3, 3 + (1 << 40))]
     assert np.abs(pixels(few[0]) - pixels(few[1])).max() > 1
 
 
 def test_sides_and_schedulers_that_cannot_be_used(family: Any) -> None:
     with pytest.raises(UserError, match="36x32 pixels"):
-        family.sample(PROMPTS[:1], [0], width=36)
+        models.sample(family, PROMPTS[:1], [0], width=36)
     with pytest.raises(UserError, match="unknown scheduler 'plms'"):
-        family.sample(PROMPTS[:1], [0], scheduler="plms")
+        models.sample(family, PROMPTS[:1], [0], scheduler="plms")
     for name in family.schedulers:
-        assert pixels(family.sample(PROMPTS[:1], [0], steps=3, scheduler=name)).std() > 1
+        assert pixels(models.sample(family, PROMPTS[:1], [0], steps=3, scheduler=name)).std() > 1
 
 
 @pytest.mark.numerical
 def test_an_exact_denoiser_samples_the_image(family: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Signs, time scale and packing as the stock sampler has them: what the network is asked is how noisy x is."""
-    x0 = normal(1, 4, 8, 8, seed=1)
+    shape = LATENTS[family.name]
+    x0 = normal(1, *shape, seed=1)
 
     def diffusion(x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor]:
         a = family.noise_process.scheduler.alphas_cumprod[t]
@@ -218,11 +230,14 @@ def test_an_exact_denoiser_samples_the_image(family: Any, monkeypatch: pytest.Mo
     def flux_flow(*, hidden_states: Tensor, timestep: Tensor, **kwargs: Any) -> tuple[Tensor]:
         return ((hidden_states - flux.pack(x0)) / timestep.reshape(-1, 1, 1),)
 
+    def klein_flow(*, hidden_states: Tensor, timestep: Tensor, **kwargs: Any) -> tuple[Tensor]:
+        return ((hidden_states - x0.flatten(2).transpose(1, 2)) / timestep.reshape(-1, 1, 1),)
+
     def sd3_flow(*, hidden_states: Tensor, timestep: Tensor, **kwargs: Any) -> tuple[Tensor]:
         return ((hidden_states - x0) / (timestep.reshape(-1, 1, 1, 1) / 1000),)
 
     denoiser = next(iter(family.networks.values())).module
-    exact = {"flux": flux_flow, "stable_diffusion_3": sd3_flow}.get(family.name, diffusion)
+    exact = {"flux": flux_flow, "flux_2": klein_flow, "stable_diffusion_3": sd3_flow}.get(family.name, diffusion)
     monkeypatch.setattr(denoiser, "forward", exact)
     options: dict[str, Any] = {"guidance": 1.0}
     if family.name in FLOWS:
@@ -231,30 +246,38 @@ def test_an_exact_denoiser_samples_the_image(family: Any, monkeypatch: pytest.Mo
         noise = diffusion(normal(1, 4, 8, 8, seed=0), torch.tensor(751))[0]
         end = family.noise_process.corrupt(x0, noise, torch.tensor([0])).noisy
         options["scheduler"] = "ddim"
-    found = family.sample(PROMPTS[:1], [0], steps=4, height=32, width=32, **options)
-    assert np.abs(pixels(found) - pixels(autoencoder.decode(family.vae, end))).max() <= 1
+    found = models.sample(family, PROMPTS[:1], [0], steps=4, height=32, width=32, **options)
+    if family.name == "flux_2":
+        centre, spread = family._normalization()
+        wanted = autoencoder.to_images(family.vae, nn.functional.pixel_shuffle(end * spread + centre, 2))
+    else:
+        wanted = autoencoder.decode(family.vae, end)
+    assert np.abs(pixels(found) - pixels(wanted)).max() <= 1
 
 
 def test_a_step_of_training_reaches_the_adapter(family: Any) -> None:
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     mean, std = family.encode_images(images)
-    assert mean.shape == std.shape == (2, 4, 8, 8)
-    text = next(network for network in family.networks.values() if network.role == "text" and network.targets)
-    adapter = adapters.attach(family.networks, AdapterConfig(rank=2, text_targets=text.targets))
+    assert mean.shape == std.shape == (2, *LATENTS[family.name])
+    networks = [network for network in family.networks.values() if network.role == "text"]
+    named = next((network.targets for network in networks if network.targets), ("self_attn.q_proj",))
+    adapter = adapters.attach(family.networks, AdapterConfig(rank=2, text_targets=named))
     try:
         times = family.noise_process.times(torch.tensor([0.2, 0.9], dtype=torch.float64))
-        noisy, target = family.noise_process.corrupt(mean, normal(2, 4, 8, 8), times)
+        noisy, target = family.noise_process.corrupt(mean, normal(*mean.shape), times)
         answer = family.denoise(noisy, times, family.encode_prompts(PROMPTS))
         assert answer.shape == target.shape and answer.dtype == family.dtype
         assert family.noise_process.loss_weights(times, None) is None
         (answer.float() - target).square().mean().backward()
         layers = {name.partition(".")[0] for name in adapter.layers()}
-        assert layers == {name for name, network in family.networks.items() if network.targets}
+        adapted = {name for name, network in family.networks.items() if network.targets}
+        assert layers == adapted | ({"text_encoder"} if family.name == "flux_2" else set())
         denoiser = next(iter(family.networks.values()))
         assert adapter.config.targets == denoiser.targets == denoiser.presets["attention"]
-        # Without a say: the last layer of SDXL's first encoder, and what the last block of SD3 asks for the text.
+        # Without a say: the last layer of SDXL's first encoder, what the last block of SD3 asks for the text, and the
+        # last layer of Qwen3, the 28th.
         silent = {p for p in adapter.parameters() if p.grad is None or not p.grad.any()}
-        assert len(silent) == {"stable_diffusion_xl": 4, "stable_diffusion_3": 1}.get(family.name, 0)
+        assert len(silent) == {"stable_diffusion_xl": 4, "stable_diffusion_3": 1, "flux_2": 1}.get(family.name, 0)
     finally:
         adapter.detach()
 
@@ -307,9 +330,9 @@ def test_sizes_and_crops(xl: Any) -> None:
 
 def test_an_empty_negative_prompt_of_sdxl(xl: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Zeros where the model says so, else the encoded empty text."""
-    zeros = pixels(xl.sample(PROMPTS[:1], [0], steps=2))
+    zeros = pixels(models.sample(xl, PROMPTS[:1], [0], steps=2))
     monkeypatch.setattr(xl, "force_zeros_for_empty_prompt", False)
-    encoded = pixels(xl.sample(PROMPTS[:1], [0], steps=2))
+    encoded = pixels(models.sample(xl, PROMPTS[:1], [0], steps=2))
     assert np.abs(zeros - encoded).max() > 1
     text = xl.encode_prompts(["", PROMPTS[0]])
     asked = [text.select([i]) for i in (0, 1)]
@@ -359,7 +382,7 @@ def test_flux_is_told_what_the_stock_pipeline_tells_it(one_flux: Any, monkeypatc
         return forward(one_flux.transformer, **arguments)
 
     monkeypatch.setattr(one_flux.transformer, "forward", spy)
-    one_flux.sample(PROMPTS[:1], [3], steps=1, guidance=1.0, height=48)
+    models.sample(one_flux, PROMPTS[:1], [3], steps=1, guidance=1.0, height=48)
     noisy = torch.randn(1, 4, 12, 8, generator=torch.Generator().manual_seed(3))
     one_flux.denoise(noisy, torch.ones(1), one_flux.encode_prompts(PROMPTS[:1]))
     sampled, trained = calls
@@ -406,7 +429,7 @@ def test_stable_diffusion_3_without_t5(tiny_sd3: Path, tmp_path: Path) -> None:
     assert family.encode_prompts(PROMPTS)["text"].shape == (2, 24 + 256, 64)
     assert family.prompt_overflow(" ".join(["dog"] * 30)) == 8
     theirs = stock(PROMPTS[0], num_inference_steps=2, height=32, width=32, generator=torch.Generator().manual_seed(0))
-    assert np.abs(pixels(family.sample(PROMPTS[:1], [0], steps=2)) - pixels(theirs.images)).max() <= 1
+    assert np.abs(pixels(models.sample(family, PROMPTS[:1], [0], steps=2)) - pixels(theirs.images)).max() <= 1
 
 
 def test_the_second_attention_of_stable_diffusion_3(tiny_sd3: Path) -> None:
@@ -423,8 +446,8 @@ def test_the_second_attention_of_stable_diffusion_3(tiny_sd3: Path) -> None:
 def test_sides_beyond_the_positions_of_stable_diffusion_3(tiny_sd3: Path) -> None:
     family = models.load(str(tiny_sd3))
     with pytest.raises(UserError, match=r"104x32 pixels: .* knows sides of up to 96 pixels"):
-        family.sample(PROMPTS[:1], [0], steps=1, width=104)
-    assert family.sample(PROMPTS[:1], [0], steps=1, width=96)[0].size == (96, 32)
+        models.sample(family, PROMPTS[:1], [0], steps=1, width=104)
+    assert models.sample(family, PROMPTS[:1], [0], steps=1, width=96)[0].size == (96, 32)
 
 
 def test_training_and_generation_refuse_what_stable_diffusion_3_has_no_positions_for(
@@ -465,12 +488,14 @@ def test_schnell(tiny_flux: Path, tmp_path: Path) -> None:
         max_sequence_length=256,
         generator=torch.Generator().manual_seed(0),
     ).images
-    assert np.abs(pixels(family.sample(PROMPTS[:1], [0])) - pixels(theirs)).max() <= 1
+    assert np.abs(pixels(models.sample(family, PROMPTS[:1], [0])) - pixels(theirs)).max() <= 1
 
 
 def test_long_prompts(family: Any) -> None:
     assert family.prompt_overflow("a photo of sks dog") == 0
     longest = 24 - (1 if family.name in FLOWS else 2)  # T5 has an end, CLIP a beginning as well
+    if family.name == "flux_2":
+        longest = 48 - 3  # three marks of its chat template
     words = ["dog"] * (longest + 3)
     assert family.prompt_overflow(" ".join(words)) == 3
 
@@ -506,3 +531,47 @@ def test_a_damaged_part_is_refused_in_one_line(
     with pytest.raises(UserError, match=message) as caught:
         models.load(str(path))
     assert "\n" not in str(caught.value) and str(caught.value).count(str(path)) == 1
+
+
+def test_klein_places_and_patches_are_the_stock_pipelines(klein: Any) -> None:
+    latents = normal(2, 4, 6, 8)
+    patches = Flux2KleinPipeline._patchify_latents(latents)
+    assert torch.equal(nn.functional.pixel_unshuffle(latents, 2), patches)
+    assert torch.equal(flux_2.image_ids(3, 4), Flux2KleinPipeline._prepare_latent_ids(patches)[0])
+    assert torch.equal(flux_2.text_ids(5), Flux2KleinPipeline._prepare_text_ids(normal(2, 5, 3))[0])
+    images = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    found = klein.encode_images(images)
+    theirs = klein.pipeline()._encode_vae_image(images, torch.Generator())
+    torch.testing.assert_close(found.mean, theirs)
+    assert not found.std.any()
+
+
+def test_klein_is_told_what_the_stock_pipeline_tells_it(klein: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict[str, Any]] = []
+    forward = type(klein.transformer).forward
+
+    def spy(**arguments: Any) -> Any:
+        calls.append(arguments)
+        return forward(klein.transformer, **arguments)
+
+    monkeypatch.setattr(klein.transformer, "forward", spy)
+    models.sample(klein, PROMPTS[:1], [3], steps=1, guidance=1.0, height=48)
+    noisy = torch.randn(1, 16, 6, 4, generator=torch.Generator().manual_seed(3))
+    klein.denoise(noisy, torch.ones(1), klein.encode_prompts(PROMPTS[:1]))
+    sampled, trained = calls
+    for name, value in trained.items():
+        theirs = sampled[name]
+        if name.endswith("_ids"):
+            theirs = theirs[0]
+        assert (theirs is value is None) or torch.equal(theirs, value), name
+
+
+def test_a_distilled_klein_takes_few_steps_and_no_guidance(tiny_flux2: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(tiny_flux2, tmp_path / "distilled"))
+    index = path / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"is_distilled": True}))
+    family: Any = models.load(str(path))
+    assert (family.steps, family.guidance) == (4, 1.0)
+    with pytest.raises(UserError, match="is distilled and takes none"):
+        models.sample(family, PROMPTS[:1], [0], negative_prompt="snow")
+    assert np.array_equal(*(pixels(models.sample(family, PROMPTS[:1], [0], steps=2, guidance=g)) for g in (1.0, 4.0)))

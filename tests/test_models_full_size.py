@@ -8,128 +8,62 @@ from typing import Any
 
 import pytest
 
+from benchmarks import published
 from singlora_diffusion import models
 from singlora_diffusion.adapters.config import AdapterConfig
 from singlora_diffusion.adapters.targets import chosen, resolved
 
-T5_XXL = {
-    "model_type": "t5",
-    "d_model": 4096,
-    "d_kv": 64,
-    "d_ff": 10240,
-    "num_layers": 24,
-    "num_heads": 64,
-    "vocab_size": 32128,
-    "feed_forward_proj": "gated-gelu",
-}
-
-
-def clip(width: int, layers: int, heads: int) -> dict[str, Any]:
-    return {
-        "model_type": "clip_text_model",
-        "hidden_size": width,
-        "intermediate_size": 4 * width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "projection_dim": width,
-    }
-
-
-CLIP_L, CLIP_BIG_G = clip(768, 12, 12), clip(1280, 32, 20)
-
-CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
-    "StableDiffusionXLPipeline": {
-        "unet": {
-            "_class_name": "UNet2DConditionModel",
-            "sample_size": 128,
-            "block_out_channels": [320, 640, 1280],
-            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-            "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-            "transformer_layers_per_block": [1, 2, 10],
-            "attention_head_dim": [5, 10, 20],
-            "cross_attention_dim": 2048,
-            "use_linear_projection": True,
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": 2816,
-        },
-        "text_encoder": CLIP_L,
-        "text_encoder_2": CLIP_BIG_G,
-    },
-    "StableDiffusion3Pipeline": {  # 3.5 medium
-        "transformer": {
-            "_class_name": "SD3Transformer2DModel",
-            "sample_size": 128,
-            "num_layers": 24,
-            "num_attention_heads": 24,
-            "caption_projection_dim": 1536,
-            "pos_embed_max_size": 384,
-            "qk_norm": "rms_norm",
-            "dual_attention_layers": list(range(13)),
-        },
-        "text_encoder": CLIP_L,
-        "text_encoder_2": CLIP_BIG_G,
-        "text_encoder_3": T5_XXL,
-    },
-    "FluxPipeline": {  # dev
-        "transformer": {"_class_name": "FluxTransformer2DModel", "guidance_embeds": True},
-        "text_encoder": CLIP_L,
-        "text_encoder_2": T5_XXL,
-    },
-}
-
-PARAMETERS = {  # the denoisers'
-    "StableDiffusionXLPipeline": 2_567_463_684,
-    "StableDiffusion3Pipeline": 2_243_171_520,
-    "FluxPipeline": 11_901_408_320,
-}
-
 ADAPTED = [  # targets; layers, LoRA's and SingLoRA's trained parameters at rank 8, all in the denoiser
-    ("StableDiffusionXLPipeline", None, 560, 11_612_160, 6_287_360),
-    ("StableDiffusion3Pipeline", None, 191, 4_694_016, 2_347_008),
-    ("StableDiffusion3Pipeline", ("attention+attn2",), 243, 5_971_968, 2_985_984),
-    ("FluxPipeline", ("to_q", "to_k", "to_v", "to_out.0"), 190, 9_338_880, 4_669_440),
-    ("FluxPipeline", ("attention+mlp",), 342, 22_413_312, 14_008_320),  # the targets of diffusers' script
+    ("sd15", None, 128, 1_594_368, 844_800),
+    ("sdxl", None, 560, 11_612_160, 6_287_360),
+    ("sd35-medium", None, 191, 4_694_016, 2_347_008),
+    ("sd35-medium", ("attention+attn2",), 243, 5_971_968, 2_985_984),
+    ("flux-dev", ("to_q", "to_k", "to_v", "to_out.0"), 190, 9_338_880, 4_669_440),
+    ("flux-dev", ("attention+mlp",), 342, 22_413_312, 14_008_320),  # the targets of diffusers' script
+    ("klein-4b", None, 60, 8_355_840, 6_881_280),
+    ("klein-9b", None, 80, 13_893_632, 11_272_192),
 ]
 
 
 @pytest.fixture(scope="module")
 def networks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     found = {}
-    for pipeline, parts in CONFIGS.items():
-        folder = Path(tmp_path_factory.mktemp(pipeline))
-        (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
-        for name, config in parts.items():
-            (folder / name).mkdir()
-            (folder / name / "config.json").write_text(json.dumps(config))
-        found[pipeline] = models.meta_networks(folder)
+    for name, model in published.MODELS.items():
+        folder = Path(tmp_path_factory.mktemp(name))
+        (folder / "model_index.json").write_text(json.dumps({"_class_name": model.pipeline}))
+        for part, config in model.parts.items():
+            (folder / part).mkdir()
+            (folder / part / "config.json").write_text(json.dumps(config))
+        found[name] = models.meta_networks(folder)
     return found
 
 
-@pytest.mark.parametrize("pipeline", PARAMETERS)
-def test_parameters(pipeline: str, networks: dict[str, Any]) -> None:
-    denoiser = next(iter(networks[pipeline].values()))
-    assert sum(p.numel() for p in denoiser.module.parameters()) == PARAMETERS[pipeline]
+@pytest.mark.parametrize("name", published.MODELS)
+def test_parameters(name: str, networks: dict[str, Any]) -> None:
+    denoiser = next(iter(networks[name].values()))
+    assert sum(p.numel() for p in denoiser.module.parameters()) == published.MODELS[name].parameters
 
 
-@pytest.mark.parametrize(("pipeline", "targets", "count", "lora", "singlora"), ADAPTED)
+@pytest.mark.parametrize(("name", "targets", "count", "lora", "singlora"), ADAPTED)
 def test_adapted_layers(
-    pipeline: str,
+    name: str,
     targets: tuple[str, ...] | None,
     count: int,
     lora: int,
     singlora: int,
     networks: dict[str, Any],
 ) -> None:
-    config = resolved(AdapterConfig(targets=targets), networks[pipeline])
-    (layers,) = chosen(networks[pipeline], config).values()
+    config = resolved(AdapterConfig(targets=targets), networks[name])
+    (layers,) = chosen(networks[name], config).values()
     shapes = [(layer.out_features, layer.in_features) for layer in layers.values()]
     assert (len(shapes), 8 * sum(map(sum, shapes)), 8 * sum(map(max, shapes))) == (count, lora, singlora)
 
 
-@pytest.mark.parametrize("pipeline", CONFIGS)
-def test_text_encoders(pipeline: str, networks: dict[str, Any]) -> None:
-    """`text_targets` None: both CLIPs, not T5."""
-    adapted = chosen(networks[pipeline], resolved(AdapterConfig(text_targets=None), networks[pipeline]))
-    text = {name: len(layers) for name, layers in adapted.items() if name.startswith("text")}
-    assert text == {"text_encoder": 48} | ({} if pipeline == "FluxPipeline" else {"text_encoder_2": 128})
+@pytest.mark.parametrize("name", published.MODELS)
+def test_text_encoders(name: str, networks: dict[str, Any]) -> None:
+    """`text_targets` None: every CLIP, neither T5 nor Qwen3."""
+    adapted = chosen(networks[name], resolved(AdapterConfig(text_targets=None), networks[name]))
+    text = {part: len(layers) for part, layers in adapted.items() if part.startswith("text")}
+    expected = {"text_encoder": 48, "text_encoder_2": 128}
+    few = {"sd15": 1, "flux-dev": 1, "klein-4b": 0, "klein-9b": 0}.get(name, 2)
+    assert text == dict(list(expected.items())[:few])

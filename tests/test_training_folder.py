@@ -275,7 +275,8 @@ def old_state(run: Recipe, step: int = 4) -> None:
     for path in run_folder.checkpoints(out(run)):
         if run_folder.step_of(path) != step:
             shutil.rmtree(path)
-    recipe = {**as_json(run), "targets": ["to_q", "to_k", "to_v", "to_out.0"], "text_targets": ["q_proj", "k_proj"]}
+    layers = {"targets": ["to_q", "to_k", "to_v", "to_out.0"], "text_targets": ["q_proj", "k_proj"]}
+    recipe = {**as_json(run), **layers, "mixed_precision": "no"}
     (out(run) / f"checkpoint-{step}" / "state.json").write_text(json.dumps({"step": step, "recipe": recipe}))
 
 

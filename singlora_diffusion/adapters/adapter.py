@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..models.network import NetworkSpec
+from ..models.quantized import dequantized, is_quantized
 from . import inject, targets
 from .config import AdapterConfig
 from .delta import Delta, Factors
@@ -38,7 +39,7 @@ class Adapter:
     Args:
         config: what it takes to make it again; targets and ramp resolved.
         adapted: the layers, network by network.
-        put_in: makes the networks answer with the deltas, and returns what takes them out again, exactly.
+        put_in: makes the networks compute with the deltas, and returns what takes them out again, exactly.
 
     Attributes:
         config: as given.
@@ -76,7 +77,7 @@ class Adapter:
             text_lr: of the text encoders; None: as `lr`.
         """
         groups: dict[tuple[str, float], dict[str, Any]] = {}
-        narrowest = min(max(layer.base.weight.shape) for layer in self._adapted.values())
+        narrowest = min(max(layer.base.out_features, layer.base.in_features) for layer in self._adapted.values())
         for network, _, _, delta in self._adapted.values():
             rate = lr if text_lr is None or network.role == "denoiser" else text_lr
             for key, parameter in delta.trained().items():
@@ -119,7 +120,7 @@ class Adapter:
     def delta_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(name, W' - W0), (out, in) float32."""
         for name, layer in self._adapted.items():
-            original = layer.base.weight if self._originals is None else self._originals[name]
+            original = dequantized(layer.base) if self._originals is None else self._originals[name]
             yield name, layer.delta.delta_weight(original.detach())
 
     def factors(self) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -166,9 +167,17 @@ class Adapter:
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Write W' into the base layers; the networks are then plain ones, at the base's own speed."""
+        """Write W' into the base layers; the networks are then plain ones, at the base's own speed.
+
+        Raises:
+            UserError: the base layers are quantized.
+        """
         if self._originals is not None:
             return
+        if any(is_quantized(base) for base in self.layers().values()):
+            raise UserError(
+                "the base model is quantized, and nothing can be merged into it: load it without --quantize"
+            )
         changes = dict(self.delta_weights())
         self._originals = {name: base.weight.detach().clone() for name, base in self.layers().items()}
         self._take_out()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..models.quantized import dequantized
 from . import singlora_fused
 from .config import AdapterConfig
 from .delta import Factors
@@ -41,7 +42,7 @@ class DoraSingLoRA(SingLoRA):
     ) -> None:
         super().__init__(base, rank, alpha, **options)
         self.magnitude_ratio = magnitude_ratio
-        squares = base.weight.detach().float().square().sum(dim=1)  # ||W0||^2 per output row
+        squares = dequantized(base).detach().float().square().sum(dim=1)  # ||W0||^2 per output row
         self.register_buffer("squares", squares, persistent=False)
         self.magnitude = nn.Parameter(squares.sqrt())
 
@@ -68,8 +69,8 @@ class DoraSingLoRA(SingLoRA):
         """x W'^T + bias, (..., out) in x.dtype."""
         if self.scale == 0.0:
             return base(x)
-        ratio = self.magnitude / self.norm(base.weight)
-        # As a change of y, so that what has not moved yet answers exactly as the base does, whatever the dtype.
+        ratio = self.magnitude / self.norm(dequantized(base))
+        # As a change of y, so that what has not moved yet gives exactly what the base does, whatever the dtype.
         if self.A0 is None and self.scale == 1.0 and singlora_fused.applies(base, x):
             y = singlora_fused.adapted_linear(base, x, self.A, self._scaling())
             return torch.addcmul(y, (ratio - 1).to(x.dtype), y if base.bias is None else y - base.bias)

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..models.cpu_layers import CpuLinear
+from ..models.quantized import is_quantized
 
 
 def applies(base: nn.Linear, x: Tensor) -> bool:
@@ -29,6 +30,7 @@ def applies(base: nn.Linear, x: Tensor) -> bool:
     hooks = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
     plain = type(base) in (nn.Linear, CpuLinear) and not hooks and "forward" not in vars(base)
     frozen = not base.weight.requires_grad and (base.bias is None or not base.bias.requires_grad)
+    plain = plain and not is_quantized(base)
     return plain and frozen and x.dtype == base.weight.dtype and not torch.is_autocast_enabled(x.device.type)
 
 

@@ -4,20 +4,23 @@ What users ask for:
     native          our own file: save, load, verify, read_header
     exporting       LoRA files for other programs
     merging         whole pipelines with an adapter merged in
-    importing       other programs' SingLoRAs become ours; anything readable is attached for generation
+    importing       SingLoRAs of other programs converted to ours; any readable file attached for generation
     inspecting      what is in a file, layer by layer
     arithmetic      exact sums of SingLoRAs
     settings        the flags of the commands; commands runs them
 
-What they stand on:
-    header          what our file says about itself
+What these use:
+    header          the header of our file
     safetensors_io  safetensors files, checked by the library and written whole or not at all
     keys            how programs spell layers and tensors
+    original_names  layers as the implementations that models were first published in name them
+    forms           the forms for each base model, and the programs that read them
     file_kinds      what a file is
     signed_factors  a SingLoRA as columns with signs: sums, tied LoRA pairs
     lora_pairs      any adapter as ordinary LoRA pairs
-    metadata        what an exported file says about itself
+    metadata        the metadata of an exported file
     verify_export   an exported file loaded back through diffusers and compared
+    hollow          networks without weights, for models that do not fit into memory
     diffusers_loader  LoRA files through diffusers' own loader
 """
 

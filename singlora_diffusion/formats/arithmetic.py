@@ -43,7 +43,7 @@ def add(
         config = header.config
         if not math.isfinite(scale):
             raise UserError(f"{path}: scale {scale} is not a finite number")
-        if not signed_factors.describe(config):
+        if not signed_factors.suffice(config):
             kind = "singlora with magnitudes" if config.dora else config.method
             raise UserError(f"{path}: is {kind}; only plain SingLoRAs add up exactly")
         first = first or header

@@ -1,8 +1,8 @@
 """Adapters for other programs, as ordinary LoRA files.
 
-A LoRA file holds dW = up @ down per layer, so SingLoRA leaves without loss (rank r; 2 r with `init="offset"`) at the
-price of storing both factors. A magnitude (DoRA) is kept by the diffusers and PEFT forms; from the kohya form diffusers
-drops it. OFT and LoKr have no pair at all. What would lose something without a word is refused, with the way out.
+A LoRA file holds dW = up @ down per layer. A SingLoRA is such a pair exactly (rank r; 2 r with `init="offset"`), stored
+in about twice the numbers. The diffusers and PEFT forms keep a magnitude (DoRA); from kohya's form diffusers drops it.
+OFT and LoKr have no pair. An export that would lose something is refused, and the message names another way.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..adapters.methods import METHODS
 from ..errors import UserError
 from ..models.network import Networks, NetworkSpec
-from . import keys, lora_pairs, metadata, native, safetensors_io, verify_export
+from . import diffusers_loader, forms, keys, lora_pairs, metadata, native, safetensors_io, verify_export
 from .header import Header
 from .lora_pairs import Pair
 from .verify_export import Difference
@@ -32,12 +32,13 @@ Tensors = dict[str, Tensor]
 
 def export(
     source: Adapter | str | Path,
-    form: str,
+    form: str | None,
     path: str | Path,
     *,
     networks: Networks | None = None,
     dtype: str | torch.dtype = torch.float32,
     about: Header | None = None,
+    whole: bool = True,
     overwrite: bool = False,
 ) -> Difference:
     """Write an adapter in a form that other programs load, and verify it by loading it through diffusers.
@@ -45,8 +46,9 @@ def export(
     Args:
         source: a live adapter, or an adapter file or run folder; that needs `networks` to be tried on, which are left
             as they were.
-        form: kohya, diffusers or peft.
+        form: kohya, diffusers or peft; None: the default of the base model (`forms`).
         about: where the metadata comes from; of a file, its own header unless another is given.
+        whole: compare the networks' outputs too; False for networks without their weights (`hollow`).
 
     Returns:
         How far the file, loaded by diffusers into copies of the networks, is from the adapter.
@@ -58,14 +60,14 @@ def export(
     if isinstance(source, str | Path):
         if networks is None:
             raise TypeError("an adapter file is exported with the networks it belongs to")
+        form = forms.chosen(form, networks)
         adapter = native.load(source, networks)
         try:
             header = about or native.read_header(source)
-            return export(adapter, form, path, dtype=dtype, about=header, overwrite=overwrite)
+            return export(adapter, form, path, dtype=dtype, about=header, whole=whole, overwrite=overwrite)
         finally:
             adapter.detach()
-    if form not in FORMS:
-        raise UserError(f"unknown format {form!r}: choose {', '.join(FORMS)}")
+    form = forms.chosen(form, source.networks)
     kind = safetensors_io.precision(dtype)
     header = replace(about or Header(config=source.config), config=source.config)
     pairs = dict(lora_pairs.of_adapter(source))
@@ -77,7 +79,7 @@ def export(
     if kind != torch.float32:
         pairs = {name: pair.balanced() for name, pair in pairs.items()}
     tensors = {name: _stored(name, tensor, kind) for name, tensor in FORMS[form](pairs, header, source).items()}
-    facts = metadata.of(Path(path), header, source, pairs)
+    facts = metadata.of(Path(path), header, source, pairs, form)
     if form != "kohya":
         facts |= _ranks(pairs, header)
     verified: list[Difference] = []
@@ -85,7 +87,7 @@ def export(
         path,
         tensors,
         {"format": "pt", **facts, **metadata.hashes(tensors, facts)},
-        check=lambda part: verified.append(verify_export.verify(part, source, kind)),
+        check=lambda part: verified.append(verify_export.verify(part, source, kind, whole)),
         overwrite=overwrite,
     )
     return verified[0]
@@ -107,18 +109,25 @@ def _stored(name: str, tensor: Tensor, kind: torch.dtype) -> Tensor:
 
 
 def _kohya(pairs: Mapping[str, Pair], header: Header, adapter: Adapter) -> Tensors:
+    """Layers that are one layer in this form become one pair, block by block; alpha / rank stays what it is."""
     tensors: Tensors = {}
     for network, names in keys.by_network(pairs).items():
         spec = adapter.networks[network]
         rank, alpha, _ = header.config.for_role(spec.role)
         scale = alpha / rank * adapter.u or 1.0
+        places = keys.kohya(spec)
+        fused: dict[str, list[str]] = {}
         for name in names:
-            pair = pairs[name]
-            tensors |= _kohya_layer(keys.kohya(spec, name), pair.up / scale, pair.down, scale * pair.rank)
+            fused.setdefault(places[name].layer, []).append(name)
+        for layer, parts in fused.items():
+            pair, outputs = pairs[parts[0]], places[parts[0]].outputs
+            if outputs:
+                pair = lora_pairs.fused([(places[name].rows, pairs[name]) for name in parts], outputs)
+            tensors |= _kohya_layer(layer, pair.up / scale, pair.down, scale * pair.rank)
         first = pairs[names[0]]
-        for name, layer in _companions(spec, set(names)).items():
-            up, down = torch.zeros(layer.out_features, first.rank), torch.zeros(first.rank, layer.in_features)
-            tensors |= _kohya_layer(keys.kohya(spec, name), up, down, scale * first.rank)
+        for name, linear in _companions(spec, set(names)).items():
+            up, down = torch.zeros(linear.out_features, first.rank), torch.zeros(first.rank, linear.in_features)
+            tensors |= _kohya_layer(places[name].layer, up, down, scale * first.rank)
     return tensors
 
 
@@ -186,23 +195,27 @@ def _ranks(pairs: Mapping[str, Pair], header: Header) -> dict[str, str]:
 
 
 def remarks(form: str, header: Header, networks: Mapping[str, NetworkSpec]) -> list[str]:
-    """What other programs than diffusers make of a form, as far as it is worth a word."""
+    """What is worth knowing of an adapter in a form: which programs leave out what."""
     names = list(header.layers)
+    row = forms.of(networks)[form]
+    found = []
     if form != "kohya" and METHODS[header.config.method].has_magnitude(header.config):
-        return [
-            "its magnitudes load in diffusers only; ComfyUI, Forge and A1111 lose the denoiser's layers altogether: "
+        found.append(
+            "its magnitudes load in diffusers only; ComfyUI, Forge and A1111 leave out them or their layers: "
             "--merge_into DIR is for these"
-        ]
-    if form != "kohya":
+        )
+    elif row.warning:
         text = sum(header.role(name.partition(".")[0]) == "text" for name in names)
-        return [
-            f"this form is for diffusers: ComfyUI applies {text} of the {len(names)} layers (the text encoders'), "
-            "Forge refuses it, A1111 applies none: --format kohya is for these"
-        ]
-    unet = [name for name in names if networks[name.partition(".")[0]].prefix(form) == "lora_unet"]
-    lacking = [last for last in ("to_k", "to_v") if not any(name.endswith(f"attn2.{last}") for name in unet)]
-    if unet and lacking:
-        return [
-            f"InvokeAI does not recognise a file without attn2's to_k and to_v: here is no {' and no '.join(lacking)}"
-        ]
-    return []
+        found.append(row.warning.format(text=text, all=len(names)))
+    denoiser = [name for name in names if networks[name.partition(".")[0]].role == "denoiser"]
+    for program, needed in row.needs.items():
+        lacking = [end.rpartition(".")[2] for end in needed if not any(name.endswith(end) for name in denoiser)]
+        if denoiser and lacking:
+            found.append(
+                f"{program} does not recognise a file without {' and '.join(end.strip('.') for end in needed)}: "
+                f"here is no {' and no '.join(lacking)}"
+            )
+    ignored = {name.partition(".")[0] for name in names} - diffusers_loader.loadable(networks)
+    if ignored:
+        found.append(f"diffusers loads no LoRA into {', '.join(sorted(ignored))}: it leaves these layers out")
+    return found

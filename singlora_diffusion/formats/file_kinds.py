@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from torch import Tensor
 
 from ..errors import UserError
 from ..terminal import escaped
@@ -16,7 +19,7 @@ NATIVE, SINGLORA, TIED, LORA, UNKNOWN = "native", "singlora", "tied lora", "lora
 
 @dataclass(frozen=True)
 class Recognised:
-    """A file's kind, and the program family whose spelling it uses.
+    """A file's kind, and whose names its tensors have.
 
     kind: `native` ours; `singlora` one matrix per layer by another program; `tied lora` a LoRA whose pairs are
     SingLoRAs; `lora`; `unknown`. note: why unknown, else empty.
@@ -29,7 +32,7 @@ class Recognised:
 
 
 def recognise(path: str | Path) -> Recognised:
-    """Say what a file or run folder is.
+    """What a file or run folder is.
 
     Raises:
         UserError: not a sound safetensors file; NaN or infinity in the tensors of a LoRA.
@@ -56,7 +59,7 @@ def _form(index: Index) -> str:
 
 
 def _tied(index: Index) -> bool:
-    """Whether every pair of the file agrees with itself, up to a factor per column, on its first min(out, in) rows."""
+    """Whether every pair of the file is a SingLoRA's, or made of several, block by block, for a fused layer."""
     parts: dict[str, dict[str, str]] = {}
     for key in index.tensors:
         tagged = keys.tag(key)
@@ -70,12 +73,18 @@ def _tied(index: Index) -> bool:
             return False
     for part in parts.values():
         tensors = safetensors_io.read_tensors(index, [part["up"], part["down"]])
-        if (
-            signed_factors.of_tied_pair(tensors[part["up"]], tensors[part["down"]], signed_factors.tolerance(index))
-            is None
-        ):
-            return False
+        for up_, down_ in _blocks(tensors[part["up"]], tensors[part["down"]]):
+            if signed_factors.of_tied_pair(up_, down_, signed_factors.tolerance(index)) is None:
+                return False
     return True
+
+
+def _blocks(up: Tensor, down: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The columns of a pair by the block of rows that they begin in; each is as high as the layer has inputs."""
+    height = down.shape[1]
+    starts = (up != 0).int().argmax(dim=0) // height * height
+    for start in starts.unique().tolist():
+        yield up[start:, starts == start], down[starts == start]
 
 
 def _reason(index: Index, foreign: list[str]) -> str:
@@ -92,5 +101,5 @@ def _reason(index: Index, foreign: list[str]) -> str:
 
 
 def refuse(found: Recognised) -> UserError:
-    """The error for a file of no use here."""
+    """The error for a file that is not an adapter."""
     return UserError(f"{found.index.path}: is not an adapter this program reads: {found.note}")

@@ -1,4 +1,4 @@
-"""What an adapter file says about itself: JSON of `Header` under the key `singlora` of the file's metadata."""
+"""The header of an adapter file: JSON of `Header` under the key `singlora` of the file's metadata."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Side = Annotated[int, Interval(ge=1, lt=1 << 24)]
 
 @dataclass(frozen=True)
 class Header:
-    """What an adapter file says about itself."""
+    """What an adapter file says of its adapter."""
 
     config: AdapterConfig
     u: Annotated[float, Interval(ge=0, le=1)] = 1.0
@@ -44,7 +44,7 @@ class Header:
     base_hash: str = ""
     """The family's fingerprint of the base model."""
     prediction_type: str = ""
-    """What the base model's denoiser answers with, as its scheduler says: epsilon, v_prediction."""
+    """What the base model's denoiser predicts, as its scheduler says: epsilon, v_prediction."""
     instance_prompt: str = ""
     identifier: str = ""
     """The rare token, `sks`."""
@@ -79,7 +79,7 @@ class Header:
 
 
 ABOUT = frozenset(f.name for f in fields(Header)) - {"config", "u", "layers", "roles", "sha256", "version"}
-"""What the one who saves an adapter may say about it."""
+"""The fields that the caller of `native.save` may set."""
 
 
 def signed(header: Header, tensors: Mapping[str, Tensor]) -> Header:
@@ -89,7 +89,7 @@ def signed(header: Header, tensors: Mapping[str, Tensor]) -> Header:
 
 
 def written(header: Header) -> str:
-    """The header as it stands in a file."""
+    """The header as stored in a file."""
     return json.dumps(asdict(header), sort_keys=True)
 
 

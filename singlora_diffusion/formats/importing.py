@@ -1,4 +1,4 @@
-"""Adapters of other programs: their SingLoRAs become ours, their LoRAs can be generated with."""
+"""Adapters of other programs: SingLoRAs are converted to ours, LoRAs are attached for generation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..models.network import Networks, specs
 from ..terminal import escaped, note
 from . import diffusers_loader, file_kinds, keys, lora_pairs, native, safetensors_io, signed_factors
-from .file_kinds import recognise
+from .file_kinds import Recognised, recognise
 from .header import Header
 from .lora_pairs import Pair
 from .safetensors_io import Index
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Attached", "attach_files", "import_", "recognise"]
 
-NAME = "attached"  # the name in diffusers of what is generated with
+NAME = "attached"  # the adapter's name in diffusers
 
 
 class Attached(Protocol):
-    """Something in the networks that can be turned up and down, merged into the weights and taken out again."""
+    """An adapter in networks: its strength can be set, it can be merged into the weights and taken out again."""
 
     def set_scale(self, scale: float) -> None: ...
     def merge(self) -> None: ...
@@ -53,7 +53,7 @@ def import_(
         networks: by name, of the base it was trained on.
         alpha: None: of the file's metadata or an `adapter_config.json` beside it, else equal to the rank, with a note.
         ramp_steps: T of u = min(step / T, 1) where the file carries the step, else u = 1, with a note. PEFT-SingLoRA
-            ramps over 1000 steps whatever it was asked for. 0: u = 1.
+            ramps over 1000 steps whatever its setting says. 0: u = 1.
 
     Returns:
         The attached adapter and a header to `native.save` it with.
@@ -65,17 +65,12 @@ def import_(
     index = found.index
     if found.kind == file_kinds.NATIVE:
         raise UserError(f"{index.path}: is an adapter of singlora-diffusion already")
-    if found.kind == file_kinds.LORA:
-        raise UserError(
-            f"{index.path}: is an ordinary LoRA ({found.form}), not a SingLoRA: `generate` takes it as it is"
-        )
     if found.kind == file_kinds.UNKNOWN:
         raise file_kinds.refuse(found)
-    if found.kind == file_kinds.TIED and alpha is not None:
-        raise UserError(f"{index.path}: its pairs have their strength in them: leave out --alpha")
-    if found.kind == file_kinds.TIED:
-        layers = _untied(index, lora_pairs.of_file(index, networks))
-        step = 0
+    if found.kind in (file_kinds.TIED, file_kinds.LORA):  # fused pairs show what they are only when taken apart
+        layers, step = _untied(found, lora_pairs.of_file(index, networks)), 0
+        if alpha is not None:
+            raise UserError(f"{index.path}: its pairs have their strength in them: leave out --alpha")
     else:
         layers, step = _single(index, networks, alpha, ramp_steps)
     roles = {name: network.role for name, network in specs(networks).items()}
@@ -99,12 +94,20 @@ def import_(
     return native.attach(index.path, networks, header, state), header
 
 
-def _untied(index: Index, found: Mapping[str, Pair]) -> dict[str, SignedFactors]:
+def _untied(file: Recognised, pairs: Mapping[str, Pair]) -> dict[str, SignedFactors]:
+    """The SingLoRAs that the pairs of a file are.
+
+    Raises:
+        UserError: one is not.
+    """
     layers: dict[str, SignedFactors] = {}
-    for name, pair in found.items():
-        part = signed_factors.of_tied_pair(pair.up, pair.down, signed_factors.tolerance(index))
+    for name, pair in pairs.items():
+        tied = pair.magnitude is None and pair.up.ndim == 2
+        part = signed_factors.of_tied_pair(pair.up, pair.down, signed_factors.tolerance(file.index)) if tied else None
         if part is None:
-            raise UserError(f"{index.path}: {name} is not a SingLoRA")
+            raise UserError(
+                f"{file.index.path}: is an ordinary LoRA ({file.form}), not a SingLoRA: `generate` takes it as it is"
+            )
         layers[name] = part
     return layers
 
@@ -124,9 +127,14 @@ def _single(
         if tagged.part == "step":
             steps |= {float(value) for value in tensor.reshape(-1)[:1]}
             continue
-        name = spellings.get(tagged.layer)
-        if name is None or not isinstance(modules[name], nn.Linear):
+        pieces = spellings.get(tagged.layer, ())
+        if any(piece.rows for piece in pieces):  # such rows of A A^T are not of the form B B^T
+            raise UserError(
+                f"{path}: {escaped(tagged.layer)} is one matrix for several layers: it cannot be taken apart"
+            )
+        if not pieces or not isinstance(modules[pieces[0].name], nn.Linear):
             raise UserError(f"{path}: {escaped(tagged.layer)} is no linear layer of this model: made for another model")
+        name = pieces[0].name
         if tagged.part == "alpha":
             if tensor.numel() != 1:
                 raise UserError(f"{path}: {escaped(key)} is {tensor.numel()} numbers, want one")
@@ -192,8 +200,8 @@ def attach_files(paths: Sequence[str | Path], networks: Networks, scales: Sequen
     through diffusers as one LoRA whose pairs stand side by side.
 
     Raises:
-        UserError: a file is unreadable, of no use or for another model, or has no LoRA form to add up; the networks are
-            untouched then.
+        UserError: a file is unreadable, not an adapter or for another model, or has no LoRA form to add up; the
+            networks are untouched then.
     """
     scales = [1.0] * len(paths) if scales is None else list(scales)
     if not paths or len(scales) != len(paths):
@@ -231,6 +239,11 @@ class _Lora:
         layers = keys.modules(networks)
         adapted = {tagged.layer for key in tensors if (tagged := keys.tag(key)) is not None}
         self._networks = list(keys.by_network(list(adapted)))
+        beyond = set(self._networks) - diffusers_loader.loadable(networks)
+        if beyond:
+            raise UserError(
+                f"diffusers loads no LoRA into {', '.join(sorted(beyond))}: only our own adapter, alone, reaches it"
+            )
         self._weights: list[Any] = [layers[name].weight for name in adapted]
         self._originals: list[Tensor] | None = None  # of these weights, while merged
         self._pipeline = diffusers_loader.pipeline({name: network.module for name, network in specs(networks).items()})

@@ -48,11 +48,11 @@ class Report:
     note: str
     rows: list[Row]
     facts: dict[str, str] = field(default_factory=dict)
-    """Header or metadata, for people; values of several lines are indented below their names."""
+    """Header or metadata, as printed; values of several lines are indented below their names."""
 
     @property
     def warning(self) -> str:
-        """What to say where updates are absurdly large: a layer whose ||dW|| is more than its ||W0||.
+        """A warning if a layer's ||dW|| is larger than its ||W0||, else empty.
 
         Usual adapters stay at a few hundredths to a third of that.
         """
@@ -61,7 +61,7 @@ class Report:
             return ""
         return (
             f"{len(large)} of {len(self.rows)} layers change by more than the weight they have (‖dW‖ > ‖W0‖): the "
-            f"training diverged, or the file is for another model or another strength; images will hardly be any"
+            f"training diverged, or the file is for another model or another strength; expect broken images"
         )
 
 
@@ -109,7 +109,7 @@ def _native(index: Index, networks: Networks | None) -> tuple[list[Row], dict[st
                 updates[name] = _norms(change, bases[name].weight)
         finally:
             adapter.detach()
-    elif signed_factors.describe(config):
+    elif signed_factors.suffice(config):
         for name in header.layers:
             updates[name] = Pair(*signed_factors.of_layer(header, state, name).pair()).norm(), None
     rows = []

@@ -2,6 +2,8 @@
 
 What each tool reads was tried on diffusers 0.42 and read in the sources of ComfyUI, A1111 and kohya's sd-scripts:
     kohya       lora_unet_<path with _>.lora_down.weight / .lora_up.weight / .alpha, lora_te_text_model_<path with _>...
+                The path is that of the network which kohya's tools train: diffusers' UNet for Stable Diffusion 1 and 2,
+                the original implementation (`original_names`) for all others.
     peft        <ours>.lora_A.weight / .lora_B.weight, scale folded: PEFT takes alpha = rank for granted
     diffusers   unet.<path>.lora.down.weight, text_encoder.text_model.<path>.lora_linear_layer.down.weight, scale folded
 """
@@ -9,11 +11,13 @@ What each tool reads was tried on diffusers 0.42 and read in the sources of Comf
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from ..models.network import Networks, NetworkSpec, specs
+from . import original_names
+from .original_names import Place
 
 
 class Endings(NamedTuple):
@@ -58,9 +62,20 @@ PARTS = {
     ".alpha": "alpha",
     ".A": "one",
 }
-WRAPPERS = ("base_model.model.", "module.")
-ALSO_READ = {"lora_te": ("lora_te1",), "lora_te1": ("lora_te",)}
-"""Other prefixes that some programs write for a network of this one."""
+PEFT_WRAPPER = "base_model.model."
+"""What PEFT writes before each name; alpha and rank are in an adapter_config.json beside the file then."""
+WRAPPERS = (PEFT_WRAPPER, "module.")
+DENOISER_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_", "diffusion_model.", "model.diffusion_model.", "")
+"""What programs write before a path in the denoiser, besides its name: kohya's, OneTrainer's, LyCORIS', ComfyUI's and
+ai-toolkit's, or nothing."""
+TEXT_PREFIXES = {
+    "lora_te": ("lora_te1_",),
+    "lora_te1": ("lora_te_", "text_encoders.clip_l.transformer."),
+    "lora_te2": ("text_encoders.clip_g.transformer.",),
+    "lora_te3": ("lora_te2_", "text_encoders.t5xxl.transformer."),
+}
+"""By kohya's prefix of a text encoder, what some programs write before its paths: ComfyUI its own names, OneTrainer
+`lora_te2_` for FLUX.1's T5."""
 OLD_PROJECTIONS = {"to_q", "to_k", "to_v", "to_out"}  # diffusers before 0.22 kept them in attention processors
 
 
@@ -82,41 +97,84 @@ def tag(key: str) -> Tagged | None:
     return None
 
 
-def kohya(network: NetworkSpec, name: str) -> str:
-    """`unet.a.b` -> `lora_unet_a_b`; `text_encoder.text_model.a` -> `lora_te_text_model_a`."""
-    return _kohya(network.prefix("kohya"), name)
+class Piece(NamedTuple):
+    """One of our layers that a layer of a file is about; `rows` of it, in the order ours has them, empty: all."""
+
+    name: str
+    rows: tuple[range, ...] = ()
 
 
-def _kohya(prefix: str, name: str) -> str:
-    return f"{prefix}_{name.partition('.')[2].replace('.', '_')}"
+def kohya(network: NetworkSpec) -> dict[str, Place]:
+    """Where each layer that can be adapted is in a file of kohya's form, by our name: the key without its ending."""
+    original = original_names.of(network.module) if _trained_as_original(network.module) else {}
+    found: dict[str, Place] = {}
+    for path, layer in network.module.named_modules():
+        if hasattr(layer, "weight"):
+            place = original.get(path, Place(network.file_path(path)))
+            found[network.layer(path)] = place._replace(layer=_joined(f"{network.prefix('kohya')}_", place.layer))
+    return found
 
 
-def spellings(networks: Networks) -> dict[str, str]:
-    """Our name of each linear or convolutional layer of the networks by every spelling that files use for it."""
-    found: dict[str, str] = {}
-    for network, path, name, _ in _layers(networks):
-        own = network.prefix("kohya")
-        also = [path] if network.role == "denoiser" else [f"{network.name}.{path}"]  # without `text_model.`
-        for spelling in (name, f"{network.name}.{path}"):
-            also += [spelling, *(_kohya(prefix, spelling) for prefix in (own, *ALSO_READ.get(own, ())))]
+def _trained_as_original(module: nn.Module) -> bool:
+    """Whether kohya's tools train the original implementation; of UNets that is Stable Diffusion XL's alone."""
+    config: Any = getattr(module, "config", None)
+    return getattr(config, "addition_embed_type", "text_time") == "text_time"
+
+
+def _joined(prefix: str, path: str) -> str:
+    """A layer's name after a prefix, which says by its last character whether names are joined by `_` or by `.`."""
+    return prefix + (path.replace(".", "_") if prefix.endswith("_") else path)
+
+
+def spellings(networks: Networks) -> dict[str, tuple[Piece, ...]]:
+    """Our layers, linear and convolutional, by every spelling that files use for them or for a layer made of them."""
+    found: dict[str, tuple[Piece, ...]] = {}
+    for network in specs(networks).values():
+        found |= _denoiser(network) if network.role == "denoiser" else _text_encoder(network)
+    return found
+
+
+def _denoiser(network: NetworkSpec) -> dict[str, tuple[Piece, ...]]:
+    pieces: dict[str, list[Piece]] = {}
+    layers = dict(_layers(network))
+    for path, place in original_names.of(network.module).items():
+        if path in layers:
+            pieces.setdefault(place.layer, []).append(Piece(layers[path], place.rows))
+    for path, name in layers.items():
+        pieces[path] = [Piece(name)]
         head, _, last = path.removesuffix(".0").rpartition(".")
-        if network.role == "denoiser" and last in OLD_PROJECTIONS:
-            also.append(f"{network.name}.{head}.processor.{last}")
-        if network.role == "text" and last.endswith("_proj"):
-            also.append(f"{name.rpartition('.')[0]}.to_{last.removesuffix('_proj')}")
-        found |= dict.fromkeys(also, name)
+        if last in OLD_PROJECTIONS:
+            pieces[f"{head}.processor.{last}"] = [Piece(name)]
+    prefixes = (f"{network.name}.", *DENOISER_PREFIXES)
+    return {_joined(prefix, path): tuple(those) for path, those in pieces.items() for prefix in prefixes}
+
+
+def _text_encoder(network: NetworkSpec) -> dict[str, tuple[Piece, ...]]:
+    kohya_ = network.prefix("kohya")
+    prefixes = (f"{network.name}.", f"{kohya_}_", *TEXT_PREFIXES.get(kohya_, ()))
+    found: dict[str, tuple[Piece, ...]] = {}
+    for path, name in _layers(network):
+        spelled = {name.partition(".")[2], path}  # transformers 5 has no `text_model.` where files do
+        head, _, last = name.partition(".")[2].rpartition(".")
+        if last.endswith("_proj"):
+            spelled.add(f"{head}.to_{last.removesuffix('_proj')}")
+        found |= {_joined(prefix, one): (Piece(name),) for prefix in prefixes for one in spelled}
     return found
 
 
 def modules(networks: Networks) -> dict[str, nn.Module]:
     """The linear and convolutional layers of the networks by our name."""
-    return {name: layer for _, _, name, layer in _layers(networks)}
-
-
-def _layers(networks: Networks) -> list[tuple[NetworkSpec, str, str, nn.Module]]:
-    return [
-        (network, path, network.layer(path), layer)
+    return {
+        name: network.module.get_submodule(path)
         for network in specs(networks).values()
+        for path, name in _layers(network)
+    }
+
+
+def _layers(network: NetworkSpec) -> list[tuple[str, str]]:
+    """Path inside the network and our name of each linear or convolutional layer."""
+    return [
+        (path, network.layer(path))
         for path, layer in network.module.named_modules()
         if isinstance(layer, nn.Linear | nn.Conv2d)
     ]

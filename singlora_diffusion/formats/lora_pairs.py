@@ -38,6 +38,14 @@ class Pair:
         """up @ down, (out, in) float64; of a convolution (out, in * height * width)."""
         return self.up.flatten(1).double() @ self.down.flatten(1).double()
 
+    def rows(self, rows: Sequence[range]) -> Pair | None:
+        """Of these rows of the update, in this order, without the columns that are zero there; None if all are."""
+        up = torch.cat([self.up[one.start : one.stop] for one in rows])
+        if self.magnitude is not None:
+            return Pair(up, self.down, torch.cat([self.magnitude[one.start : one.stop] for one in rows]))
+        used = up.any(dim=0)
+        return Pair(up[:, used], self.down[used]) if bool(used.any()) else None
+
     def balanced(self) -> Pair:
         """The same product from factors of about the same size: powers of two go from one to the other, column by
         column, so that small ones do not fall below what half precision can tell from zero."""
@@ -67,6 +75,22 @@ class Pair:
         return Pair(up, product.reshape(len(product), *self.down.shape[1:]), self.magnitude)
 
 
+def fused(parts: Sequence[tuple[Sequence[range], Pair]], outputs: int) -> Pair:
+    """The pair of a layer of so many outputs, of which each part is about the rows that it names: block by block.
+
+    Without magnitudes. The rank is the sum of the parts' ranks.
+    """
+    rank = sum(pair.rank for _, pair in parts)
+    up, column = torch.zeros(outputs, rank), 0
+    for rows, pair in parts:
+        start = 0
+        for one in rows:
+            up[one.start : one.stop, column : column + pair.rank] = pair.up[start : start + len(one)]
+            start += len(one)
+        column += pair.rank
+    return Pair(up, torch.cat([pair.down for _, pair in parts]))
+
+
 def of_adapter(adapter: Adapter) -> Iterator[tuple[str, Pair]]:
     """The layers of an adapter as (name, pair), at its present scale (those with magnitudes: as trained).
 
@@ -82,10 +106,14 @@ def of_adapter(adapter: Adapter) -> Iterator[tuple[str, Pair]]:
 
 
 def of_file(index: Index, networks: Networks) -> dict[str, Pair]:
-    """The layers of an ordinary LoRA file, kohya's, diffusers' or PEFT's, by our names; fitted to `networks`.
+    """The layers of an ordinary LoRA file, in any form that `keys` knows, by our names; fitted to `networks`.
+
+    A pair for a fused layer becomes one for each of the layers it is made of. Columns that do nothing there are left
+    out, so that a fused pair made of the parts' own pairs gives these back.
 
     Raises:
-        UserError: a tensor that is not part of a LoRA or has no place in these networks, half a pair, a wrong shape.
+        UserError: a tensor that is not part of a LoRA or has no place in these networks, half a pair, a wrong shape, a
+            layer that occurs twice.
     """
     path = index.path
     spellings, modules = keys.spellings(networks), keys.modules(networks)
@@ -100,60 +128,92 @@ def of_file(index: Index, networks: Networks) -> dict[str, Pair]:
             raise UserError(
                 f"{path}: {escaped(key)} is a magnitude in a form that diffusers drops: it cannot be used here"
             )
-        parts.setdefault(spellings[tagged.layer], {})[tagged.part] = tensor.float()
+        parts.setdefault(tagged.layer, {})[tagged.part] = tensor.float()
     folded = _peft_scales(index)
     found: dict[str, Pair] = {}
-    for name, part in parts.items():
+    for layer, part in parts.items():
+        pieces = spellings[layer]
+        where = f"{path}: {pieces[0].name if len(pieces) == 1 else escaped(layer)}"
         if not {"up", "down"} <= set(part):
-            raise UserError(f"{path}: {name} has half of its pair only")
-        up, down = part["up"], part["down"]
-        _fits(f"{path}: {name}", up, down, part.get("magnitude"), modules[name])
-        scale = folded.get(name.partition(".")[0], 1.0)
+            raise UserError(f"{where} has half of its pair only")
+        up, down, magnitude = part["up"], part["down"], part.get("magnitude")
+        _fits(where, up, down, magnitude, [modules[piece.name] for piece in pieces])
+        scale = folded.get(pieces[0].name.partition(".")[0], folded.get("", 1.0))
         if "alpha" in part:
             if part["alpha"].numel() != 1:
-                raise UserError(f"{path}: {name} has {part['alpha'].numel()} alphas, want one")
+                raise UserError(f"{where} has {part['alpha'].numel()} alphas, want one")
             scale = float(part["alpha"].reshape(())) / len(down)
-        found[name] = Pair(up * scale, down, part.get("magnitude"))
+        whole = Pair(up * scale, down, magnitude)
+        for piece in pieces:
+            pair = whole.rows(piece.rows) if piece.rows else whole
+            if piece.name in found:
+                raise UserError(f"{path}: {piece.name} occurs twice, under names of different programs")
+            if pair is not None:
+                found[piece.name] = pair
     if not found:
         raise UserError(f"{path}: holds no layers")
     return found
 
 
 def _peft_scales(index: Index) -> dict[str, float]:
-    """alpha / rank by network, where diffusers' metadata gives them."""
-    text = index.metadata.get("lora_adapter_metadata")
-    if text is None:
-        return {}
+    """alpha / rank by network from diffusers' metadata; of all, under "", from what lies beside a file of PEFT's own.
+
+    Raises:
+        UserError: they cannot be used.
+    """
+    where = "lora_adapter_metadata"
     try:
-        facts = safetensors_io.parse_json(text)
+        if where in index.metadata:
+            facts = safetensors_io.parse_json(index.metadata[where])
+        elif any(key.startswith(keys.PEFT_WRAPPER) for key in index.tensors):
+            where = "adapter_config.json"
+            beside = index.path.with_name(where)
+            if not beside.is_file() or beside.stat().st_size >= 1 << 20:
+                return {}
+            facts = {f".{key}": value for key, value in safetensors_io.parse_json(beside.read_bytes()).items()}
+        else:
+            return {}
         networks = {key.partition(".")[0] for key in facts if key.endswith(".r")}
         if any(facts.get(f"{n}.{k}") for n in networks for k in ("alpha_pattern", "rank_pattern", "use_rslora")):
             raise ValueError("ranks or alphas that differ from layer to layer are not read")
         return {n: float(facts[f"{n}.lora_alpha"]) / int(facts[f"{n}.r"]) for n in networks}
-    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, RecursionError, OverflowError) as error:
-        raise UserError(f"{index.path}: its lora_adapter_metadata cannot be used: {escaped(error)}") from error
+    except (OSError, ArithmeticError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(f"{index.path}: its {where} cannot be used: {escaped(error)}") from error
 
 
-def _fits(where: str, up: Tensor, down: Tensor, magnitude: Tensor | None, layer: nn.Module) -> None:
-    weight: Any = layer.weight
+def _fits(where: str, up: Tensor, down: Tensor, magnitude: Tensor | None, layers: Sequence[nn.Module]) -> None:
+    """Raise unless a pair makes an update of a layer, or of several as one: their outputs one below the other."""
+    weights: list[Any] = [layer.weight for layer in layers]
+    shape = (sum(weight.shape[0] for weight in weights), *weights[0].shape[1:])
     rank = len(down) if down.ndim else 0
-    wide = (1, 1) if weight.ndim == 4 else ()
-    wanted = (weight.shape[0], rank, *wide), (rank, *weight.shape[1:])
+    wide = (1, 1) if len(shape) == 4 else ()
+    wanted = (shape[0], rank, *wide), (rank, *shape[1:])
     if rank < 1 or (up.shape, down.shape) != wanted:
         raise UserError(
-            f"{where}: shapes {tuple(up.shape)} and {tuple(down.shape)} do not make an update of a weight "
-            f"{tuple(weight.shape)}: made for another model?"
+            f"{where}: shapes {tuple(up.shape)} and {tuple(down.shape)} do not make an update of a weight {shape}: "
+            f"made for another model?"
         )
-    if magnitude is not None and magnitude.shape != weight.shape[:1]:
-        raise UserError(f"{where}: its magnitude has shape {tuple(magnitude.shape)}, want {tuple(weight.shape[:1])}")
+    if magnitude is not None and magnitude.shape != shape[:1]:
+        raise UserError(f"{where}: its magnitude has shape {tuple(magnitude.shape)}, want {shape[:1]}")
+
+
+MADE_FOR = {
+    "Stable Diffusion 3": ("joint_blocks",),
+    "FLUX.1": ("double_blocks", "single_blocks", "single_transformer_blocks"),
+    "a transformer, not for a UNet": (
+        "transformer.transformer_blocks",
+        "lora_transformer_",
+        "model.transformer_blocks",
+    ),
+    "Stable Diffusion XL": ("text_encoder_2.", "lora_te2_", "add_embedding", "label_emb"),
+}
+"""Parts of names that tell the model of a file; the first that occurs counts."""
 
 
 def _hint(index: Index) -> str:
-    if any("text_encoder_2." in key or "lora_te2_" in key or "add_embedding" in key for key in index.tensors):
-        return ": it was made for Stable Diffusion XL"
-    if any("transformer_blocks" in key and not key.startswith(("unet", "lora_unet")) for key in index.tensors):
-        return ": it was made for a transformer, not for a UNet"
-    return ": it was made for another model"
+    names = "\n".join(index.tensors)
+    models = (model for model, marks in MADE_FOR.items() if any(mark in names for mark in marks))
+    return f": it was made for {next(models, 'another model')}"
 
 
 def total(parts: Sequence[tuple[Mapping[str, Pair], float]]) -> dict[str, Pair]:

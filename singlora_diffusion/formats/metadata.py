@@ -1,4 +1,4 @@
-"""What an exported file says about itself: the names that kohya's sd-scripts write and other programs show.
+"""The metadata of an exported file, under the names that kohya's sd-scripts write and other programs show.
 
 `ss_*` are kohya's, `modelspec.*` those of Stability's model metadata standard 1.0.1. All values are texts.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,26 +24,69 @@ if TYPE_CHECKING:
 
 
 class Base(NamedTuple):
-    """How other programs call a base model: `ss_base_model_version` and `modelspec.architecture`."""
+    """How other programs call a base model."""
 
     version: str
+    """`ss_base_model_version`."""
     architecture: str
+    """`modelspec.architecture`, without what follows for a LoRA."""
     v2: bool = False
+    side: int = 1024
+    """The resolution where the header names none."""
+    module: str = "networks.lora"
+    """What trains it in kohya's sd-scripts."""
+    implementation: str = "diffusers"
+    """Whose names of layers kohya's form has."""
 
 
-SDXL = Base("sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora")
-FAMILIES = {
-    "stable_diffusion_xl": SDXL,
-    "stable_diffusion_3": Base("sd3", "stable-diffusion-3/lora"),
-    "flux": Base("flux1", "flux-1-dev/lora"),
+def _sdxl(config: Any) -> Base:
+    implementation = "https://github.com/Stability-AI/generative-models"
+    return Base("sdxl_base_v1-0", "stable-diffusion-xl-v1-base", implementation=implementation)
+
+
+def _stable_diffusion_3(config: Any) -> Base:
+    """3 medium normalises no queries and keys; 3.5 large has no block with a second attention."""
+    architecture = "stable-diffusion-3"
+    if config is not None:
+        newer = "stable-diffusion-3.5-medium" if config.dual_attention_layers else "stable-diffusion-3.5-large"
+        architecture = newer if config.qk_norm else "stable-diffusion-3-medium"
+    return Base("sd3", architecture, module="networks.lora_sd3")
+
+
+def _flux(config: Any) -> Base:
+    """dev is told the guidance that it was distilled with, schnell is not."""
+    variant = "" if config is None else "-dev" if config.guidance_embeds else "-schnell"
+    implementation = "https://github.com/black-forest-labs/flux"
+    return Base("flux1", f"flux-1{variant}", module="networks.lora_flux", implementation=implementation)
+
+
+def _flux_2(config: Any) -> Base:
+    """klein 4B has 24 heads, 9B 32."""
+    variant = "" if config is None else "-klein-4b" if config.num_attention_heads == 24 else "-klein-9b"
+    return Base("flux2", f"flux-2{variant}")
+
+
+FAMILIES: Mapping[str, Callable[[Any], Base]] = {
+    "stable_diffusion_xl": _sdxl,
+    "stable_diffusion_3": _stable_diffusion_3,
+    "flux": _flux,
+    "flux_2": _flux_2,
 }
+"""By family, of the denoiser's config; None: an adapter of text encoders alone does not come with it."""
+CLASSES = {
+    "SD3Transformer2DModel": "stable_diffusion_3",
+    "FluxTransformer2DModel": "flux",
+    "Flux2Transformer2DModel": "flux_2",
+}
+"""The family by the denoiser's class, where the header names none."""
 WIDTHS = {
-    768: Base("sd_v1", "stable-diffusion-v1/lora"),
-    1024: Base("sd_v2", "stable-diffusion-v2-512/lora", v2=True),
-    2048: SDXL,
+    768: Base("sd_v1", "stable-diffusion-v1", side=512),
+    1024: Base("sd_v2", "stable-diffusion-v2-512", v2=True, side=512),
+    2048: _sdxl(None),
 }
-"""By the width of the text that a UNet attends to, where no family is named."""
-OTHER = Base("", "stable-diffusion-v1/lora")
+"""By the width of the text that a UNet attends to: Stable Diffusion 1 and 2, and wherever no family is named."""
+V2_768 = Base("sd_v2", "stable-diffusion-v2-768-v", v2=True, side=768)
+OTHER = Base("", "stable-diffusion-v1", side=512)
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
 SETTINGS = {
     "ss_seed": "seed",
@@ -64,17 +107,18 @@ SETTINGS = {
 """Kohya's names of what a recipe holds."""
 
 
-def of(path: Path, header: Header, adapter: Adapter, pairs: Mapping[str, Pair]) -> dict[str, str]:
-    """The metadata of the file `path`; a function of the adapter, its header and the file's name.
+def of(path: Path, header: Header, adapter: Adapter, pairs: Mapping[str, Pair], form: str = "kohya") -> dict[str, str]:
+    """The metadata of the file `path`; a function of the adapter, its header, the form and the file's name.
 
     A1111 knows a file by `ss_output_name`, so that is the file's own name.
     """
     base = _base(header, adapter)
-    side, trigger = header.resolution or 512, header.trigger()
+    side, trigger = header.resolution or base.side, header.trigger()
+    alphas = {network: _alpha(header, adapter, network, form) for network in keys.by_network(pairs)}
     facts = {
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": base.architecture,
-        "modelspec.implementation": "diffusers",
+        "modelspec.architecture": f"{base.architecture}/lora",
+        "modelspec.implementation": base.implementation if form == "kohya" else "diffusers",
         "modelspec.implementation_version": f"singlora-diffusion/{__version__}",
         "modelspec.title": path.stem,
         "modelspec.resolution": f"{side}x{side}",
@@ -86,10 +130,10 @@ def of(path: Path, header: Header, adapter: Adapter, pairs: Mapping[str, Pair]) 
         "ss_base_model_version": base.version,
         "ss_sd_model_name": Path(header.base_model).name or header.base_model,
         "ss_sd_model_hash": header.base_hash,
-        "ss_network_module": "networks.lora",
+        "ss_network_module": base.module,
         "ss_network_dim": _common(pair.rank for pair in pairs.values()),
         "ss_network_alpha": _common(
-            _alpha(header, adapter, network) * pairs[names[0]].rank for network, names in keys.by_network(pairs).items()
+            alphas[network] * pairs[names[0]].rank for network, names in keys.by_network(pairs).items()
         ),
         "ss_network_args": json.dumps({"trained_as": header.config.method}),
         "ss_resolution": f"({side}, {side})",
@@ -127,19 +171,25 @@ def _training(header: Header, side: int) -> dict[str, str]:
 
 
 def _base(header: Header, adapter: Adapter) -> Base:
-    if header.family in FAMILIES:
-        return FAMILIES[header.family]
+    denoiser = next((one.module for one in adapter.networks.values() if one.role == "denoiser"), None)
+    family = header.family if header.family in FAMILIES else CLASSES.get(type(denoiser).__name__)
+    if family is not None:
+        return FAMILIES[family](getattr(denoiser, "config", None))
     for network in adapter.networks.values():
         config: Any = getattr(network.module, "config", None)
         name = "cross_attention_dim" if network.role == "denoiser" else "hidden_size"
         found = WIDTHS.get(getattr(config, name, 0))
         if found is not None:
-            return SDXL if network.prefix("kohya").startswith(("lora_te1", "lora_te2")) else found
+            if network.prefix("kohya").startswith(("lora_te1", "lora_te2")):
+                return _sdxl(None)
+            return V2_768 if found.v2 and header.prediction_type == "v_prediction" else found
     return OTHER
 
 
-def _alpha(header: Header, adapter: Adapter, network: str) -> float:
-    """alpha / rank with the ramp, as files of kohya's form store it for each layer, over their rank."""
+def _alpha(header: Header, adapter: Adapter, network: str, form: str) -> float:
+    """alpha / rank as the file has it: with the ramp in kohya's form, 1 where the factors have all of it in them."""
+    if form != "kohya":
+        return 1.0
     rank, alpha, _ = header.config.for_role(adapter.networks[network].role)
     return alpha / rank * adapter.u or 1.0
 

@@ -1,4 +1,4 @@
-"""The adapter file: one safetensors file with the trained tensors under outside names, and a header that rebuilds them.
+"""The adapter file: one safetensors file with the trained tensors, and a header from which the adapter is rebuilt.
 
 Metadata: {"format": "pt", "singlora": JSON of `Header`}. `u`, the ramp's value at saving time, is part of the adapter.
 """
@@ -157,7 +157,11 @@ def attach(path: Path, networks: Networks, header: Header, state: Mapping[str, T
     """`load` for tensors that are already read."""
     missing = {name.partition(".")[0] for name in header.layers} - set(networks)
     if missing:
-        raise UserError(f"{path}: adapts {escaped(', '.join(sorted(missing)))}, which this model does not have")
+        family = f" ({escaped(header.family)})" if header.family else ""
+        raise UserError(
+            f"{path}: adapts {escaped(', '.join(sorted(missing)))}, which this model does not have: it was made for "
+            f"{escaped(header.base_model or 'another model')}{family}, and this model has {', '.join(networks)}"
+        )
     made_for = f" (it was made for {escaped(header.base_model)})" if header.base_model else ""
     adapter: Adapter | None = None
     try:

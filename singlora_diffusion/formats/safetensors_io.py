@@ -155,7 +155,7 @@ def read_tensors(index: Index, names: Iterable[str] | None = None) -> dict[str, 
             tensor: Tensor = file.get_tensor(name)
             if not bool(torch.isfinite(tensor).all()):
                 raise UserError(f"{index.path}: tensor {escaped(name)} holds NaN or infinity: damaged, or diverged")
-            found[name] = tensor.clone()  # the library's still hangs on the file
+            found[name] = tensor.clone()  # the library's own tensor keeps the file mapped
     return found
 
 

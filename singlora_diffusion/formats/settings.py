@@ -21,9 +21,11 @@ class ExportSettings:
     """A run folder or an adapter file."""
     output: str | None = None
     """The file to write, `.safetensors`."""
-    format: Format = "kohya"
-    """kohya: ComfyUI, A1111, Forge, InvokeAI and diffusers. diffusers, peft: diffusers alone, which keeps DoRA's
-    magnitudes in these forms."""
+    format: Format | None = None
+    """kohya: SD 1, 2, XL in ComfyUI, A1111, Forge, SD.Next, InvokeAI, diffusers; FLUX.1 in these but A1111.
+    peft: SD 3 and FLUX.1 in ComfyUI and diffusers, FLUX.1 also in Forge and InvokeAI; SD 1, 2, XL in diffusers.
+    diffusers: SD 1, 2, XL in old versions of diffusers.
+    None: kohya for SD 1, 2, XL; peft for SD 3 and FLUX.1, where kohya's file is 2 to 5 times as large."""
     dtype: Precision = "float32"
     """Precision of the stored numbers. fp16 halves the file and rounds the adapter."""
     merge_into: str | None = None

@@ -1,8 +1,7 @@
 """A SingLoRA as columns with signs: dW = sum_j s_j c_j[:out] c_j[:in]^T, with scale and u inside the columns.
 
-In this form every variant is one thing (`positive`: all s = +1; `balanced`: +1, -1, ...; `offset`: A with +, A0 with
--), adding adapters is putting columns side by side, and a LoRA pair can be asked whether its factors are tied, that is
-whether it is a SingLoRA.
+All variants have this form (`positive`: all s = +1; `balanced`: +1, -1, ...; `offset`: A with +, A0 with -). Adapters
+are added by putting their columns side by side. A LoRA pair whose factors are tied in this way is a SingLoRA.
 """
 
 from __future__ import annotations
@@ -44,8 +43,8 @@ class SignedFactors:
         return SignedFactors(self.values * math.sqrt(abs(factor)), self.signs * math.copysign(1.0, factor), self.shape)
 
 
-def describe(config: AdapterConfig) -> bool:
-    """Whether signed factors are all there is to an adapter."""
+def suffice(config: AdapterConfig) -> bool:
+    """Whether an adapter is fully described by signed factors."""
     return config.method == "singlora" and not config.dora
 
 

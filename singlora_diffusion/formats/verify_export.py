@@ -1,10 +1,13 @@
-"""Verifies an exported file by loading it as its readers do: through diffusers, into clean copies of the networks."""
+"""Verifies an exported file by loading it as its readers do: through diffusers, into clean copies of the networks.
+
+diffusers loads no LoRA into T5; such layers are read back by `lora_pairs.of_file` instead.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +17,11 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..models.network import NetworkSpec
+from ..models.quantized import dequantized
 from ..terminal import escaped
 from . import diffusers_loader, lora_pairs
 from .lora_pairs import Pair
+from .safetensors_io import read_index
 
 if TYPE_CHECKING:
     from ..adapters.registry import Adapter
@@ -53,43 +58,58 @@ class Difference:
     does to it here."""
 
 
-def verify(path: Path, adapter: Adapter, stored: torch.dtype) -> Difference:
+def verify(path: Path, adapter: Adapter, stored: torch.dtype, whole: bool = True) -> Difference:
     """Load `path` into copies of the adapter's networks through diffusers and compare.
 
     Args:
         stored: the precision of the file, which says how large a difference may be.
+        whole: compare the networks' outputs too, not the layers alone.
 
     Raises:
         UserError: diffusers does not load the file, or it is further from the adapter than the precision explains.
     """
-    twins = {name: twin(network.module, name, adapter) for name, network in adapter.networks.items()}
-    load(path, twins)
+    networks = diffusers_loader.loadable(adapter.networks)
+    twins = {name: twin(adapter.networks[name].module, name, adapter) for name in adapter.networks if name in networks}
+    if twins:
+        load(path, twins)
+    others: dict[str, Pair] = {}
+    if len(twins) < len(adapter.networks):
+        clean = {name: replace(one, module=_without_weights(one.module)) for name, one in adapter.networks.items()}
+        others = lora_pairs.of_file(read_index(path), clean)
     places = {name: (network, inside) for network in twins for name, inside in paths(adapter, network).items()}
     bases, pairs = adapter.layers(), dict(lora_pairs.of_adapter(adapter))
     worst = worst_update = 0.0
     for name, update in adapter.delta_weights():
-        network, inside = places[name]
-        layer = twins[network].get_submodule(inside)
-        if not hasattr(layer, "base_layer"):
-            raise UserError(f"not written: diffusers leaves {name} without an adapter")
-        difference, of_update = _layer_difference(layer, bases[name], update, pairs[name])
+        if name in places:
+            network, inside = places[name]
+            layer = twins[network].get_submodule(inside)
+            if not hasattr(layer, "base_layer"):
+                raise UserError(f"not written: diffusers leaves {name} without an adapter")
+            difference, of_update = _layer_difference(layer, bases[name], update, pairs[name])
+        else:
+            difference = of_update = _pair_difference(others.get(name), pairs[name])
         worst, worst_update = max(worst, difference), max(worst_update, of_update)
         if not difference <= STORED[stored]:  # also catches NaN
             raise UserError(
-                f"not written: {name}, loaded through diffusers, differs by {difference:.1e} of its effect from the "
-                f"adapter, more than {stored} explains" + ("" if stored == torch.float32 else ": use --dtype float32")
+                f"not written: {name}, {'loaded through diffusers' if name in places else 'read back'}, differs by "
+                f"{difference:.1e} of its effect from the adapter, more than {stored} explains"
+                + ("" if stored == torch.float32 else ": use --dtype float32")
             )
+    found = {name for name, pair in others.items() if bool(pair.up.any())}
+    for name in sorted(found - set(pairs)):
+        raise UserError(f"not written: it changes {name} too")
     for network, loaded in twins.items():
         wanted = {inside for other, inside in places.values() if other == network}
         for inside, layer in loaded.named_modules():
             if hasattr(layer, "base_layer") and inside not in wanted and _changes(layer):
                 raise UserError(f"not written: loaded through diffusers, it changes {network}.{inside} too")
-    outputs = [compare_outputs(network, twins[name], worst) for name, network in adapter.networks.items()]
-    return Difference(len(places), worst, worst_update, *(max(values) for values in zip(*outputs, strict=True)))
+    compared = twins if whole else {}
+    outputs = [compare_outputs(adapter.networks[name], compared[name], worst) for name in compared] or [(0.0, 0.0)]
+    return Difference(len(bases), worst, worst_update, *(max(values) for values in zip(*outputs, strict=True)))
 
 
 def _changes(layer: Any) -> bool:
-    """Whether an adapted linear layer answers otherwise than its base, which a pair of zeros does not."""
+    """Whether an adapted linear layer computes something else than its base, which a pair of zeros does not."""
     x = torch.randn(8, layer.in_features, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         return not torch.equal(layer(x), layer.base_layer(x))
@@ -180,14 +200,11 @@ def twin(network: nn.Module, name: str, adapter: Adapter) -> nn.Module:
     Nothing is copied where they are that already. In half precision diffusers would round the file as it loads it, and
     not every accelerator knows float64.
     """
-    config: Any = network.config
-    with torch.device("meta"):
-        kind: Any = type(network)
-        clean: nn.Module = kind.from_config(config) if isinstance(network, ConfigMixin) else kind(config)
+    clean = _without_weights(network)
     state, bases = dict(network.state_dict()), adapter.layers()
     for outside, path in paths(adapter, name).items():
         base = bases[outside]
-        state[f"{path}.weight"] = base.weight.detach()
+        state[f"{path}.weight"] = dequantized(base).detach()
         if base.bias is not None:
             state[f"{path}.bias"] = base.bias.detach()
     clean.load_state_dict({key: _single(state[key]) for key in clean.state_dict()}, assign=True)
@@ -196,6 +213,15 @@ def twin(network: nn.Module, name: str, adapter: Adapter) -> nn.Module:
         if key in dict(clean.named_buffers()) and clean.get_buffer(key).is_meta:
             clean.get_submodule(owner)._buffers[last] = buffer.cpu()
     return clean.train(network.training).requires_grad_(False)
+
+
+def _without_weights(network: nn.Module) -> nn.Module:
+    """A new module of a network's class and configuration, on the meta device."""
+    config: Any = network.config
+    kind: Any = type(network)
+    with torch.device("meta"):
+        clean: nn.Module = kind.from_config(config) if isinstance(network, ConfigMixin) else kind(config)
+    return clean
 
 
 def _single(value: Any) -> Any:
@@ -233,7 +259,7 @@ def load(path: Path, networks: Mapping[str, nn.Module]) -> None:
 
 def _layer_difference(layer: nn.Module, base: nn.Linear, update: Tensor, pair: Pair) -> tuple[float, float]:
     """Relative differences on random inputs: of `Difference.layer_difference` and of `update_difference`."""
-    weight, bias, up, down = (_exact(tensor) for tensor in (base.weight, base.bias, pair.up, pair.down))
+    weight, bias, up, down = (_exact(tensor) for tensor in (dequantized(base), base.bias, pair.up, pair.down))
     x = torch.randn(8, base.in_features, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     with torch.no_grad(), in_float64(layer):
         got = layer(x) - bias
@@ -246,6 +272,13 @@ def _layer_difference(layer: nn.Module, base: nn.Linear, update: Tensor, pair: P
             size = (before + change).norm()
         error = (got - before - change).norm()
     return _ratio(error, size.max()), _ratio(error, change.norm())
+
+
+def _pair_difference(read: Pair | None, pair: Pair) -> float:
+    """||read - pair|| / ||pair|| of the updates; 1 where nothing was read."""
+    want = pair.product()
+    error = want if read is None else read.product() - want
+    return _ratio(error.norm(), want.norm())
 
 
 def _ratio(error: Tensor, size: Tensor) -> float:

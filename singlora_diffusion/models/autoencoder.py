@@ -27,12 +27,18 @@ def encode(vae: Any, pixels: Tensor) -> Latents:
 
 @torch.no_grad()
 def decode(vae: Any, latents: Tensor) -> list[Image.Image]:
-    """Latents (N, C, h, w) in the denoiser's scale to images.
+    """Latents (N, C, h, w) in the denoiser's scale to images."""
+    shift, scale = _scale(vae)
+    return to_images(vae, latents.float() / scale + shift)
+
+
+@torch.no_grad()
+def to_images(vae: Any, latents: Tensor) -> list[Image.Image]:
+    """Latents (N, C, h, w) in the autoencoder's own scale to images.
 
     One at a time and in float32: full-size images do not fit otherwise, and half precision shows in flat areas.
     """
-    shift, scale = _scale(vae)
-    decoded = torch.cat([vae.decode(one[None].float() / scale + shift).sample for one in latents])
+    decoded = torch.cat([vae.decode(one[None].float()).sample for one in latents])
     pixels = decoded.clamp(-1, 1).add(1).mul(127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(np.ascontiguousarray(one)) for one in pixels]
 

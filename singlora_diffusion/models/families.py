@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..terminal import escaped
-from . import hub, parts
+from . import hub, parts, quantized
 from .family import Family
 
 if TYPE_CHECKING:
@@ -21,30 +21,36 @@ FAMILIES = {
     "StableDiffusionXLImg2ImgPipeline": "stable_diffusion_xl",  # what the refiner names itself
     "StableDiffusion3Pipeline": "stable_diffusion_3",
     "FluxPipeline": "flux",
+    "Flux2KleinPipeline": "flux_2",
 }
 """The file of this package for each pipeline class that a folder's model_index.json may name.
 
-It has `load(path, source, dtype, device) -> Family` and `NETWORKS`, the networks by name, the denoiser first.
+It has `load(path, source, dtype, device, quantization) -> Family` and `NETWORKS`, the networks by name, the denoiser
+first.
 """
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def load(name_or_path: str, dtype: str = "float32", device: str = "cpu") -> Family:
+def load(name_or_path: str, dtype: str = "float32", device: str = "cpu", quantization: str | None = None) -> Family:
     """Load a base model, frozen and in eval mode.
 
     Args:
-        name_or_path: `toyworld`, a diffusers folder, or a hub id.
+        name_or_path: `toyworld`, `toyworld-flow`, a diffusers folder, or a hub id.
         dtype: float32, bfloat16 or float16: what the frozen networks compute in.
         device: a torch device.
+        quantization: how to pack the weights of the large networks, a name of `quantized.QUANTIZATIONS`; None: not at
+            all.
 
     Raises:
         UserError: not a model, an unsupported pipeline, or damaged files.
     """
     if dtype not in DTYPES:
         raise UserError(f"unknown precision {dtype!r}: give one of {', '.join(DTYPES)}")
+    if quantization is not None:
+        quantized.check(quantization)
     path = hub.folder(name_or_path)
-    family: Family = _home(path, parts.index(path)).load(path, name_or_path, dtype, device)
+    family: Family = _home(path, parts.index(path)).load(path, name_or_path, dtype, device, quantization)
     return family
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..files import read_json
 from ..terminal import escaped
-from . import cpu_layers, hub
+from . import cpu_layers, hub, quantized
 from .network import Part
 from .quiet import quiet
 
@@ -58,7 +58,7 @@ def index(path: Path) -> dict[str, Any]:
 
 
 def hints(path: Path) -> dict[str, Any]:
-    """What the folder's singlora.json says about how the model likes to be used: guidance_scale, prompts."""
+    """What the folder's singlora.json says about how the model likes to be used: guidance_scale, prompts, t5_length."""
     file = path / "singlora.json"
     return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
 
@@ -96,7 +96,7 @@ def fingerprint(files: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def network(kind: Any, folder: Path, device: str, dtype: torch.dtype) -> Any:
+def network(kind: Any, folder: Path, device: str, dtype: torch.dtype, quantization: str | None = None) -> Any:
     """One network of a diffusers or transformers class, frozen and in eval mode.
 
     It has its precision from the start: a full-size network in float32 first would take twice the memory.
@@ -115,7 +115,10 @@ def network(kind: Any, folder: Path, device: str, dtype: torch.dtype) -> Any:
     missing = sorted(report["missing_keys"])
     if missing:  # the libraries would leave them random
         raise ValueError(f"{folder.name} lacks {len(missing)} tensors, {missing[0]} for one")
-    module.requires_grad_(False).eval().to(device)
+    module.requires_grad_(False).eval()
+    if quantization is not None:
+        quantized.quantize(module, quantization, device)
+    module.to(device)
     cpu_layers.prepare(module)
     return module
 
@@ -126,11 +129,16 @@ def listed(index: Mapping[str, Any], name: str) -> bool:
 
 
 def networks(
-    table: Mapping[str, Part], index: Mapping[str, Any], path: Path, device: str, dtype: str
+    table: Mapping[str, Part],
+    index: Mapping[str, Any],
+    path: Path,
+    device: str,
+    dtype: str,
+    quantization: str | None = None,
 ) -> dict[str, Any]:
-    """Those of a folder that its index lists, by name, all in one dtype."""
+    """Those of a folder that its index lists, by name, all in one dtype, the large ones packed if so asked."""
     return {
-        name: network(part.kind, path / name, device, getattr(torch, dtype))
+        name: network(part.kind, path / name, device, getattr(torch, dtype), quantization if part.large else None)
         for name, part in table.items()
         if listed(index, name)
     }

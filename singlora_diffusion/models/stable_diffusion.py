@@ -20,13 +20,12 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from ..randomness import seeded
-from . import autoencoder, network, noise_schedule, parts
-from .family import Conditioning, Geometry, Latents, NoiseProcess, check_sides
+from . import autoencoder, network, noise_schedule, parts, stock
+from .family import Conditioning, Geometry, Latents, NoiseProcess
 from .network import Part
 
 NETWORKS = {
-    "unet": Part(UNet2DConditionModel, network.unet),
+    "unet": Part(UNet2DConditionModel, network.unet, large=True),
     "text_encoder": Part(CLIPTextModel, network.clip_text_encoder),
 }
 SCHEDULERS = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler, "euler": EulerDiscreteScheduler}
@@ -84,51 +83,34 @@ class StableDiffusion:
 
     def pipeline(self, scheduler: str | None = None) -> StableDiffusionPipeline:
         """The autoencoder is in float32: with the others in half precision, ask it for `output_type="latent"`."""
-        pipe = StableDiffusionPipeline(
-            vae=self.vae,
+        return stock.pipeline(
+            StableDiffusionPipeline,
+            self,
+            scheduler,
             text_encoder=self.text_encoder,
             tokenizer=self.tokenizer,
             unet=self.unet,
-            scheduler=parts.chosen_scheduler(self.scheduler, self.schedulers, scheduler),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
         )
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
 
-    @torch.no_grad()
-    def sample(
-        self,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        *,
-        steps: int | None = None,
-        guidance: float | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        negative_prompt: str = "",
-        scheduler: str | None = None,
-    ) -> list[Image.Image]:
-        height, width = check_sides(self, height, width)
-        latents = self.pipeline(scheduler)(
-            list(prompts),
-            num_inference_steps=self.steps if steps is None else steps,
-            guidance_scale=self.guidance if guidance is None else guidance,
-            height=height,
-            width=width,
-            negative_prompt=[negative_prompt] * len(prompts),
-            generator=[seeded(seed) for _, seed in zip(prompts, seeds, strict=True)],
-            output_type="latent",
-        ).images
+    def encode_negative(self, prompt: str) -> Conditioning:
+        return self.encode_prompts([prompt])
+
+    def embeddings(self, conditioning: Conditioning, negative: Conditioning | None) -> dict[str, Any]:
+        assert negative is not None
+        return {"prompt_embeds": conditioning["text"], "negative_prompt_embeds": negative["text"]}
+
+    def decode(self, latents: Tensor, height: int, width: int) -> list[Image.Image]:
         return autoencoder.decode(self.vae, latents)
 
 
-def load(path: Path, source: str, dtype: str, device: str) -> StableDiffusion:
+def load(path: Path, source: str, dtype: str, device: str, quantization: str | None) -> StableDiffusion:
     """Load the parts from a diffusers folder, frozen; the autoencoder in float32, the rest in `dtype`."""
     with parts.loading(path, "Stable Diffusion"):
         return StableDiffusion(
-            **parts.networks(NETWORKS, parts.index(path), path, device, dtype),
+            **parts.networks(NETWORKS, parts.index(path), path, device, dtype, quantization),
             vae=parts.network(AutoencoderKL, path / "vae", device, torch.float32),
             tokenizer=parts.tokenizer(CLIPTokenizer, path / "tokenizer"),
             scheduler=parts.scheduler(path / "scheduler"),

@@ -15,15 +15,14 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ..errors import UserError
-from ..randomness import seeded
 from ..terminal import escaped
-from . import autoencoder, network, noise_schedule, parts
-from .family import Conditioning, Geometry, Latents, NoiseProcess, check_sides
+from . import autoencoder, network, noise_schedule, parts, stock
+from .family import Conditioning, Geometry, Latents, NoiseProcess
 from .network import Part
 from .stable_diffusion import SCHEDULERS
 
 NETWORKS = {  # kohya's tools number the text encoders from 1
-    "unet": Part(UNet2DConditionModel, network.unet),
+    "unet": Part(UNet2DConditionModel, network.unet, large=True),
     "text_encoder": Part(CLIPTextModel, partial(network.clip_text_encoder, prefix="lora_te1")),
     "text_encoder_2": Part(CLIPTextModelWithProjection, partial(network.clip_text_encoder, prefix="lora_te2")),
 }
@@ -105,49 +104,40 @@ class StableDiffusionXL:
 
     def pipeline(self, scheduler: str | None = None) -> StableDiffusionXLPipeline:
         """The autoencoder is in float32: with the others in half precision, ask it for `output_type="latent"`."""
-        pipe = StableDiffusionXLPipeline(
-            vae=self.vae,
+        return stock.pipeline(
+            StableDiffusionXLPipeline,
+            self,
+            scheduler,
             text_encoder=self.text_encoder,
             text_encoder_2=self.text_encoder_2,
             tokenizer=self.tokenizer,
             tokenizer_2=self.tokenizer_2,
             unet=self.unet,
-            scheduler=parts.chosen_scheduler(self.scheduler, self.schedulers, scheduler),
             force_zeros_for_empty_prompt=self.force_zeros_for_empty_prompt,
             add_watermarker=False,
         )
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
 
-    @torch.no_grad()
-    def sample(
-        self,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        *,
-        steps: int | None = None,
-        guidance: float | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        negative_prompt: str = "",
-        scheduler: str | None = None,
-    ) -> list[Image.Image]:
-        """An empty negative prompt is zeros where the model says so, else an encoded empty text."""
-        height, width = check_sides(self, height, width)
-        latents = self.pipeline(scheduler)(
-            list(prompts),
-            num_inference_steps=self.steps if steps is None else steps,
-            guidance_scale=self.guidance if guidance is None else guidance,
-            height=height,
-            width=width,
-            negative_prompt=[negative_prompt] * len(prompts) if negative_prompt else None,
-            generator=[seeded(seed) for _, seed in zip(prompts, seeds, strict=True)],
-            output_type="latent",
-        ).images
+    def encode_negative(self, prompt: str) -> Conditioning:
+        """Of an empty one: zeros where the model says so, else an encoded empty text."""
+        encoded = self.encode_prompts([prompt])
+        if prompt or not self.force_zeros_for_empty_prompt:
+            return encoded
+        return Conditioning({name: torch.zeros_like(tensor) for name, tensor in encoded.tensors.items()})
+
+    def embeddings(self, conditioning: Conditioning, negative: Conditioning | None) -> dict[str, Any]:
+        assert negative is not None
+        return {
+            "prompt_embeds": conditioning["text"],
+            "pooled_prompt_embeds": conditioning["pooled"],
+            "negative_prompt_embeds": negative["text"],
+            "negative_pooled_prompt_embeds": negative["pooled"],
+        }
+
+    def decode(self, latents: Tensor, height: int, width: int) -> list[Image.Image]:
         return autoencoder.decode(self.vae, latents)
 
 
-def load(path: Path, source: str, dtype: str, device: str) -> StableDiffusionXL:
+def load(path: Path, source: str, dtype: str, device: str, quantization: str | None) -> StableDiffusionXL:
     """Load the parts from a diffusers folder, frozen; the autoencoder in float32, the rest in `dtype`.
 
     Raises:
@@ -159,7 +149,7 @@ def load(path: Path, source: str, dtype: str, device: str) -> StableDiffusionXL:
             f"{escaped(path, 1000)} is a Stable Diffusion XL refiner: adapters are trained and used on the base model"
         )
     with parts.loading(path, "Stable Diffusion XL"):
-        networks = parts.networks(NETWORKS, index, path, device, dtype)
+        networks = parts.networks(NETWORKS, index, path, device, dtype, quantization)
         unet, projection = networks["unet"].config, networks["text_encoder_2"].config.projection_dim
         told = unet.projection_class_embeddings_input_dim or 0
         if told != 6 * (unet.addition_time_embed_dim or 0) + projection:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from .. import device, files
+from .. import device, files, models
 from ..errors import UserError
 from ..terminal import escaped, note
 from . import gallery, memory, records, sources
@@ -63,7 +63,7 @@ def _load(settings: GenerateSettings, adapters: Sequence[AdapterSource]) -> Fami
     """The base model, on the device and in the dtype that are asked for."""
     import torch
 
-    from .. import models
+    from ..models.quantized import QUANTIZATIONS
 
     named = settings.model.pretrained_model_name_or_path
     wanted = sources.base_model(named, adapters)
@@ -73,9 +73,10 @@ def _load(settings: GenerateSettings, adapters: Sequence[AdapterSource]) -> Fami
     if slow:
         note(slow)
     try:
-        needed = memory.of_weights(models.folder(wanted), getattr(torch, dtype).itemsize)
+        packed = QUANTIZATIONS[settings.model.quantize].bytes if settings.model.quantize else None
+        needed = memory.of_weights(models.folder(wanted), packed or getattr(torch, dtype).itemsize)
         device.require(needed, where, f"{escaped(wanted)} in {dtype}")
-        family = models.load(wanted, dtype, where)
+        family = models.load(wanted, dtype, where, settings.model.quantize)
     except UserError as error:
         if named is not None:
             raise
@@ -108,7 +109,8 @@ def _sampled(
             batch = todo[start : start + size]
             first = batch[0]
             try:
-                images = family.sample(
+                images = models.sample(
+                    family,
                     [record["prompt"] for record in batch],
                     [record["seed"] for record in batch],
                     steps=first["steps"],

@@ -82,6 +82,7 @@ def run(recipe: Recipe, stop: Callable[[], bool] = lambda: False, family: Family
     from . import identity, memory, preparation, result
     from .step import Stepper
 
+    recipe = preparation.on_this_machine(recipe)
     state = yield from preparation.checkpoint_to_resume(recipe)
     accelerator, family, resolution = yield from preparation.load(recipe, family)
     config = adapter_config(recipe, state.config.ramp_steps if state else None)
@@ -148,6 +149,7 @@ def _loaded(family: Family, adapter: Adapter, resolution: int) -> Loaded:
         layers=len(adapter.layers()),
         parameters=adapter.num_parameters(),
         resolution=resolution,
+        dtype=str(family.dtype).removeprefix("torch."),
     )
 
 

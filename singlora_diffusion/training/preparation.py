@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from .. import device, models
+from .. import device, models, settings
 from ..data import latents
 from ..data.latents import EncodedImages
 from ..errors import UserError
@@ -24,6 +24,14 @@ from .recipe import Recipe
 from .step import Stepper, Streams
 
 DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def on_this_machine(recipe: Recipe) -> Recipe:
+    """The recipe with a precision that suits the device, where it names none."""
+    if recipe.model.mixed_precision is not None:
+        return recipe
+    dtype = device.compute_dtype(device.choose(recipe.model.device), None)
+    return settings.replaced(recipe, mixed_precision=next(name for name, one in DTYPES.items() if one == dtype))
 
 
 def checkpoint_to_resume(recipe: Recipe) -> Generator[Event, None, State | None]:
@@ -48,7 +56,11 @@ def checkpoint_to_resume(recipe: Recipe) -> Generator[Event, None, State | None]
 
 
 def load(recipe: Recipe, family: Family | None) -> Generator[Event, None, tuple[Accelerator, Family, int]]:
-    """Processes, base model (unless it is there already), and the side of the images in pixels."""
+    """Processes, base model (unless it is there already), and the side of the images in pixels.
+
+    Args:
+        recipe: of `on_this_machine`.
+    """
     where, precision = recipe.model.device, recipe.model.mixed_precision
     chosen = device.choose(where)
     if precision == "fp16" and torch.device(chosen).type == "cpu":
@@ -61,11 +73,12 @@ def load(recipe: Recipe, family: Family | None) -> Generator[Event, None, tuple[
     )
     if accelerator.num_processes > 1 and torch.device(chosen).index is None:
         chosen = str(accelerator.device)  # `cuda` alone would put all of them on the first GPU
-    dtype = device.compute_dtype(chosen, DTYPES[precision])
+    dtype = DTYPES[precision or "no"]
     slow = device.slow_bfloat16(chosen, dtype)
     if slow:
         yield Remark(slow)
-    family = family or models.load(recipe.model.pretrained_model_name_or_path, dtype, chosen)
+    if family is None:
+        family = models.load(recipe.model.pretrained_model_name_or_path, dtype, chosen, recipe.model.quantize)
     side = recipe.data.resolution
     resolution, _ = check_sides(family, side, side, ("--resolution", "--resolution"))
     process = family.noise_process

@@ -47,9 +47,12 @@ class ModelSettings:
     """The base model."""
 
     pretrained_model_name_or_path: str = "toyworld"
-    """`toyworld` (comes with the package), a diffusers folder, or a hub id."""
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """What the frozen base computes in. The adapter stays in float32."""
+    """`toyworld` or `toyworld-flow` (they come with the package), a diffusers folder, or a hub id."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """What the frozen base computes in; no: float32. The adapter stays in float32. None: what suits the machine, which
+    is bf16 on a GPU that has it, fp16 on an older one, no on a CPU."""
+    quantize: Literal["nf4", "int8"] | None = None
+    """Keep the frozen base in 4 bits (nf4, by bitsandbytes) or 8 (int8, by torchao), to fit a smaller GPU."""
     device: Annotated[str | None, MayDiffer] = None
     """A torch device. None: the GPU if there is one."""
 
@@ -157,7 +160,7 @@ class Recipe:
 
 NEEDED = {
     "train_text_encoder": ("text_encoder_lr", "text_rank", "text_alpha", "text_targets"),
-    "with_prior_preservation": ("class_data_dir", "class_prompt", "num_class_images"),
+    "with_prior_preservation": ("class_data_dir", "class_prompt", "num_class_images", "prior_loss_weight"),
 }
 """A setting -> those that mean nothing without it."""
 

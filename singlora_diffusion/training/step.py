@@ -52,7 +52,7 @@ class Denoiser(nn.Module):
         self.family, self.prompts, self.text = family, list(prompts), text
 
     def forward(self, noisy: Tensor, times: Tensor, stream: Sequence[int], geometry: Geometry) -> Tensor:
-        """The family's answer to noisy latents (N, C, h, w); `stream` says whose prompt each example has."""
+        """The family's prediction for noisy latents (N, C, h, w); `stream` says whose prompt each example has."""
         text = self.family.encode_prompts(self.prompts) if self.text is None else self.text
         conditioning = self.family.with_geometry(text.select(stream), geometry)
         return self.family.denoise(noisy, times, conditioning)
