@@ -62,6 +62,11 @@ def paired_cosine(images: Vectors, others: Vectors) -> Scores:
     return cosines.astype(np.float64)
 
 
+def clipscore(images: Vectors, texts: Vectors) -> Scores:
+    """2.5 max(cosine, 0) of each image with its own text (arXiv 2104.08718): (N, D), (N, D) -> (N,)."""
+    return 2.5 * np.maximum(paired_cosine(images, texts), 0.0)
+
+
 def paired_distance(images: Vectors, others: Vectors) -> Scores:
     """1 - cosine of each image with its own counterpart: (N, D), (N, D) -> (N,)."""
     return 1.0 - paired_cosine(images, others)
@@ -183,6 +188,17 @@ METRICS: dict[str, Metric] = {
         ("prompt",),
         "image",
         paired_cosine,
+        variant_of="clip_t",
+    ),
+    "clipscore": Metric(
+        "CLIPScore",
+        "agreement with the whole prompt, 2.5 max(cosine, 0)",
+        "clip",
+        ("prompt",),
+        "image",
+        clipscore,
+        unit="2.5 x cosine",
+        on_request=True,
         variant_of="clip_t",
     ),
     "dinov2": Metric(

@@ -132,6 +132,7 @@ def score(
     result = {
         "protocol": protocol,
         "protocol_because": why,
+        "protocol_about": PROTOCOLS[protocol].about,
         "reference_mode": settings.reference_mode if inputs.references else None,
         "metrics": {
             name: _summary(metric, values[name], inputs, given["references"](metric.encoder))

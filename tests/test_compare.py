@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import browser
 import numpy as np
 import pytest
 from encoder_folders import clip_folder, timm_folder
@@ -176,6 +177,14 @@ def test_the_report_says_what_the_cells_say(done: CompareSettings) -> None:
     assert "8 of 8 trainings are done. n = 2 subjects, 1 training seed; learning rates tuned on 1 others." in text
     assert "SingLoRA is not told apart from LoRA" in text  # two subjects decide nothing
     assert "singlora compare --subjects cat-1 dog-1" in text
+
+
+@pytest.mark.parametrize("width", [390, 1200])
+def test_the_page_in_a_browser(done: CompareSettings, width: int, tmp_path: Path) -> None:
+    found = browser.seen(done.run.output_dir / "report.html", width, tmp_path)
+    assert found["images"] == 2 * 2 * 4
+    assert found == {**found, "overflow": False, "cut": [], "broken": 0, "errors": []}
+    assert found["width"] <= max(width, 500)  # some versions have no narrower window
 
 
 def test_processes_run_the_same_cells(done: CompareSettings, tmp_path: Path) -> None:

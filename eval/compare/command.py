@@ -77,7 +77,7 @@ def _run(plan: Plan, todo: Sequence[Cell], what: str) -> None:
 
 def _told(plan: Plan, cell: Cell) -> str:
     record = cells.known(plan, cell)
-    scores = " ".join(f"{name} {value:.3f}" for name, value in record["scores"].items() if value is not None)
+    scores = " ".join(f"{name} {record['scores'][name]:.3f}" for name in plan.settings.decision.primary)
     diverged = " (diverged)" if record["diverged"] else ""
     return escaped(f"{cell.subject} {cell.method} {cell.name}{diverged}: {scores}", 400)
 
