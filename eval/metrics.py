@@ -17,16 +17,34 @@ from typing import Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from . import memorising, retrieval
+
 Vectors = NDArray[np.float32]  # (N, D), rows of unit length
 Scores = NDArray[np.float64]  # (N,)
 
-Need = Literal["references", "prompt", "prompt_without_token", "base_images", "prompt_groups"]
+Need = Literal[
+    "references",
+    "prompt",
+    "prompt_without_token",
+    "class_prompt",
+    "base_images",
+    "prompt_groups",
+    "training_images",
+    "prior_images",
+    "base_prior_images",
+    "gallery",
+]
 """What a metric is given beside the N images' vectors, all from the same encoder:
 
 - `references`: (M, D) vectors of the real images of the subject.
 - `prompt`, `prompt_without_token`: (N, D) vectors of each image's own prompt, with and without the identifier.
 - `base_images`: (N, D) vectors of what the base model makes of each image's prompt and seed.
 - `prompt_groups`: N values, equal for images of one prompt.
+- `class_prompt`: (N, D) vectors of "a photo of a CLASS", the class noun of each image's subject.
+- `training_images`: (T, D) vectors of the images that the model was trained on.
+- `prior_images`, `base_prior_images`: (K, D) vectors of what the model, and its base model, make of prompts with the
+  class noun and without the identifier.
+- `gallery`: a `retrieval.Gallery` of real images of several subjects.
 """
 
 T = TypeVar("T")
@@ -42,6 +60,11 @@ def paired_cosine(images: Vectors, others: Vectors) -> Scores:
     """Cosine of each image with its own text or image: (N, D), (N, D) -> (N,)."""
     cosines: Vectors = np.einsum("nd,nd->n", images, others)
     return cosines.astype(np.float64)
+
+
+def clipscore(images: Vectors, texts: Vectors) -> Scores:
+    """2.5 max(cosine, 0) of each image with its own text (arXiv 2104.08718): (N, D), (N, D) -> (N,)."""
+    return 2.5 * np.maximum(paired_cosine(images, texts), 0.0)
 
 
 def paired_distance(images: Vectors, others: Vectors) -> Scores:
@@ -64,6 +87,29 @@ def diversity(images: Vectors, prompts: Sequence[Hashable]) -> float | None:
     within = [pairwise_cosine(images[group]) for group in groups]
     known = [1.0 - value for value in within if value is not None]
     return float(np.mean(known)) if known else None
+
+
+def direction(images: Vectors, references: Vectors, texts: Vectors, plain: Vectors) -> Scores:
+    """Does the image differ from the subject's as the prompt differs from the class noun alone?
+
+    Cosine of (image - mean reference) and (prompt - "a photo of a CLASS"); 0 where one of them is no change at all.
+    (N, D), (M, D), (N, D), (N, D) -> (N,).
+    """
+    seen = images.astype(np.float64) - references.mean(axis=0, dtype=np.float64)
+    said = texts.astype(np.float64) - plain
+    sizes = np.linalg.norm(seen, axis=1) * np.linalg.norm(said, axis=1)
+    products = np.einsum("nd,nd->n", seen, said)
+    return np.divide(products, sizes, out=np.zeros_like(products), where=sizes > 1e-6)
+
+
+def prior_likeness(images: Vectors, prior: Vectors, references: Vectors) -> float:
+    """Mean cosine of images of the class with the subject's: (K, D), (M, D); `images` do not count."""
+    return float(mean_cosine(prior, references).mean())
+
+
+def prior_drift(images: Vectors, prior: Vectors, base: Vectors) -> float:
+    """Mean of 1 - cosine of each image of the class with the base model's: (K, D), (K, D)."""
+    return float(paired_distance(prior, base).mean())
 
 
 def mean_over_prompts(scores: Scores, prompts: Sequence[Hashable]) -> float:
@@ -144,6 +190,17 @@ METRICS: dict[str, Metric] = {
         paired_cosine,
         variant_of="clip_t",
     ),
+    "clipscore": Metric(
+        "CLIPScore",
+        "agreement with the whole prompt, 2.5 max(cosine, 0)",
+        "clip",
+        ("prompt",),
+        "image",
+        clipscore,
+        unit="2.5 x cosine",
+        on_request=True,
+        variant_of="clip_t",
+    ),
     "dinov2": Metric(
         "DINOv2",
         "likeness to the references, by DINOv2",
@@ -173,6 +230,88 @@ METRICS: dict[str, Metric] = {
         "set",
         diversity,
         unit="1 - cosine",
+        on_request=True,
+    ),
+    "prior_likeness": Metric(
+        "PRES",
+        "likeness of images of the class, made without the identifier, to the subject, by DINO; prior preservation",
+        "dino",
+        ("prior_images", "references"),
+        "set",
+        prior_likeness,
+        higher_is_better=False,
+        on_request=True,
+    ),
+    "prior_drift": Metric(
+        "Prior drift",
+        "distance of images of the class, made without the identifier, from the base model's, by DINO",
+        "dino",
+        ("prior_images", "base_prior_images"),
+        "set",
+        prior_drift,
+        unit="1 - cosine",
+        higher_is_better=False,
+        on_request=True,
+    ),
+    "rank_one": Metric(
+        "Rank-1",
+        "share of images whose nearest image in the gallery is of the subject, by DINO",
+        "dino",
+        ("gallery",),
+        "image",
+        retrieval.rank_one,
+        unit="share",
+        on_request=True,
+    ),
+    "average_precision": Metric(
+        "mAP",
+        "average precision of finding the subject in the gallery, by DINO",
+        "dino",
+        ("gallery",),
+        "image",
+        retrieval.average_precision,
+        unit="share",
+        on_request=True,
+    ),
+    "direction": Metric(
+        "Directional CLIP",
+        "whether the image differs from the subject's as the prompt differs from the class noun, by CLIP",
+        "clip",
+        ("references", "prompt_without_token", "class_prompt"),
+        "image",
+        direction,
+        on_request=True,
+    ),
+    "nearest": Metric(
+        "Nearest training image",
+        "likeness to the training image most like it, by DINO; near 1 it may be a copy",
+        "dino",
+        ("training_images",),
+        "image",
+        memorising.nearest,
+        higher_is_better=False,
+        on_request=True,
+    ),
+    "copied": Metric(
+        "Copies",
+        "share of images more like a training image than 95 % of training images are like each other, by DINO",
+        "dino",
+        ("training_images",),
+        "image",
+        memorising.copied,
+        unit="share",
+        higher_is_better=False,
+        on_request=True,
+    ),
+    "gap": Metric(
+        "Held-out gap",
+        "likeness to the training images less that to held-out ones, by DINO",
+        "dino",
+        ("references", "training_images"),
+        "image",
+        memorising.gap,
+        unit="difference of cosines",
+        higher_is_better=False,
         on_request=True,
     ),
 }

@@ -167,12 +167,12 @@ def load(source: ImageSet) -> ScoredSet:
     Raises:
         UserError: no images, or a manifest, result, recipe or log that cannot be read.
     """
-    folder = source.images.expanduser()
+    folder = source.images
     manifest = folder / MANIFEST
     report = read_folder(folder, strict=True, decode=False)
     lines = read_manifest(manifest) if manifest.is_file() else {}
     results = [
-        _result(path) for path in (sorted(folder.glob("scores*.json")) if source.scores is None else source.scores)
+        read_result(path) for path in (sorted(folder.glob("scores*.json")) if source.scores is None else source.scores)
     ]
     scores = _scores(results)
     images = [
@@ -248,7 +248,12 @@ def _scores(results: Iterable[Result]) -> dict[str, tuple[dict[str, Any], dict[S
     return found
 
 
-def _result(path: Path) -> Result:
+def read_result(path: Path) -> Result:
+    """A scores.json.
+
+    Raises:
+        UserError: it is none.
+    """
     from pydantic import ValidationError
 
     content = read_json(path)

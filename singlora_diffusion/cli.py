@@ -47,6 +47,11 @@ COMMANDS = {
     ),
     "score": Command("eval.score:ScoreSettings", "eval.score:run", "CLIP-I, CLIP-T and DINO of a folder of images"),
     "report": Command("eval.report:ReportSettings", "eval.report:run", "show scored folders side by side on one page"),
+    "compare": Command(
+        "eval.compare.settings:CompareSettings",
+        "eval.compare.command:compare",
+        "adapters of equal size over many subjects, with statistics",
+    ),
     "demo": Command(
         "singlora_diffusion.demo.settings:DemoSettings",
         "singlora_diffusion.demo.flow:demo",

@@ -53,7 +53,7 @@ def of_adapter(family: Family, config: AdapterConfig) -> int:
     count = 0
     for name, layers in targets.chosen(family.networks, resolved).items():
         rank = resolved.for_role(family.networks[name].role)[0]
-        count += sum(method.count(resolved, rank, *layer.weight.shape) for layer in layers.values())
+        count += sum(method.count(resolved, rank, layer.out_features, layer.in_features) for layer in layers.values())
     return count * BYTES_PER_PARAMETER
 
 
@@ -64,17 +64,23 @@ def of_step(family: Family, resolution: int, examples: int) -> int:
     """
     network = denoiser(family)
     inputs = network.sample_inputs()
-    own = {parameter.untyped_storage().data_ptr() for parameter in network.module.parameters()}
+    own = {tensor.untyped_storage().data_ptr() for tensor in network.module.parameters() if _is_plain(tensor)}
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
+        if _is_plain(tensor):
+            kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        answer = network.module(**inputs)[0]
+        prediction = network.module(**inputs)[0]
     total = sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in own)
-    return round(total * examples * _latents(family, resolution) / answer.numel())
+    return round(total * examples * _latents(family, resolution) / prediction.numel())
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor has memory of its own; torchao's packed weights consist of others."""
+    return type(tensor.data) is Tensor
 
 
 def _latents(family: Family, resolution: int) -> int:
