@@ -13,6 +13,7 @@ import os
 import sys
 from pathlib import Path
 
+from singlora_diffusion import terminal
 from singlora_diffusion.training.command_line import Training
 from singlora_diffusion.training.events import Interrupted, Listener
 from singlora_diffusion.training.recipe import Recipe
@@ -22,8 +23,16 @@ ECHO = 5.0
 
 
 def train(asked: Training) -> None:
-    """What `singlora train` does."""
-    main(asked.recipe)
+    """What `singlora train` does: the training, or with --plan only what it would come to."""
+    if not asked.plan:
+        main(asked.recipe)
+        return
+    from singlora_diffusion.training import plan
+
+    planned = plan.make(asked.recipe)
+    for remark in planned.remarks:
+        terminal.note(remark)
+    print(planned)
 
 
 def main(recipe: Recipe, *, hint: bool = True) -> Path:

@@ -26,6 +26,8 @@ class Training:
     config: Path | None = None
     """File of settings by their flags' names: .toml, .yaml or .json, such as the recipe.json of a run. Flags win over
     it."""
+    plan: bool = False
+    """Say what the recipe comes to on this machine (parameters, memory, time), and stop. Nothing is written."""
 
 
 def parse(kind: type[Training], words: Sequence[str], prog: str, description: str) -> Training:
