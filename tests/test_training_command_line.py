@@ -57,8 +57,6 @@ training_comment no_metadata huggingface_token huggingface_repo_id wandb_api_key
 """
 """Those of its train_network.py that guides for one subject use."""
 
-NOT_YET = {"push_to_hub", "hub_model_id"}
-
 
 def line(words: str) -> Recipe:
     return parse(Training, shlex.split(words), "singlora train", "").recipe
@@ -74,7 +72,7 @@ def refused(words: str) -> tuple[str, ...]:
 def test_every_flag_they_have_is_one_here_or_is_answered(flag: str) -> None:
     ours = settings.flags(Training)
     flag = other_flags.RENAMED.get(flag, flag)
-    assert flag in ours or flag in NOT_YET or other_flags.answer(flag, ["x"], ())
+    assert flag in ours or other_flags.answer(flag, ["x"], ())
 
 
 def test_what_is_a_flag_here_has_no_answer() -> None:
@@ -89,7 +87,7 @@ def test_answers_name_only_flags_that_there_are() -> None:
     ours = settings.flags(Training)
     for said in {*other_flags.ACCEPTED.values(), *other_flags.REFUSED.values()}:
         named = {word.strip(",.;:") for word in said.split() if word.startswith("--")}
-        assert {name[2:] for name in named} - {"revision", "local-dir", "format"} <= ours.keys() | NOT_YET, said
+        assert {name[2:] for name in named} - {"revision", "local-dir", "format"} <= ours.keys(), said
 
 
 def test_a_command_line_of_diffusers(capsys: pytest.CaptureFixture[str]) -> None:

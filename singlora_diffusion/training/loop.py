@@ -23,7 +23,22 @@ from ..errors import UserError
 from ..terminal import escaped
 from . import run_folder
 from .diagnosis import NotFinite, cause
-from .events import Checkpoint, Event, Images, Interrupted, Loaded, Preview, PutAway, Resumed, Saved, Started, Step
+from .events import (
+    Checkpoint,
+    Event,
+    Exported,
+    Images,
+    Interrupted,
+    Loaded,
+    Preview,
+    PutAway,
+    Remark,
+    Resumed,
+    Saved,
+    Started,
+    Step,
+    Uploaded,
+)
 from .recipe import Recipe, adapter_config, check, recorded
 
 if TYPE_CHECKING:  # torch and what needs it are imported once the recipe's own mistakes are named
@@ -49,6 +64,8 @@ class Job:
     resolution: int
     start: int
     """Steps that are done already."""
+    repository: str | None
+    """On the hub, where the result goes too."""
 
     @property
     def out(self) -> Path:
@@ -79,7 +96,7 @@ def run(recipe: Recipe, stop: Callable[[], bool] = lambda: False, family: Family
     yield Images(instance)
 
     from .. import adapters
-    from . import identity, memory, preparation, result
+    from . import hub, identity, memory, preparation, result
     from .step import Stepper
 
     recipe = preparation.on_this_machine(recipe)
@@ -92,6 +109,8 @@ def run(recipe: Recipe, stop: Callable[[], bool] = lambda: False, family: Family
         if accelerator.is_main_process:
             stack.enter_context(files.locked(recipe.output.output_dir, "a training"))
             yield from _clear(recipe)
+        pushes = recipe.output.push_to_hub and accelerator.is_main_process
+        repository = hub.repository(recipe.output) if pushes else None
         yield from preparation.cut_prompts(recipe, family, class_prompt)
         classes = yield from preparation.class_images(recipe, accelerator, family, class_prompt, resolution)
         streams = yield from preparation.encoded(recipe, family, resolution, instance.images, classes, class_prompt)
@@ -106,11 +125,11 @@ def run(recipe: Recipe, stop: Callable[[], bool] = lambda: False, family: Family
         stepper.prepare()
         about = result.about(recipe, family, subject, resolution, len(instance.images))
         start = state.step if state else 0
-        job = Job(recipe, accelerator, family, adapter, stepper, identified, about, resolution, start)
+        job = Job(recipe, accelerator, family, adapter, stepper, identified, about, resolution, start, repository)
         yield from _begin(job)
         finished = yield from _steps(job, stop)
         if finished and job.writes:
-            yield _saved(job)
+            yield from _saved(job)
 
 
 def _clear(recipe: Recipe) -> Iterator[Event]:
@@ -212,15 +231,25 @@ def _save_checkpoint(job: Job, step: int) -> Path:
         raise UserError(f"{error}{_kept(job)}") from error
 
 
-def _saved(job: Job) -> Saved:
-    from . import result
+def _saved(job: Job) -> Iterator[Event]:
+    """The adapter, proved by reading it back, then what others can do with it."""
+    from . import hub, model_card, portable, result
 
     path = job.out / run_folder.ADAPTER
     try:
         result.save(job.family, job.adapter, path, {**job.about, "step": job.recipe.optimization.max_train_steps})
     except UserError as error:
         raise UserError(f"{error}{_kept(job)}") from error
-    return Saved(path, path.stat().st_size)
+    (job.out / run_folder.LORA).unlink(missing_ok=True)  # of fewer steps
+    if job.recipe.output.portable:
+        try:
+            yield Exported(*portable.write(path, job.family))
+        except UserError as error:
+            yield Remark(f"no {run_folder.LORA}: {error}")
+    model_card.write(job.recipe, job.family, job.about)
+    if job.repository is not None:
+        yield Uploaded(hub.upload(job.out, job.repository))
+    yield Saved(path, path.stat().st_size)
 
 
 def _diagnosis(job: Job, error: NotFinite) -> str:

@@ -143,6 +143,13 @@ class OutputSettings:
     """Begin anew where there is a run already. Its files are put away into OUTPUT_DIR/.old-1, .old-2, ..."""
     report_to: Annotated[Literal["tensorboard", "none"], MayDiffer] = "tensorboard"
     """Where curves go besides log.jsonl."""
+    portable: Annotated[bool, MayDiffer] = True
+    """Also write pytorch_lora_weights.safetensors, an ordinary LoRA for diffusers, ComfyUI, A1111 and others."""
+    push_to_hub: Annotated[bool, MayDiffer] = False
+    """Upload adapter, model card and previews to the Hugging Face hub, into a private repository if there is none
+    yet."""
+    hub_model_id: Annotated[str | None, MayDiffer] = None
+    """The repository on the hub, as owner/name. None: the last part of OUTPUT_DIR, yours."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +167,7 @@ class Recipe:
 
 NEEDED = {
     "train_text_encoder": ("text_encoder_lr", "text_rank", "text_alpha", "text_targets"),
+    "push_to_hub": ("hub_model_id",),
     "with_prior_preservation": ("class_data_dir", "class_prompt", "num_class_images", "prior_loss_weight"),
 }
 """A setting -> those that mean nothing without it."""
