@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import textwrap
 from collections.abc import Callable
@@ -273,3 +274,16 @@ def test_a_file_that_cannot_be_understood_is_answered_key_by_key(
 def test_a_file_that_is_none(name: str, text: str, said: str, file: Callable[[str, str], str]) -> None:
     assert said in refused(f"{NEEDED} {file(name, text)}")[0]
     assert "cannot be read: No such file" in refused(f"{NEEDED} --config nowhere.toml")[0]
+
+
+def test_the_examples_of_the_page_for_newcomers_are_understood(file: Callable[[str, str], str]) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "coming_from.md").read_text()
+    commands = re.findall(r"^singlora train ((?:.*\\\n)*.*)$", page, flags=re.MULTILINE)
+    assert len(commands) == 2
+    diffusers, kohya = (line(command.replace("\\\n", " ")) for command in commands)
+    assert diffusers.optimization.max_train_steps == 500 and kohya.data.resolution == 512
+    in_a_file = line(file("dog.toml", page.partition("```toml\n")[2].partition("```")[0]))
+    assert in_a_file.adapter.alpha == 16
+    named = set(re.findall(r"`--(\w+)", page))
+    ours = settings.flags(Training).keys() | other_flags.RENAMED.keys()
+    assert all(name in ours or other_flags.answer(name, [], ()) for name in named - {"match"}), named
