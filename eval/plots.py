@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from singlora_diffusion.terminal import escaped
 
-from .results import ScoredSet, ScoreKey
+from .results import ScoredSet
+from .score_file import ScoreKey
 
 INK, SOFT, FAINT, GRID = "#1c1e21", "#4a4f57", "#d8dbe0", "#eceef1"
 WIDTH = 4.2  # inches, at 96 CSS pixels each: three panels side by side on a page, one on a phone

@@ -6,50 +6,52 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from html import unescape
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-LOOK = """<script>
-const errors = [];
-addEventListener("error", (event) => errors.push(String(event.message)), true);
-addEventListener("load", () => {
-  const wide = (one) => one.scrollWidth > one.clientWidth + 1;
-  document.documentElement.dataset.seen = JSON.stringify({
-    width: innerWidth,
-    overflow: wide(document.documentElement),
-    cut: [...document.querySelectorAll("section")].filter(wide).map((one) => one.innerText.slice(0, 40)),
-    broken: [...document.images].filter((one) => !one.complete || one.naturalWidth === 0).length,
-    images: document.images.length,
-    errors,
-  });
-});
-</script>"""
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+needed = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+
+LISTEN = (
+    """<script>errors = []; addEventListener("error", (event) => errors.push(String(event.message)), true)</script>"""
+)
+LOOK = """<pre></pre><script>
+const wide = (one) => one.scrollWidth > one.clientWidth;
+onload = () => document.querySelector("pre").textContent = JSON.stringify(
+  [...document.querySelectorAll("iframe")].map((frame) => ({
+    width: frame.contentDocument.documentElement.scrollWidth,
+    cut: [...frame.contentDocument.querySelectorAll("section")].filter(wide).map((one) => one.innerText.slice(0, 40)),
+    images: frame.contentDocument.images.length,
+    broken: [...frame.contentDocument.images].filter((one) => !one.complete || one.naturalWidth === 0).length,
+    errors: frame.contentWindow.errors,
+  })))</script>"""
 
 
-def seen(page: Path, width: int, folder: Path) -> dict[str, Any]:
-    """What a browser window of so many pixels shows of a page.
+def seen(html: str, widths: Sequence[int], folder: Path) -> list[dict[str, Any]]:
+    """What windows of so many pixels show of a page.
 
     Returns:
-        `overflow`: the page is wider than the window; `cut`: beginnings of sections that are wider than their boxes;
-        `broken` and `images`: how many; `errors`: of scripts.
+        For each: `width`, that of the page, more than the window's if it must be scrolled sideways; `cut`, beginnings
+        of sections that are wider than their boxes; `images`, and how many are `broken`; `errors` of scripts.
     """
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("there is no chromium")
-    copy = folder / f"looked-at-{width}.html"
-    copy.write_text(page.read_text().replace("<head>", f"<head>{LOOK}", 1))
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'browser'}"]
-    shown = subprocess.run(
-        [browser, *flags, f"--window-size={width},900", "--dump-dom", copy.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    ).stdout
-    match = re.search(r'data-seen="([^"]*)"', shown)
-    assert match, shown[:2000]
-    found: dict[str, Any] = json.loads(unescape(match[1]))
-    return found
+    (folder / "page.html").write_text(html.replace("<head>", f"<head>{LISTEN}", 1))
+    frames = "".join(f'<iframe src="page.html" style="width:{w}px;height:900px;border:0"></iframe>' for w in widths)
+    (folder / "frames.html").write_text(frames + LOOK)
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--allow-file-access-from-files"]
+    command = [
+        str(CHROMIUM),
+        *flags,
+        "--dump-dom",
+        f"--user-data-dir={folder / 'profile'}",
+        str(folder / "frames.html"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = re.search(r"<pre>(.*)</pre>", done.stdout, re.DOTALL)
+    assert found is not None, done.stderr[-2000:]
+    shown: list[dict[str, Any]] = json.loads(unescape(found[1]))
+    return shown

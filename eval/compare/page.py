@@ -13,8 +13,8 @@ from singlora_diffusion.settings import as_json
 
 from .. import page_images, page_settings
 from ..report import PALETTE, UNTRAINED, template
-from ..results import read_result
 from ..score import versions
+from ..score_file import read_result
 from . import charts, documents, tables, verdicts
 from .grid import BASE, Cell
 from .records import Done

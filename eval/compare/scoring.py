@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from singlora_diffusion import settings
+from singlora_diffusion.models.hub import PACKAGED
 
 from ..score import ScoreSettings, score
 from . import oracle, worker
@@ -50,8 +51,9 @@ def scores(plan: Plan, cell: Cell, source: Path) -> dict[str, float | None]:
 
 
 def _of_toyworld(plan: Plan) -> bool:
-    """Whether images can be held to the truth: toyworld's subjects, by toyworld's own model."""
-    return plan.settings.who.subjects_dir is None and plan.settings.training.pretrained_model_name_or_path == "toyworld"
+    """Whether images can be held to the truth: toyworld's subjects, by toyworld's own models."""
+    settings = plan.settings
+    return settings.who.subjects_dir is None and settings.training.pretrained_model_name_or_path in PACKAGED
 
 
 def request(plan: Plan, cell: Cell, source: Path) -> ScoreSettings:
@@ -69,7 +71,7 @@ def request(plan: Plan, cell: Cell, source: Path) -> ScoreSettings:
         base_prior_images=plan.folder(Cell(cell.subject, BASE)) / PRIOR,
         gallery=plan.gallery,
         gallery_subject=cell.subject,
-        protocol=images.protocol or ("toyworld" if model == "toyworld" else "dreambooth-v1"),
+        protocol=images.protocol or ("toyworld" if model in PACKAGED else "dreambooth-v1"),
         metrics=tuple(name for name in wanted(plan, cell) if name not in oracle.ROWS),
         clip=images.clip,
         dino=images.dino,
