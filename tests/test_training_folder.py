@@ -277,7 +277,7 @@ def old_state(run: Recipe, step: int = 4) -> None:
         if run_folder.step_of(path) != step:
             shutil.rmtree(path)
     layers = {"targets": ["to_q", "to_k", "to_v", "to_out.0"], "text_targets": ["q_proj", "k_proj"]}
-    recipe = {**as_json(run), **layers, "mixed_precision": "no"}
+    recipe = {**as_json(run), **layers, "mixed_precision": "no", "learning_rate": 1e-3}
     (out(run) / f"checkpoint-{step}" / "state.json").write_text(json.dumps({"step": step, "recipe": recipe}))
 
 
@@ -300,7 +300,7 @@ def test_the_recipe_of_a_run_is_a_config_file(run: Recipe, tmp_path: Path) -> No
     file = out(run) / run_folder.RECIPE
     words = ["--config", str(file), "--output_dir", str(out(run)), "--instance_data_dir", str(tmp_path / "images")]
     again = parse(Training, words, "train", "").recipe
-    assert again == replaced(run, mixed_precision="no") and recorded(again) == {
+    assert again == replaced(run, mixed_precision="no", learning_rate=1e-3) and recorded(again) == {
         **json.loads(file.read_text()),
         "output_dir": str(out(run)),
         "instance_data_dir": str(tmp_path / "images"),

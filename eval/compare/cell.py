@@ -145,6 +145,7 @@ def recipe(plan: Plan, cell: Cell) -> Recipe:
             "validation_steps": 0,
             "checkpointing_steps": 0,
             "report_to": "none",
+            "portable": False,
             "output_dir": plan.folder(cell),
             "device": training.device,
         },
