@@ -54,7 +54,7 @@ def _report(found: Results) -> None:
     print(results.state(found))
     settings = found.plan.settings
     model = settings.training.pretrained_model_name_or_path
-    title = f"{len(found.methods)} adapters of equal size on {model}"
+    title = f"{len(found.methods)} adapters at one budget, on {model}"
     for path in page.write(found, title, [command_line("compare", settings)]):
         print(f"written: {escaped(path, 4096)}")
 
