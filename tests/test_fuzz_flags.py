@@ -162,6 +162,7 @@ def right(command: str, here: Here, number: int) -> dict[str, list[str]]:
             "subjects_dir": [str(here.images.parent)],
             "subjects": ["images"],
             "tuning_subjects": ["references"],
+            "protocol": ["toyworld"],
             "output_dir": out,
             "device": ["cpu"],
         },
