@@ -123,6 +123,8 @@ class Family(Protocol):
     """The guidance scale that the model likes."""
     steps: int
     """The number of sampling steps that it likes."""
+    learning_rate: float
+    """Peak rate that is usual for adapters of it."""
     scheduler: Any
     """The model's own sampling scheduler."""
     schedulers: Mapping[str, Any]

@@ -85,16 +85,14 @@ def run(recipe: Recipe, stop: Callable[[], bool] = lambda: False, family: Family
     recipe = preparation.on_this_machine(recipe)
     state = yield from preparation.checkpoint_to_resume(recipe)
     accelerator, family, resolution = yield from preparation.load(recipe, family)
+    recipe = preparation.for_model(recipe, family)
     config = adapter_config(recipe, state.config.ramp_steps if state else None)
     memory.require(family, config, recipe, resolution)
     with ExitStack() as stack:
         if accelerator.is_main_process:
             stack.enter_context(files.locked(recipe.output.output_dir, "a training"))
             yield from _clear(recipe)
-        texts = [recipe.data.instance_prompt, recipe.validation.validation_prompt or recipe.data.instance_prompt]
-        if recipe.prior.with_prior_preservation:
-            texts.append(class_prompt)
-        yield from preparation.cut_prompts(family, texts)
+        yield from preparation.cut_prompts(recipe, family, class_prompt)
         classes = yield from preparation.class_images(recipe, accelerator, family, class_prompt, resolution)
         streams = yield from preparation.encoded(recipe, family, resolution, instance.images, classes, class_prompt)
         adapter = adapters.attach(family.networks, config, recipe.optimization.seed)

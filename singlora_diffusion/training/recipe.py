@@ -87,8 +87,8 @@ class OptimizationSettings:
     """Forward passes per optimizer step."""
     gradient_checkpointing: bool = False
     """Compute activations twice to save memory."""
-    learning_rate: Annotated[Positive, arg(aliases=["--unet_lr"])] = 1e-3
-    """Peak learning rate."""
+    learning_rate: Annotated[Positive | None, arg(aliases=["--unet_lr"])] = None
+    """Peak learning rate. None: what is usual for the base model (docs/families.md)."""
     train_text_encoder: bool = False
     """Adapt the text encoders too."""
     text_encoder_lr: Positive | None = None
@@ -185,7 +185,7 @@ def check(recipe: Recipe) -> None:
             f"--lr_warmup_steps {optimization.lr_warmup_steps}: is more than --max_train_steps "
             f"{optimization.max_train_steps}"
         )
-    if optimization.lr_scheduler == "polynomial" and optimization.learning_rate <= POLYNOMIAL_END:
+    if optimization.lr_scheduler == "polynomial" and (optimization.learning_rate or 1) <= POLYNOMIAL_END:
         raise UserError(
             f"--learning_rate {optimization.learning_rate:g}: --lr_scheduler polynomial ends at {POLYNOMIAL_END:g}, so "
             f"it must begin above that"

@@ -170,6 +170,7 @@ class Stepper:
 
 def adamw(adapter: Adapter, settings: OptimizationSettings) -> torch.optim.AdamW:
     """The optimizer of an adapter's parameters, each group with the rate that the adapter gives it."""
+    assert settings.learning_rate is not None  # see `preparation.for_model`
     return torch.optim.AdamW(
         adapter.param_groups(settings.learning_rate, settings.text_encoder_lr),
         lr=settings.learning_rate,  # the polynomial schedule reads it, to end at `recipe.POLYNOMIAL_END`
