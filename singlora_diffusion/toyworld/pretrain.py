@@ -49,13 +49,14 @@ class Pretraining:
     """Rendered four times each for DINO."""
     autoencoder_steps: int = 7_600
     denoiser_steps: int = 7_200
-    flow_steps: int = 9_000
+    flow_steps: int = 6_600
     reader_steps: int = 6_000
     clip_steps: int = 1_000
     dino_steps: int = 320
     batch: int = 24
     """Of the denoiser."""
     flow_batch: int = 32
+    """Of flow."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
 
