@@ -81,7 +81,7 @@ def test_every_stage_runs_from_nothing(tmp_path: Path) -> None:
     from singlora_diffusion import models
 
     for name in pretrain.HINTS:
-        picture = models.load(str(weights / name)).sample(["a red dog"], [0], steps=2)[0]
+        picture = models.sample(models.load(str(weights / name)), ["a red dog"], [0], steps=2)[0]
         assert picture.size == (64, 64)
     for role in ("clip", "dino"):
         made = encoder("toyworld", role, str(weights / role))  # type: ignore[arg-type]

@@ -131,7 +131,7 @@ def test_each_of_several_processes_takes_its_own_gpu(recipe: Recipe, named: str,
     class Accelerator(SimpleNamespace):
         num_processes, device = 2, torch.device("cuda:1")
 
-    def load(name: str, dtype: str, where: str) -> None:
+    def load(name: str, dtype: str, where: str, quantization: str | None) -> None:
         raise UserError(where)
 
     monkeypatch.setattr(preparation, "Accelerator", Accelerator)

@@ -1,4 +1,4 @@
-"""Flow matching: x_s = (1 - s) x0 + s noise, and the answer wanted is noise - x0 (arXiv 2209.03003, 2403.03206).
+"""Flow matching: x_s = (1 - s) x0 + s noise, and what is predicted is noise - x0 (arXiv 2209.03003, 2403.03206).
 
 Times are noise levels s in (0, 1]; a diffusers timestep is 1000 s. Sign and direction are those of diffusers'
 train_dreambooth_lora_flux.py and train_dreambooth_lora_sd3.py; other families of that library differ in both.
@@ -77,8 +77,8 @@ class FlowMatching:
         level = times.reshape(-1, 1, 1, 1)
         return Corrupted((1 - level) * latents + level * noise, noise - latents)
 
-    def recover(self, noisy: Tensor, answer: Tensor, times: Tensor) -> Tensor:
-        return noisy - times.reshape(-1, 1, 1, 1) * answer
+    def recover(self, noisy: Tensor, prediction: Tensor, times: Tensor) -> Tensor:
+        return noisy - times.reshape(-1, 1, 1, 1) * prediction
 
     def loss_weights(self, times: Tensor, snr_gamma: float | None) -> Tensor | None:
         """Every example weighs the same."""

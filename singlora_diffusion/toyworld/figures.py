@@ -103,7 +103,7 @@ def prompt_following(n: int, guidance: float, seed: int = 0, model: str = "toywo
     images, begun = [], time.perf_counter()
     for i in range(0, n, 20):
         chunk = prompts[i : i + 20]
-        images += family.sample(chunk, range(i, i + len(chunk)), steps=25, guidance=guidance)
+        images += models.sample(family, chunk, range(i, i + len(chunk)), steps=25, guidance=guidance)
     seconds = (time.perf_counter() - begun) / n
     read = _read(np.stack([np.asarray(image) for image in images]))
     right = {f"prompt following, {name}": float((read[name] == value).mean()) for name, value in truth.items()}

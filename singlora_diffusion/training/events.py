@@ -36,6 +36,8 @@ class Loaded:
     layers: int
     parameters: int
     resolution: int
+    dtype: str
+    """What the base model computes in: float32, bfloat16 or float16."""
 
 
 @dataclass(frozen=True)

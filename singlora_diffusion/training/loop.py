@@ -60,11 +60,12 @@ class Job:
         return self.accelerator.is_main_process
 
 
-def run(recipe: Recipe, stop: Callable[[], bool] = lambda: False) -> Iterator[Event]:
+def run(recipe: Recipe, stop: Callable[[], bool] = lambda: False, family: Family | None = None) -> Iterator[Event]:
     """Train an adapter; the last event is `Saved`, or `Interrupted`.
 
     Args:
         stop: asked after every step; once it says yes, the state is saved and the run ends.
+        family: the recipe's base model, for those who train on it many times. It is left as it was. None: it is loaded.
 
     Raises:
         UserError: something in the recipe or its files must be mended first, the training diverged, or a file cannot be
@@ -81,18 +82,17 @@ def run(recipe: Recipe, stop: Callable[[], bool] = lambda: False) -> Iterator[Ev
     from . import identity, memory, preparation, result
     from .step import Stepper
 
+    recipe = preparation.on_this_machine(recipe)
     state = yield from preparation.checkpoint_to_resume(recipe)
-    accelerator, family, resolution = yield from preparation.load(recipe)
+    accelerator, family, resolution = yield from preparation.load(recipe, family)
+    recipe = preparation.for_model(recipe, family)
     config = adapter_config(recipe, state.config.ramp_steps if state else None)
     memory.require(family, config, recipe, resolution)
     with ExitStack() as stack:
         if accelerator.is_main_process:
             stack.enter_context(files.locked(recipe.output.output_dir, "a training"))
             yield from _clear(recipe)
-        texts = [recipe.data.instance_prompt, recipe.validation.validation_prompt or recipe.data.instance_prompt]
-        if recipe.prior.with_prior_preservation:
-            texts.append(class_prompt)
-        yield from preparation.cut_prompts(family, texts)
+        yield from preparation.cut_prompts(recipe, family, class_prompt)
         classes = yield from preparation.class_images(recipe, accelerator, family, class_prompt, resolution)
         streams = yield from preparation.encoded(recipe, family, resolution, instance.images, classes, class_prompt)
         adapter = adapters.attach(family.networks, config, recipe.optimization.seed)
@@ -147,6 +147,7 @@ def _loaded(family: Family, adapter: Adapter, resolution: int) -> Loaded:
         layers=len(adapter.layers()),
         parameters=adapter.num_parameters(),
         resolution=resolution,
+        dtype=str(family.dtype).removeprefix("torch."),
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from .. import device, models
+from .. import device, models, settings
 from ..data import latents
 from ..data.latents import EncodedImages
 from ..errors import UserError
@@ -20,10 +20,30 @@ from . import checkpoint, identity
 from . import class_images as generating
 from .checkpoint import State
 from .events import Encoded, Event, Progress, Remark
-from .recipe import Recipe
+from .recipe import Recipe, check
 from .step import Stepper, Streams
 
 DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def on_this_machine(recipe: Recipe) -> Recipe:
+    """The recipe with a precision that suits the device, where it names none."""
+    if recipe.model.mixed_precision is not None:
+        return recipe
+    dtype = device.compute_dtype(device.choose(recipe.model.device), None)
+    return settings.replaced(recipe, mixed_precision=next(name for name, one in DTYPES.items() if one == dtype))
+
+
+def for_model(recipe: Recipe, family: Family) -> Recipe:
+    """The recipe with the rate that is usual for the base model, where it names none.
+
+    Raises:
+        UserError: it cannot be combined with other settings.
+    """
+    if recipe.optimization.learning_rate is None:
+        recipe = settings.replaced(recipe, learning_rate=family.learning_rate)
+        check(recipe)
+    return recipe
 
 
 def checkpoint_to_resume(recipe: Recipe) -> Generator[Event, None, State | None]:
@@ -47,8 +67,12 @@ def checkpoint_to_resume(recipe: Recipe) -> Generator[Event, None, State | None]
     return state
 
 
-def load(recipe: Recipe) -> Generator[Event, None, tuple[Accelerator, Family, int]]:
-    """Processes, base model, and the side of the images in pixels."""
+def load(recipe: Recipe, family: Family | None = None) -> Generator[Event, None, tuple[Accelerator, Family, int]]:
+    """Processes, base model (unless it is there already), and the side of the images in pixels.
+
+    Args:
+        recipe: of `on_this_machine`.
+    """
     where, precision = recipe.model.device, recipe.model.mixed_precision
     chosen = device.choose(where)
     if precision == "fp16" and torch.device(chosen).type == "cpu":
@@ -61,11 +85,12 @@ def load(recipe: Recipe) -> Generator[Event, None, tuple[Accelerator, Family, in
     )
     if accelerator.num_processes > 1 and torch.device(chosen).index is None:
         chosen = str(accelerator.device)  # `cuda` alone would put all of them on the first GPU
-    dtype = device.compute_dtype(chosen, DTYPES[precision])
+    dtype = DTYPES[precision or "no"]
     slow = device.slow_bfloat16(chosen, dtype)
     if slow:
         yield Remark(slow)
-    family = models.load(recipe.model.pretrained_model_name_or_path, dtype, chosen, recipe.model.quantize)
+    if family is None:
+        family = models.load(recipe.model.pretrained_model_name_or_path, dtype, chosen, recipe.model.quantize)
     side = recipe.data.resolution
     resolution, _ = check_sides(family, side, side, ("--resolution", "--resolution"))
     process = family.noise_process
@@ -73,8 +98,11 @@ def load(recipe: Recipe) -> Generator[Event, None, tuple[Accelerator, Family, in
     return accelerator, family, resolution
 
 
-def cut_prompts(family: Family, prompts: Sequence[str]) -> Iterator[Remark]:
+def cut_prompts(recipe: Recipe, family: Family, class_prompt: str) -> Iterator[Remark]:
     """A remark for each prompt that the model cuts off."""
+    prompts = [recipe.data.instance_prompt, recipe.validation.validation_prompt or recipe.data.instance_prompt]
+    if recipe.prior.with_prior_preservation:
+        prompts.append(class_prompt)
     for prompt in dict.fromkeys(prompts):
         if count := family.prompt_overflow(prompt):
             source = escaped(family.source, 1000)

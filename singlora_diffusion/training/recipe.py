@@ -48,8 +48,9 @@ class ModelSettings:
 
     pretrained_model_name_or_path: str = "toyworld"
     """`toyworld` or `toyworld-flow` (they come with the package), a diffusers folder, or a hub id."""
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """What the frozen base computes in. The adapter stays in float32."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """What the frozen base computes in; no: float32. The adapter stays in float32. None: what suits the machine, which
+    is bf16 on a GPU that has it, fp16 on an older one, no on a CPU."""
     quantize: Literal["nf4", "int8"] | None = None
     """Keep the frozen base in 4 bits (nf4, by bitsandbytes) or 8 (int8, by torchao), to fit a smaller GPU."""
     device: Annotated[str | None, MayDiffer] = None
@@ -86,8 +87,8 @@ class OptimizationSettings:
     """Forward passes per optimizer step."""
     gradient_checkpointing: bool = False
     """Compute activations twice to save memory."""
-    learning_rate: Annotated[Positive, arg(aliases=["--unet_lr"])] = 1e-3
-    """Peak learning rate."""
+    learning_rate: Annotated[Positive | None, arg(aliases=["--unet_lr"])] = None
+    """Peak learning rate. None: what is usual for the base model (docs/families.md)."""
     train_text_encoder: bool = False
     """Adapt the text encoders too."""
     text_encoder_lr: Positive | None = None
@@ -159,7 +160,7 @@ class Recipe:
 
 NEEDED = {
     "train_text_encoder": ("text_encoder_lr", "text_rank", "text_alpha", "text_targets"),
-    "with_prior_preservation": ("class_data_dir", "class_prompt", "num_class_images"),
+    "with_prior_preservation": ("class_data_dir", "class_prompt", "num_class_images", "prior_loss_weight"),
 }
 """A setting -> those that mean nothing without it."""
 
@@ -184,7 +185,7 @@ def check(recipe: Recipe) -> None:
             f"--lr_warmup_steps {optimization.lr_warmup_steps}: is more than --max_train_steps "
             f"{optimization.max_train_steps}"
         )
-    if optimization.lr_scheduler == "polynomial" and optimization.learning_rate <= POLYNOMIAL_END:
+    if optimization.lr_scheduler == "polynomial" and (optimization.learning_rate or 1) <= POLYNOMIAL_END:
         raise UserError(
             f"--learning_rate {optimization.learning_rate:g}: --lr_scheduler polynomial ends at {POLYNOMIAL_END:g}, so "
             f"it must begin above that"

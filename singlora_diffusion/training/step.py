@@ -52,7 +52,7 @@ class Denoiser(nn.Module):
         self.family, self.prompts, self.text = family, list(prompts), text
 
     def forward(self, noisy: Tensor, times: Tensor, stream: Sequence[int], geometry: Geometry) -> Tensor:
-        """The family's answer to noisy latents (N, C, h, w); `stream` says whose prompt each example has."""
+        """The family's prediction for noisy latents (N, C, h, w); `stream` says whose prompt each example has."""
         text = self.family.encode_prompts(self.prompts) if self.text is None else self.text
         conditioning = self.family.with_geometry(text.select(stream), geometry)
         return self.family.denoise(noisy, times, conditioning)
@@ -170,6 +170,7 @@ class Stepper:
 
 def adamw(adapter: Adapter, settings: OptimizationSettings) -> torch.optim.AdamW:
     """The optimizer of an adapter's parameters, each group with the rate that the adapter gives it."""
+    assert settings.learning_rate is not None  # see `preparation.for_model`
     return torch.optim.AdamW(
         adapter.param_groups(settings.learning_rate, settings.text_encoder_lr),
         lr=settings.learning_rate,  # the polynomial schedule reads it, to end at `recipe.POLYNOMIAL_END`

@@ -85,6 +85,7 @@ class Terminal:
             f"{loaded.method} rank {loaded.rank} on {loaded.layers} layers of {escaped(loaded.base_model, 1000)}: "
             f"{loaded.parameters:,} trained parameters\n"
             f"{optimization.max_train_steps} steps of {optimization.train_batch_size} images at {loaded.resolution} px"
+            f", the base in {loaded.dtype}"
         )
 
     def command_to_go_on(self) -> str:
