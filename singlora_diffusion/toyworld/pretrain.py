@@ -28,7 +28,7 @@ Stage = Literal["images", "autoencoder", "denoiser", "flow", "reader", "clip", "
 HELD_OUT = 900_000  # image seeds from here on are never trained on
 HINTS: dict[str, dict[str, Any]] = {
     "pipeline": {"guidance_scale": 3.0, "prompts": "toyworld"},
-    "pipeline-flow": {"guidance_scale": 3.0, "prompts": "toyworld", "t5_length": 0},
+    "pipeline-flow": {"guidance_scale": 3.0, "prompts": "toyworld", "t5_length": 0, "learning_rate": 3e-3},
 }
 """The pipelines by folder, and what is written beside each: `models.parts.hints`."""
 
