@@ -46,6 +46,7 @@ if TYPE_CHECKING:  # torch and what needs it are imported once the recipe's own 
 
     from ..adapters import Adapter
     from ..models import Family
+    from .resting import Resting
     from .step import Stepper
 
 
@@ -58,6 +59,7 @@ class Job:
     family: Family
     adapter: Adapter
     stepper: Stepper
+    resting: Resting
     identity: dict[str, Any]
     about: dict[str, Any]
     """For the header of adapter files."""
@@ -97,6 +99,7 @@ def run(recipe: Recipe, stop: Callable[[], bool] = lambda: False, family: Family
 
     from .. import adapters
     from . import hub, identity, memory, preparation, result
+    from .resting import Resting
     from .step import Stepper
 
     recipe = preparation.on_this_machine(recipe)
@@ -123,9 +126,14 @@ def run(recipe: Recipe, stop: Callable[[], bool] = lambda: False, family: Family
             preparation.restore(state, recipe, identified, stepper)
             yield Resumed(state.path, state.step)
         stepper.prepare()
+        resting = Resting(family, text=not recipe.optimization.train_text_encoder)
+        stack.callback(resting.end)
+        resting.begin()
         about = result.about(recipe, family, subject, resolution, len(instance.images))
         start = state.step if state else 0
-        job = Job(recipe, accelerator, family, adapter, stepper, identified, about, resolution, start, repository)
+        job = Job(
+            recipe, accelerator, family, adapter, stepper, resting, identified, about, resolution, start, repository
+        )
         yield from _begin(job)
         finished = yield from _steps(job, stop)
         if finished and job.writes:
@@ -204,7 +212,9 @@ def _outputs(job: Job, step: int) -> Iterator[Event]:
     if _is_due(step, job.recipe.validation.validation_steps):
         from . import validation
 
-        yield Preview(validation.preview(job.family, job.recipe, step, job.resolution), step)
+        with job.resting.interrupted():
+            path = validation.preview(job.family, job.recipe, step, job.resolution)
+        yield Preview(path, step)
 
 
 def _is_due(step: int, every: int) -> bool:
