@@ -29,6 +29,8 @@ class Command(NamedTuple):
     settings: str
     work: str
     line: str
+    words: str = ""
+    """What makes flags of other words first: other programs' names, settings files."""
 
 
 COMMANDS = {
@@ -36,6 +38,7 @@ COMMANDS = {
         "singlora_diffusion.training.recipe:Recipe",
         "train_dreambooth:main",
         "learn a subject from a folder of images",
+        words="singlora_diffusion.training.familiar:read",
     ),
     "generate": Command(
         "singlora_diffusion.sampling.settings:GenerateSettings",
@@ -130,7 +133,8 @@ def run(name: str, arguments: Sequence[str]) -> int:
     command = COMMANDS[name]
     try:
         with _sigterm():
-            chosen = parse(_find(command.settings), arguments, f"singlora {name}", command.line)
+            words = _find(command.words)(arguments) if command.words else arguments
+            chosen = parse(_find(command.settings), words, f"singlora {name}", command.line)
             quiet_libraries()
             _find(command.work)(chosen)
     except BrokenPipeError:  # whoever read our output has seen enough, as in `singlora inspect FILE | head`

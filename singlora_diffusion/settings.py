@@ -102,17 +102,22 @@ def _refuse_two_values(kind: Any, words: Sequence[str]) -> None:
 
     Of one flag given twice the last counts, as everywhere.
     """
-    names = dict(_spellings(kind))
+    names = {f"__{written}": flag for written, flag in spellings(kind).items()}
     given: dict[str, dict[str, list[str]]] = {}  # flag -> spelling -> values
     for start, word in enumerate(words):
         written, _, value = word.partition("=")
         if flag := names.get(written.replace("-", "_")):
             following = itertools.takewhile(lambda other: not other.startswith("--"), words[start + 1 :])
             given.setdefault(flag, {})[written.replace("-", "_")] = [value] if value else list(following)
-    for spellings in given.values():
-        if any(values != next(iter(spellings.values())) for values in spellings.values()):
-            shown = " and ".join(f"--{spelling.strip('_')}" for spelling in spellings)
+    for written_as in given.values():
+        if any(values != next(iter(written_as.values())) for values in written_as.values()):
+            shown = " and ".join(f"--{spelling.strip('_')}" for spelling in written_as)
             raise UserError(f"{shown} are one setting: give one value")
+
+
+def spellings(kind: Any) -> dict[str, str]:
+    """Every flag and its aliases, without dashes and with underscores inside -> the field."""
+    return {written.removeprefix("__"): flag for written, flag in _spellings(kind)}
 
 
 def _spellings(kind: Any) -> Iterator[tuple[str, str]]:
