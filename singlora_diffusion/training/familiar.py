@@ -69,6 +69,10 @@ def _side(value: str) -> str:
     return sides.pop() if len(sides) == 1 else value
 
 
+_OPTIMIZER = _one_of(
+    adamw="adamw", adamw8bit="adamw8bit", prodigy="prodigy", adafactor="adafactor", lion="lion",
+    schedulefree="schedule_free", adamwschedulefree="schedule_free", adamw_8bit="adamw8bit",
+)  # fmt: skip
 _HUB = Refused("download that version once (`hf download MODEL --revision ... --local-dir DIR`) and give the folder")
 _LATENTS = Ignored("latents are computed once and kept in memory")
 _SQUARE = Ignored("images are cropped to a square around their centre")
@@ -96,9 +100,13 @@ WORDS: dict[str, Alias | Means | Ignored | Refused | Unless] = {
     "prior_generation_precision": Ignored("class images are generated in --mixed_precision"),
     "num_train_epochs": _EPOCHS,
     "lora_dropout": Refused("no method here has dropout: leave it out"),
-    "lr_num_cycles": Refused("the schedules have one cycle: leave it out"),
-    "lr_power": Refused("the polynomial schedule has the power 1: leave it out"),
-    "use_8bit_adam": Refused("the optimizer is AdamW: leave it out"),
+    "use_8bit_adam": Means(("--optimizer", "adamw8bit")),
+    "optimizer": Alias("optimizer", _OPTIMIZER),
+    "prodigy_beta3": Refused("Prodigy's own default, the square root of --adam_beta2, is used: leave it out"),
+    "prodigy_decouple": Ignored("so it is"),
+    "prodigy_use_bias_correction": Ignored("so it is"),
+    "prodigy_safeguard_warmup": Ignored("so it is"),
+    "offset_noise": Means(("--noise_offset", "0.1")),
     "allow_tf32": Refused("float32 is float32: leave it out, or take --mixed_precision bf16"),
     "validation_images": Refused("previews need none: leave it out"),
     "push_to_hub": Refused("upload OUTPUT_DIR with `hf upload`"),
@@ -180,6 +188,9 @@ WORDS: dict[str, Alias | Means | Ignored | Refused | Unless] = {
     "sample_sampler": _SAMPLING,
     "log_with": Alias("report_to", _one_of(all="tensorboard")),
     "log_prefix": Ignored("curves are in OUTPUT_DIR/logs"),
+    "optimizer_type": Alias("optimizer", _OPTIMIZER),
+    "optimizer_args": Refused("each option is a flag of its own, as --adam_weight_decay"),
+    "diff_output_preservation": Means(("--with_prior_preservation", "--num_class_images", "0")),
     "clip_skip": Refused("the base model's own layer of the text encoder is used: leave it out"),
     "no_half_vae": Ignored("the autoencoder is kept in a dtype that it can compute in"),
     "fp8_base": Refused("--quantize int8 or nf4 keeps the base model in few bits"),

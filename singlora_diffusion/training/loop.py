@@ -39,9 +39,6 @@ class Job:
     """Everything that the steps need."""
 
     recipe: Recipe
-    accelerator: Accelerator
-    family: Family
-    adapter: Adapter
     stepper: Stepper
     identity: dict[str, Any]
     about: dict[str, Any]
@@ -57,7 +54,7 @@ class Job:
     @property
     def writes(self) -> bool:
         """Of several processes, the first one writes."""
-        return self.accelerator.is_main_process
+        return self.stepper.accelerator.is_main_process
 
 
 def run(recipe: Recipe, stop: Callable[[], bool] = lambda: False, family: Family | None = None) -> Iterator[Event]:
@@ -108,7 +105,7 @@ def run(recipe: Recipe, stop: Callable[[], bool] = lambda: False, family: Family
         stepper.prepare()
         about = result.about(recipe, family, subject, resolution, len(instance.images))
         start = state.step if state else 0
-        job = Job(recipe, accelerator, family, adapter, stepper, identified, about, resolution, start)
+        job = Job(recipe, stepper, identified, about, resolution, start)
         yield from _begin(job)
         finished = yield from _steps(job, stop)
         if finished and job.writes:
@@ -126,7 +123,7 @@ def _clear(recipe: Recipe) -> Iterator[Event]:
 
 
 def _begin(job: Job) -> Iterator[Event]:
-    job.accelerator.wait_for_everyone()  # all have read the checkpoint that they go on from
+    job.stepper.accelerator.wait_for_everyone()  # all have read the checkpoint that they go on from
     if job.writes:
         later = [path for path in run_folder.checkpoints(job.out) if run_folder.step_of(path) > job.start]
         yield from _put_away(job.out, later)  # or `latest` would mean one of these, and the limit keep them
@@ -162,12 +159,12 @@ def _steps(job: Job, stop: Callable[[], bool]) -> Generator[Event, None, bool]:
         except NotFinite as error:
             raise UserError(_diagnosis(job, error)) from error
         yield Step(step, *figures, seconds=time.monotonic() - began)
-        if _anyone(job.accelerator, stop()) and step < last:
+        if _anyone(job.stepper.accelerator, stop()) and step < last:
             yield Interrupted(step, _save_checkpoint(job, step) if job.writes else None)
             return False
         if job.writes:
             yield from _outputs(job, step)
-    job.accelerator.wait_for_everyone()
+    job.stepper.accelerator.wait_for_everyone()
     return True
 
 
@@ -185,9 +182,11 @@ def _outputs(job: Job, step: int) -> Iterator[Event]:
     if _is_due(step, job.recipe.output.checkpointing_steps):
         yield Checkpoint(_save_checkpoint(job, step), step)
     if _is_due(step, job.recipe.validation.validation_steps):
-        from . import validation
+        from . import averaging, validation
 
-        yield Preview(validation.preview(job.family, job.recipe, step, job.resolution), step)
+        with averaging.in_use(job.stepper.adapter, job.stepper.average):
+            path = validation.preview(job.stepper.family, job.recipe, step, job.resolution)
+        yield Preview(path, step)
 
 
 def _is_due(step: int, every: int) -> bool:
@@ -197,17 +196,18 @@ def _is_due(step: int, every: int) -> bool:
 def _save_checkpoint(job: Job, step: int) -> Path:
     from . import checkpoint
 
-    scaler = job.accelerator.scaler
+    scaler = job.stepper.accelerator.scaler
     try:
         return checkpoint.save(
             job.out,
             step,
-            job.adapter,
+            job.stepper.adapter,
             job.stepper.raw_optimizer,
             recorded(job.recipe),
             about=job.about,
             identity=job.identity,
             scaler=None if scaler is None else scaler.state_dict(),
+            average=job.stepper.average,
             limit=job.recipe.output.checkpoints_total_limit,
         )
     except UserError as error:
@@ -217,9 +217,16 @@ def _save_checkpoint(job: Job, step: int) -> Path:
 def _saved(job: Job) -> Saved:
     from . import result
 
-    path = job.out / run_folder.ADAPTER
+    path, average = job.out / run_folder.ADAPTER, job.stepper.average
+    if average is not None:
+        job.stepper.adapter.load_state_dict(average.weights())
     try:
-        result.save(job.family, job.adapter, path, {**job.about, "step": job.recipe.optimization.max_train_steps})
+        result.save(
+            job.stepper.family,
+            job.stepper.adapter,
+            path,
+            {**job.about, "step": job.recipe.optimization.max_train_steps},
+        )
     except UserError as error:
         raise UserError(f"{error}{_kept(job)}") from error
     return Saved(path, path.stat().st_size)

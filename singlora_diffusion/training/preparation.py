@@ -20,8 +20,9 @@ from . import checkpoint, identity
 from . import class_images as generating
 from .checkpoint import State
 from .events import Encoded, Event, Progress, Remark
+from .examples import Streams
 from .recipe import Recipe
-from .step import Stepper, Streams
+from .step import Stepper
 
 DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -55,7 +56,7 @@ def checkpoint_to_resume(recipe: Recipe) -> Generator[Event, None, State | None]
     return state
 
 
-def load(recipe: Recipe, family: Family | None) -> Generator[Event, None, tuple[Accelerator, Family, int]]:
+def load(recipe: Recipe, family: Family | None = None) -> Generator[Event, None, tuple[Accelerator, Family, int]]:
     """Processes, base model (unless it is there already), and the side of the images in pixels.
 
     Args:
@@ -97,7 +98,7 @@ def cut_prompts(family: Family, prompts: Sequence[str]) -> Iterator[Remark]:
 def class_images(
     recipe: Recipe, accelerator: Accelerator, family: Family, prompt: str, resolution: int
 ) -> Generator[Event, None, Sequence[Path]]:
-    if not recipe.prior.with_prior_preservation:
+    if not recipe.prior.with_prior_preservation or not recipe.prior.num_class_images:
         return ()
     if accelerator.is_main_process:
         yield from generating.prepare(recipe, family, prompt, resolution)
@@ -128,6 +129,8 @@ def encoded(
         streams.append(latents.together(encoded))
         texts.append(prompt)
         yield Encoded(what, len(paths))
+    if recipe.prior.with_prior_preservation and not others:
+        texts.append(class_prompt)
     return Streams(streams, texts)
 
 
@@ -142,6 +145,6 @@ def restore(state: State, recipe: Recipe, who: dict[str, Any], stepper: Stepper)
         words = identity.difference(state.identity, who)
     if words:
         raise UserError(f"{escaped(state.path, 1000)} was made {words}: resume with the same")
-    checkpoint.restore(state, stepper.adapter, stepper.raw_optimizer)
+    checkpoint.restore(state, stepper.adapter, stepper.raw_optimizer, stepper.average)
     if stepper.accelerator.scaler is not None and state.scaler:
         stepper.accelerator.scaler.load_state_dict(dict(state.scaler))
