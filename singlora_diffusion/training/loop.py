@@ -46,6 +46,7 @@ if TYPE_CHECKING:  # torch and what needs it are imported once the recipe's own 
 
     from ..adapters import Adapter
     from ..models import Family
+    from .resting import Resting
     from .step import Stepper
 
 
@@ -54,10 +55,8 @@ class Job:
     """Everything that the steps need."""
 
     recipe: Recipe
-    accelerator: Accelerator
-    family: Family
-    adapter: Adapter
     stepper: Stepper
+    resting: Resting
     identity: dict[str, Any]
     about: dict[str, Any]
     """For the header of adapter files."""
@@ -74,7 +73,7 @@ class Job:
     @property
     def writes(self) -> bool:
         """Of several processes, the first one writes."""
-        return self.accelerator.is_main_process
+        return self.stepper.accelerator.is_main_process
 
 
 def run(recipe: Recipe, stop: Callable[[], bool] = lambda: False, family: Family | None = None) -> Iterator[Event]:
@@ -97,6 +96,7 @@ def run(recipe: Recipe, stop: Callable[[], bool] = lambda: False, family: Family
 
     from .. import adapters
     from . import hub, identity, memory, preparation, result
+    from .resting import Resting
     from .step import Stepper
 
     recipe = preparation.on_this_machine(recipe)
@@ -123,9 +123,12 @@ def run(recipe: Recipe, stop: Callable[[], bool] = lambda: False, family: Family
             preparation.restore(state, recipe, identified, stepper)
             yield Resumed(state.path, state.step)
         stepper.prepare()
+        resting = Resting(family, text=not recipe.optimization.train_text_encoder)
+        stack.callback(resting.end)
+        resting.begin()
         about = result.about(recipe, family, subject, resolution, len(instance.images))
         start = state.step if state else 0
-        job = Job(recipe, accelerator, family, adapter, stepper, identified, about, resolution, start, repository)
+        job = Job(recipe, stepper, resting, identified, about, resolution, start, repository)
         yield from _begin(job)
         finished = yield from _steps(job, stop)
         if finished and job.writes:
@@ -143,7 +146,7 @@ def _clear(recipe: Recipe) -> Iterator[Event]:
 
 
 def _begin(job: Job) -> Iterator[Event]:
-    job.accelerator.wait_for_everyone()  # all have read the checkpoint that they go on from
+    job.stepper.accelerator.wait_for_everyone()  # all have read the checkpoint that they go on from
     if job.writes:
         later = [path for path in run_folder.checkpoints(job.out) if run_folder.step_of(path) > job.start]
         yield from _put_away(job.out, later)  # or `latest` would mean one of these, and the limit keep them
@@ -179,12 +182,12 @@ def _steps(job: Job, stop: Callable[[], bool]) -> Generator[Event, None, bool]:
         except NotFinite as error:
             raise UserError(_diagnosis(job, error)) from error
         yield Step(step, *figures, seconds=time.monotonic() - began)
-        if _anyone(job.accelerator, stop()) and step < last:
+        if _anyone(job.stepper.accelerator, stop()) and step < last:
             yield Interrupted(step, _save_checkpoint(job, step) if job.writes else None)
             return False
         if job.writes:
             yield from _outputs(job, step)
-    job.accelerator.wait_for_everyone()
+    job.stepper.accelerator.wait_for_everyone()
     return True
 
 
@@ -202,9 +205,11 @@ def _outputs(job: Job, step: int) -> Iterator[Event]:
     if _is_due(step, job.recipe.output.checkpointing_steps):
         yield Checkpoint(_save_checkpoint(job, step), step)
     if _is_due(step, job.recipe.validation.validation_steps):
-        from . import validation
+        from . import averaging, validation
 
-        yield Preview(validation.preview(job.family, job.recipe, step, job.resolution), step)
+        with job.resting.interrupted(), averaging.in_use(job.stepper.adapter, job.stepper.average):
+            path = validation.preview(job.stepper.family, job.recipe, step, job.resolution)
+        yield Preview(path, step)
 
 
 def _is_due(step: int, every: int) -> bool:
@@ -214,17 +219,18 @@ def _is_due(step: int, every: int) -> bool:
 def _save_checkpoint(job: Job, step: int) -> Path:
     from . import checkpoint
 
-    scaler = job.accelerator.scaler
+    scaler = job.stepper.accelerator.scaler
     try:
         return checkpoint.save(
             job.out,
             step,
-            job.adapter,
+            job.stepper.adapter,
             job.stepper.raw_optimizer,
             recorded(job.recipe),
             about=job.about,
             identity=job.identity,
             scaler=None if scaler is None else scaler.state_dict(),
+            average=job.stepper.average,
             limit=job.recipe.output.checkpoints_total_limit,
         )
     except UserError as error:
@@ -235,18 +241,25 @@ def _saved(job: Job) -> Iterator[Event]:
     """The adapter, proved by reading it back, then what others can do with it."""
     from . import hub, model_card, portable, result
 
-    path = job.out / run_folder.ADAPTER
+    path, average = job.out / run_folder.ADAPTER, job.stepper.average
+    if average is not None:
+        job.stepper.adapter.load_state_dict(average.weights())
     try:
-        result.save(job.family, job.adapter, path, {**job.about, "step": job.recipe.optimization.max_train_steps})
+        result.save(
+            job.stepper.family,
+            job.stepper.adapter,
+            path,
+            {**job.about, "step": job.recipe.optimization.max_train_steps},
+        )
     except UserError as error:
         raise UserError(f"{error}{_kept(job)}") from error
     (job.out / run_folder.LORA).unlink(missing_ok=True)  # of fewer steps
     if job.recipe.output.portable:
         try:
-            yield Exported(*portable.write(path, job.family))
+            yield Exported(*portable.write(path, job.stepper.family))
         except UserError as error:
             yield Remark(f"no {run_folder.LORA}: {error}")
-    model_card.write(job.recipe, job.family, job.about)
+    model_card.write(job.recipe, job.stepper.family, job.about)
     if job.repository is not None:
         yield Uploaded(hub.upload(job.out, job.repository))
     yield Saved(path, path.stat().st_size)
