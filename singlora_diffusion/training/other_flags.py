@@ -17,12 +17,24 @@ RENAMED = {
     "flip_aug": "random_flip",
     "huggingface_repo_id": "hub_model_id",
     "lora_layers": "targets",
+    "lr_scheduler_num_cycles": "lr_num_cycles",
+    "lr_scheduler_power": "lr_power",
+    "optimizer_type": "optimizer",
     "sample_every_n_steps": "validation_steps",
     "train_data_dir": "instance_data_dir",
     "use_dora": "dora",
     "validation_step_interval": "validation_steps",
 }
 """Their word -> ours."""
+
+
+SWITCHES = {
+    "use_8bit_adam": ("optimizer", "adamw8bit"),
+    "use_lion_optimizer": ("optimizer", "lion"),
+}
+"""Their switch -> our flag and its value."""
+OPTIMIZERS = {"adamwschedulefree": "schedule_free", "schedulefree": "schedule_free"}
+"""Their word, in small letters -> ours; the others differ in capitals only."""
 
 
 def _by_flag(rows: Mapping[str, str]) -> dict[str, str]:
@@ -98,7 +110,7 @@ REFUSED = _by_flag(
         "colours are not changed": "color_aug",
         "there are no masks; crop the images to the subject": "masked_loss",
         # the adapter
-        "--targets, --method and --dora say which layers get what": "network_args",
+        "--targets, --method and --dora say which layers get what": "network_args lora_blocks block_dims",
         "an update of one matrix per layer has no dropout": "lora_dropout network_dropout",
         "the denoiser is always trained; --train_text_encoder adds text encoders": "network_train_text_encoder_only",
         "a run goes on from its own checkpoints: --resume_from_checkpoint": "network_weights dim_from_weights",
@@ -108,19 +120,17 @@ REFUSED = _by_flag(
         # the optimization
         "give --max_train_steps: epochs x images / --train_batch_size": "num_train_epochs max_train_epochs",
         "give the scaled rate: --learning_rate x batch x accumulation x processes": "scale_lr",
-        "the optimizer is AdamW: --adam_beta1, --adam_beta2, --adam_weight_decay, --adam_epsilon": "optimizer "
-        "optimizer_type optimizer_args use_lion_optimizer prodigy_beta3 prodigy_decouple prodigy_use_bias_correction "
-        "prodigy_safeguard_warmup",
-        "the optimizer is AdamW in float32; an adapter's moments are small": "use_8bit_adam",
+        "--adam_beta1, --adam_beta2, --adam_weight_decay and --adam_epsilon are what optimizers take": "optimizer_args",
+        "--optimizer prodigy decouples weight decay, corrects the bias and warms up safely": "prodigy_beta3 "
+        "prodigy_decouple prodigy_use_bias_correction prodigy_safeguard_warmup",
         "--adam_weight_decay holds for all networks": "adam_weight_decay_text_encoder",
-        "--lr_scheduler cosine_with_restarts has one cycle, polynomial the power 1": "lr_num_cycles lr_power "
-        "lr_scheduler_num_cycles lr_scheduler_power",
-        "the loss is the mean squared error; --snr_gamma weighs it by noise": "loss_type huber_c huber_schedule "
-        "debiased_estimation_loss scale_v_pred_loss_like_noise_pred",
-        "noise is drawn as the base model's family has it": "noise_offset offset_noise adaptive_noise_scale "
+        "the loss is the mean squared error; --snr_gamma weighs it by noise": "loss_type huber_type huber_c "
+        "huber_schedule debiased_estimation_loss scale_v_pred_loss_like_noise_pred",
+        "--noise_offset 0.1 does it": "offset_noise",
+        "noise is drawn as the base model's family has it, with --noise_offset at most": "adaptive_noise_scale "
         "multires_noise_iterations multires_noise_discount ip_noise_gamma zero_terminal_snr do_edm_style_training",
         "times are drawn as the base model's family has them": "weighting_scheme logit_mean logit_std mode_scale "
-        "min_timestep max_timestep precondition_outputs",
+        "precondition_outputs",
         "a base model that was distilled with guidance is told 1 in training": "guidance_scale",
         "the step is not compiled": "torch_compile dynamo_backend",
         # previews, files and logs
@@ -140,17 +150,11 @@ FINE = {
     "logit_std": "1",
     "lora_dropout": "0",
     "loss_type": "l2",
-    "lr_num_cycles": "1",
-    "lr_power": "1",
-    "lr_scheduler_num_cycles": "1",
-    "lr_scheduler_power": "1",
-    "max_timestep": "1000",
-    "min_timestep": "0",
     "network_dropout": "0",
-    "noise_offset": "0",
-    "optimizer": "adamw",
-    "optimizer_type": "adamw",
     "precondition_outputs": "1",
+    "prodigy_decouple": "true",
+    "prodigy_safeguard_warmup": "true",
+    "prodigy_use_bias_correction": "true",
     "revision": "main",
     "weighting_scheme": "none",
 }
@@ -185,8 +189,13 @@ def answer(flag: str, values: Sequence[str], others: Collection[str]) -> Answer 
 
 
 def in_our_words(flag: str, values: Sequence[str]) -> tuple[str, list[str]]:
-    """A flag and its values as ours: renamed; 512,512 as 512; lists with commas, as other programs have them, split."""
+    """A flag and its values as ours: renamed; 512,512 as 512; lists with commas split; AdamW8bit as adamw8bit."""
+    if flag in SWITCHES:
+        ours, value = SWITCHES[flag]
+        return ours, [value]
     ours = RENAMED.get(flag, flag)
+    if ours == "optimizer":
+        return ours, [OPTIMIZERS.get(value.casefold(), value.casefold()) for value in values]
     if ours == "resolution" and len(values) == 1:
         return ours, list(dict.fromkeys(values[0].split(",")))
     if flag == "lora_layers":
