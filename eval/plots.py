@@ -120,6 +120,11 @@ def _words(prompt: Hashable, sets: Sequence[ScoredSet]) -> str:
     return escaped(" ".join(str(next(same).about.get("prompt_without_token") or prompt).split()), 400)
 
 
+def on_white(svg: str) -> str:
+    """For a file of its own, which may be shown on any ground."""
+    return svg.replace("<svg ", '<svg style="background: white" ', 1)
+
+
 @contextmanager
 def panel(title: str, height: float) -> Iterator[tuple[Any, Callable[[str], str]]]:
     """Axes to draw on, and what makes an SVG of them, given the words for those who cannot see it."""

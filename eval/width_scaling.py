@@ -26,6 +26,8 @@ from singlora_diffusion import files
 from singlora_diffusion.errors import UserError
 from singlora_diffusion.settings import Count, Seed
 
+from .plots import GRID, SOFT, on_white, panel
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -165,8 +167,6 @@ def table(settings: WidthSettings, found: dict[str, NDArray[np.float64]]) -> lis
 
 def plot(settings: WidthSettings, found: dict[str, NDArray[np.float64]]) -> str:
     """SVG: the change in the fifth step over the width, both axes logarithmic."""
-    from .plots import GRID, SOFT, panel
-
     with panel("RMS change of the features in step 5", 5.2) as (axes, finish):
         for place, (name, sizes) in enumerate(found.items()):
             median = np.median(sizes[:, :, 4], axis=1)
@@ -211,7 +211,7 @@ def run(settings: WidthSettings) -> None:
         shown.add_row(*row)
     Console().print(shown)
     files.write_text(settings.output_dir / "slopes.csv", text.getvalue())
-    files.write_text(settings.output_dir / "width_scaling.svg", plot(settings, found))
+    files.write_text(settings.output_dir / "width_scaling.svg", on_white(plot(settings, found)))
 
 
 if __name__ == "__main__":

@@ -340,3 +340,9 @@ def test_the_rate_with_the_best_product_and_where_it_lies() -> None:
     assert tuning.choose(settings, cells_) == {"lora": tuning.Choice(middle, False)}
     cells_[2]["scores"] = {"dino": 0.9, "clip_t": 0.7}
     assert tuning.choose(settings, cells_) == {"lora": tuning.Choice(high, True)}
+
+
+def test_encoders_that_are_missing_are_missed_before_the_work(settings: CompareSettings, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no dino encoder of its own"):
+        command.compare(replaced(settings, dino=None, output_dir=tmp_path / "out"))
+    assert not (tmp_path / "out" / "cells").exists()

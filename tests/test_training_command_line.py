@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import textwrap
 from collections.abc import Callable
@@ -57,8 +58,6 @@ training_comment no_metadata huggingface_token huggingface_repo_id wandb_api_key
 """
 """Those of its train_network.py that guides for one subject use."""
 
-NOT_YET = {"push_to_hub", "hub_model_id"}
-
 
 def line(words: str) -> Recipe:
     return parse(Training, shlex.split(words), "singlora train", "").recipe
@@ -74,7 +73,7 @@ def refused(words: str) -> tuple[str, ...]:
 def test_every_flag_they_have_is_one_here_or_is_answered(flag: str) -> None:
     ours = settings.flags(Training)
     flag = other_flags.RENAMED.get(flag, flag)
-    assert flag in ours or flag in NOT_YET or other_flags.answer(flag, ["x"], ())
+    assert flag in ours or other_flags.answer(flag, ["x"], ())
 
 
 def test_what_is_a_flag_here_has_no_answer() -> None:
@@ -89,7 +88,7 @@ def test_answers_name_only_flags_that_there_are() -> None:
     ours = settings.flags(Training)
     for said in {*other_flags.ACCEPTED.values(), *other_flags.REFUSED.values()}:
         named = {word.strip(",.;:") for word in said.split() if word.startswith("--")}
-        assert {name[2:] for name in named} - {"revision", "local-dir", "format"} <= ours.keys() | NOT_YET, said
+        assert {name[2:] for name in named} - {"revision", "local-dir", "format"} <= ours.keys(), said
 
 
 def test_a_command_line_of_diffusers(capsys: pytest.CaptureFixture[str]) -> None:
@@ -275,3 +274,16 @@ def test_a_file_that_cannot_be_understood_is_answered_key_by_key(
 def test_a_file_that_is_none(name: str, text: str, said: str, file: Callable[[str, str], str]) -> None:
     assert said in refused(f"{NEEDED} {file(name, text)}")[0]
     assert "cannot be read: No such file" in refused(f"{NEEDED} --config nowhere.toml")[0]
+
+
+def test_the_examples_of_the_page_for_newcomers_are_understood(file: Callable[[str, str], str]) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "coming_from.md").read_text()
+    commands = re.findall(r"^singlora train ((?:.*\\\n)*.*)$", page, flags=re.MULTILINE)
+    assert len(commands) == 2
+    diffusers, kohya = (line(command.replace("\\\n", " ")) for command in commands)
+    assert diffusers.optimization.max_train_steps == 500 and kohya.data.resolution == 512
+    in_a_file = line(file("dog.toml", page.partition("```toml\n")[2].partition("```")[0]))
+    assert in_a_file.adapter.alpha == 16
+    named = set(re.findall(r"`--(\w+)", page))
+    ours = settings.flags(Training).keys() | other_flags.RENAMED.keys()
+    assert all(name in ours or other_flags.answer(name, [], ()) for name in named - {"match"}), named

@@ -174,6 +174,7 @@ def test_what_killed_writers_left_is_removed(recipe: Recipe) -> None:
     train_dreambooth.main(recipe)
     assert sorted(path.name for path in out(recipe).iterdir()) == [
         ".lock",
+        "README.md",
         "adapter.safetensors",
         "log.jsonl",
         "recipe.json",

@@ -111,6 +111,8 @@ class Family(Protocol):
     """sha256 of samples of the denoiser's weight files (`parts.fingerprint`)."""
     networks: dict[str, NetworkSpec]
     """What can be adapted, by name, the denoiser first."""
+    vae: Any
+    """The autoencoder, in float32."""
     device: torch.device
     dtype: torch.dtype
     resolution: int

@@ -23,7 +23,22 @@ from ..errors import UserError
 from ..terminal import escaped
 from . import run_folder
 from .diagnosis import NotFinite, cause
-from .events import Checkpoint, Event, Images, Interrupted, Loaded, Preview, PutAway, Resumed, Saved, Started, Step
+from .events import (
+    Checkpoint,
+    Event,
+    Exported,
+    Images,
+    Interrupted,
+    Loaded,
+    Preview,
+    PutAway,
+    Remark,
+    Resumed,
+    Saved,
+    Started,
+    Step,
+    Uploaded,
+)
 from .recipe import Recipe, adapter_config, check, recorded
 
 if TYPE_CHECKING:  # torch and what needs it are imported once the recipe's own mistakes are named
@@ -31,6 +46,7 @@ if TYPE_CHECKING:  # torch and what needs it are imported once the recipe's own 
 
     from ..adapters import Adapter
     from ..models import Family
+    from .resting import Resting
     from .step import Stepper
 
 
@@ -39,16 +55,16 @@ class Job:
     """Everything that the steps need."""
 
     recipe: Recipe
-    accelerator: Accelerator
-    family: Family
-    adapter: Adapter
     stepper: Stepper
+    resting: Resting
     identity: dict[str, Any]
     about: dict[str, Any]
     """For the header of adapter files."""
     resolution: int
     start: int
     """Steps that are done already."""
+    repository: str | None
+    """On the hub, where the result goes too."""
 
     @property
     def out(self) -> Path:
@@ -57,7 +73,7 @@ class Job:
     @property
     def writes(self) -> bool:
         """Of several processes, the first one writes."""
-        return self.accelerator.is_main_process
+        return self.stepper.accelerator.is_main_process
 
 
 def run(recipe: Recipe, stop: Callable[[], bool] = lambda: False, family: Family | None = None) -> Iterator[Event]:
@@ -79,7 +95,8 @@ def run(recipe: Recipe, stop: Callable[[], bool] = lambda: False, family: Family
     yield Images(instance)
 
     from .. import adapters
-    from . import identity, memory, preparation, result
+    from . import hub, identity, memory, preparation, result
+    from .resting import Resting
     from .step import Stepper
 
     recipe = preparation.on_this_machine(recipe)
@@ -92,6 +109,8 @@ def run(recipe: Recipe, stop: Callable[[], bool] = lambda: False, family: Family
         if accelerator.is_main_process:
             stack.enter_context(files.locked(recipe.output.output_dir, "a training"))
             yield from _clear(recipe)
+        pushes = recipe.output.push_to_hub and accelerator.is_main_process
+        repository = hub.repository(recipe.output) if pushes else None
         yield from preparation.cut_prompts(recipe, family, class_prompt)
         classes = yield from preparation.class_images(recipe, accelerator, family, class_prompt, resolution)
         streams = yield from preparation.encoded(recipe, family, resolution, instance.images, classes, class_prompt)
@@ -104,13 +123,16 @@ def run(recipe: Recipe, stop: Callable[[], bool] = lambda: False, family: Family
             preparation.restore(state, recipe, identified, stepper)
             yield Resumed(state.path, state.step)
         stepper.prepare()
+        resting = Resting(family, text=not recipe.optimization.train_text_encoder)
+        stack.callback(resting.end)
+        resting.begin()
         about = result.about(recipe, family, subject, resolution, len(instance.images))
         start = state.step if state else 0
-        job = Job(recipe, accelerator, family, adapter, stepper, identified, about, resolution, start)
+        job = Job(recipe, stepper, resting, identified, about, resolution, start, repository)
         yield from _begin(job)
         finished = yield from _steps(job, stop)
         if finished and job.writes:
-            yield _saved(job)
+            yield from _saved(job)
 
 
 def _clear(recipe: Recipe) -> Iterator[Event]:
@@ -124,7 +146,7 @@ def _clear(recipe: Recipe) -> Iterator[Event]:
 
 
 def _begin(job: Job) -> Iterator[Event]:
-    job.accelerator.wait_for_everyone()  # all have read the checkpoint that they go on from
+    job.stepper.accelerator.wait_for_everyone()  # all have read the checkpoint that they go on from
     if job.writes:
         later = [path for path in run_folder.checkpoints(job.out) if run_folder.step_of(path) > job.start]
         yield from _put_away(job.out, later)  # or `latest` would mean one of these, and the limit keep them
@@ -160,12 +182,12 @@ def _steps(job: Job, stop: Callable[[], bool]) -> Generator[Event, None, bool]:
         except NotFinite as error:
             raise UserError(_diagnosis(job, error)) from error
         yield Step(step, *figures, seconds=time.monotonic() - began)
-        if _anyone(job.accelerator, stop()) and step < last:
+        if _anyone(job.stepper.accelerator, stop()) and step < last:
             yield Interrupted(step, _save_checkpoint(job, step) if job.writes else None)
             return False
         if job.writes:
             yield from _outputs(job, step)
-    job.accelerator.wait_for_everyone()
+    job.stepper.accelerator.wait_for_everyone()
     return True
 
 
@@ -183,9 +205,11 @@ def _outputs(job: Job, step: int) -> Iterator[Event]:
     if _is_due(step, job.recipe.output.checkpointing_steps):
         yield Checkpoint(_save_checkpoint(job, step), step)
     if _is_due(step, job.recipe.validation.validation_steps):
-        from . import validation
+        from . import averaging, validation
 
-        yield Preview(validation.preview(job.family, job.recipe, step, job.resolution), step)
+        with job.resting.interrupted(), averaging.in_use(job.stepper.adapter, job.stepper.average):
+            path = validation.preview(job.stepper.family, job.recipe, step, job.resolution)
+        yield Preview(path, step)
 
 
 def _is_due(step: int, every: int) -> bool:
@@ -195,32 +219,50 @@ def _is_due(step: int, every: int) -> bool:
 def _save_checkpoint(job: Job, step: int) -> Path:
     from . import checkpoint
 
-    scaler = job.accelerator.scaler
+    scaler = job.stepper.accelerator.scaler
     try:
         return checkpoint.save(
             job.out,
             step,
-            job.adapter,
+            job.stepper.adapter,
             job.stepper.raw_optimizer,
             recorded(job.recipe),
             about=job.about,
             identity=job.identity,
             scaler=None if scaler is None else scaler.state_dict(),
+            average=job.stepper.average,
             limit=job.recipe.output.checkpoints_total_limit,
         )
     except UserError as error:
         raise UserError(f"{error}{_kept(job)}") from error
 
 
-def _saved(job: Job) -> Saved:
-    from . import result
+def _saved(job: Job) -> Iterator[Event]:
+    """The adapter, proved by reading it back, then what others can do with it."""
+    from . import hub, model_card, portable, result
 
-    path = job.out / run_folder.ADAPTER
+    path, average = job.out / run_folder.ADAPTER, job.stepper.average
+    if average is not None:
+        job.stepper.adapter.load_state_dict(average.weights())
     try:
-        result.save(job.family, job.adapter, path, {**job.about, "step": job.recipe.optimization.max_train_steps})
+        result.save(
+            job.stepper.family,
+            job.stepper.adapter,
+            path,
+            {**job.about, "step": job.recipe.optimization.max_train_steps},
+        )
     except UserError as error:
         raise UserError(f"{error}{_kept(job)}") from error
-    return Saved(path, path.stat().st_size)
+    (job.out / run_folder.LORA).unlink(missing_ok=True)  # of fewer steps
+    if job.recipe.output.portable:
+        try:
+            yield Exported(*portable.write(path, job.stepper.family))
+        except UserError as error:
+            yield Remark(f"no {run_folder.LORA}: {error}")
+    model_card.write(job.recipe, job.stepper.family, job.about)
+    if job.repository is not None:
+        yield Uploaded(hub.upload(job.out, job.repository))
+    yield Saved(path, path.stat().st_size)
 
 
 def _diagnosis(job: Job, error: NotFinite) -> str:

@@ -134,7 +134,7 @@ def _latents(family: Family, resolution: int) -> int:
 def _sampled_at_once(recipe: Recipe) -> int:
     """Images that are sampled together, for previews or of the class; at least the one that is encoded."""
     counts = [1]
-    if recipe.prior.with_prior_preservation:
+    if recipe.prior.with_prior_preservation and recipe.prior.num_class_images:
         counts.append(recipe.prior.num_class_images)
     if 0 < recipe.validation.validation_steps <= recipe.optimization.max_train_steps:
         counts.append(recipe.validation.num_validation_images)

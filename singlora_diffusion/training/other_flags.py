@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 RENAMED = {
+    "checkpoint_step_interval": "checkpointing_steps",
     "config_file": "config",
     "final_validation_prompt": "validation_prompt",
     "flip_aug": "random_flip",
@@ -19,6 +20,7 @@ RENAMED = {
     "sample_every_n_steps": "validation_steps",
     "train_data_dir": "instance_data_dir",
     "use_dora": "dora",
+    "validation_step_interval": "validation_steps",
 }
 """Their word -> ours."""
 

@@ -20,8 +20,10 @@ from . import checkpoint, identity
 from . import class_images as generating
 from .checkpoint import State
 from .events import Encoded, Event, Progress, Remark
+from .examples import Streams
+from .optimizers import OPTIMIZERS
 from .recipe import Recipe, check
-from .step import Stepper, Streams
+from .step import Stepper
 
 DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -41,7 +43,8 @@ def for_model(recipe: Recipe, family: Family) -> Recipe:
         UserError: it cannot be combined with other settings.
     """
     if recipe.optimization.learning_rate is None:
-        recipe = settings.replaced(recipe, learning_rate=family.learning_rate)
+        finds = OPTIMIZERS[recipe.optimization.optimizer].finds_rate
+        recipe = settings.replaced(recipe, learning_rate=1.0 if finds else family.learning_rate)
         check(recipe)
     return recipe
 
@@ -112,7 +115,7 @@ def cut_prompts(recipe: Recipe, family: Family, class_prompt: str) -> Iterator[R
 def class_images(
     recipe: Recipe, accelerator: Accelerator, family: Family, prompt: str, resolution: int
 ) -> Generator[Event, None, Sequence[Path]]:
-    if not recipe.prior.with_prior_preservation:
+    if not recipe.prior.with_prior_preservation or not recipe.prior.num_class_images:
         return ()
     if accelerator.is_main_process:
         yield from generating.prepare(recipe, family, prompt, resolution)
@@ -143,6 +146,8 @@ def encoded(
         streams.append(latents.together(encoded))
         texts.append(prompt)
         yield Encoded(what, len(paths))
+    if recipe.prior.with_prior_preservation and not others:
+        texts.append(class_prompt)
     return Streams(streams, texts)
 
 
@@ -157,6 +162,6 @@ def restore(state: State, recipe: Recipe, who: dict[str, Any], stepper: Stepper)
         words = identity.difference(state.identity, who)
     if words:
         raise UserError(f"{escaped(state.path, 1000)} was made {words}: resume with the same")
-    checkpoint.restore(state, stepper.adapter, stepper.raw_optimizer)
+    checkpoint.restore(state, stepper.adapter, stepper.raw_optimizer, stepper.average)
     if stepper.accelerator.scaler is not None and state.scaler:
         stepper.accelerator.scaler.load_state_dict(dict(state.scaler))
