@@ -13,11 +13,26 @@ import os
 import sys
 from pathlib import Path
 
+from singlora_diffusion import terminal
+from singlora_diffusion.training.command_line import Training
 from singlora_diffusion.training.events import Interrupted, Listener
 from singlora_diffusion.training.recipe import Recipe
 
 ECHO = 5.0
 """Seconds in which launchers of several processes pass on a signal that the terminal has sent to all of them."""
+
+
+def train(asked: Training) -> None:
+    """What `singlora train` does: the training, or with --plan only what it would come to."""
+    if not asked.plan:
+        main(asked.recipe)
+        return
+    from singlora_diffusion.training import plan
+
+    planned = plan.make(asked.recipe)
+    for remark in planned.remarks:
+        terminal.note(remark)
+    print(planned)
 
 
 def main(recipe: Recipe, *, hint: bool = True) -> Path:

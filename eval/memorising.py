@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-Vectors = NDArray[np.float32]  # rows of unit length
-Scores = NDArray[np.float64]
+from .cosines import Scores, Vectors
 
 PERCENTILE = 95
 

@@ -1,11 +1,11 @@
-"""Scores as pure functions of unit vectors, and the one table of them.
+"""The one table of scores: pure functions of unit vectors, and what is to be known of each.
 
-A metric gives one number for each generated image, or one for all of them. Cosines are dot products in float32, means
-are in float64, and nothing is rescaled or clamped. Averages go from images to prompts to the subject, so that a prompt
-counts once however many images it has.
+A metric gives one number for each generated image, or one for all of them. Nothing is rescaled or clamped but where the
+row's unit says so. Averages go from images to prompts to the subject, so that a prompt counts once however many images
+it has.
 
-To add a metric: a function and a row in `METRICS`. The function is given the images' vectors, then one argument for
-each of the row's `needs`, in that order.
+To add a metric: a function, in the file of its kind (`cosines`, `prior`, `retrieval`, `memorising`), and a row in
+`METRICS`. The function is given the images' vectors, then one argument for each of the row's `needs`, in that order.
 """
 
 from __future__ import annotations
@@ -15,12 +15,10 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from . import memorising, retrieval
-
-Vectors = NDArray[np.float32]  # (N, D), rows of unit length
-Scores = NDArray[np.float64]  # (N,)
+from .cosines import Scores, Vectors, clipscore, direction, mean_cosine, paired_cosine, paired_distance, pairwise_cosine
+from .prior import prior_drift, prior_likeness
 
 Need = Literal[
     "references",
@@ -50,61 +48,12 @@ Need = Literal[
 T = TypeVar("T")
 
 
-def mean_cosine(images: Vectors, references: Vectors) -> Scores:
-    """Mean cosine of each image with all references: (N, D), (M, D) -> (N,)."""
-    cosines: Vectors = images @ references.T
-    return np.asarray(cosines.mean(axis=1, dtype=np.float64))
-
-
-def paired_cosine(images: Vectors, others: Vectors) -> Scores:
-    """Cosine of each image with its own text or image: (N, D), (N, D) -> (N,)."""
-    cosines: Vectors = np.einsum("nd,nd->n", images, others)
-    return cosines.astype(np.float64)
-
-
-def paired_distance(images: Vectors, others: Vectors) -> Scores:
-    """1 - cosine of each image with its own counterpart: (N, D), (N, D) -> (N,)."""
-    return 1.0 - paired_cosine(images, others)
-
-
-def pairwise_cosine(vectors: Vectors) -> float | None:
-    """Mean cosine of all N (N - 1) pairs, an image never with itself: (N, D) -> a number; None for a single image."""
-    count = len(vectors)
-    if count < 2:
-        return None
-    cosines = (vectors @ vectors.T).astype(np.float64)
-    return float((cosines.sum() - np.trace(cosines)) / (count * (count - 1)))
-
-
 def diversity(images: Vectors, prompts: Sequence[Hashable]) -> float | None:
     """1 - mean pairwise cosine of the images of one prompt, averaged over prompts; None where none has two images."""
     groups = by_prompt(range(len(images)), prompts).values()
     within = [pairwise_cosine(images[group]) for group in groups]
     known = [1.0 - value for value in within if value is not None]
     return float(np.mean(known)) if known else None
-
-
-def direction(images: Vectors, references: Vectors, texts: Vectors, plain: Vectors) -> Scores:
-    """Does the image differ from the subject's as the prompt differs from the class noun alone?
-
-    Cosine of (image - mean reference) and (prompt - "a photo of a CLASS"); 0 where one of them is no change at all.
-    (N, D), (M, D), (N, D), (N, D) -> (N,).
-    """
-    seen = images.astype(np.float64) - references.mean(axis=0, dtype=np.float64)
-    said = texts.astype(np.float64) - plain
-    sizes = np.linalg.norm(seen, axis=1) * np.linalg.norm(said, axis=1)
-    products = np.einsum("nd,nd->n", seen, said)
-    return np.divide(products, sizes, out=np.zeros_like(products), where=sizes > 1e-6)
-
-
-def prior_likeness(images: Vectors, prior: Vectors, references: Vectors) -> float:
-    """Mean cosine of images of the class with the subject's: (K, D), (M, D); `images` do not count."""
-    return float(mean_cosine(prior, references).mean())
-
-
-def prior_drift(images: Vectors, prior: Vectors, base: Vectors) -> float:
-    """Mean of 1 - cosine of each image of the class with the base model's: (K, D), (K, D)."""
-    return float(paired_distance(prior, base).mean())
 
 
 def mean_over_prompts(scores: Scores, prompts: Sequence[Hashable]) -> float:
@@ -183,6 +132,17 @@ METRICS: dict[str, Metric] = {
         ("prompt",),
         "image",
         paired_cosine,
+        variant_of="clip_t",
+    ),
+    "clipscore": Metric(
+        "CLIPScore",
+        "agreement with the whole prompt, 2.5 max(cosine, 0)",
+        "clip",
+        ("prompt",),
+        "image",
+        clipscore,
+        unit="2.5 x cosine",
+        on_request=True,
         variant_of="clip_t",
     ),
     "dinov2": Metric(

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from .encoders import ROLES
-from .results import Result, ScoredImage, ScoredSet
+from .encoder_table import ROLES
+from .results import ScoredImage, ScoredSet
+from .score_file import Result
 
 SAMPLING_LABELS = {
     "base_model": "base model",

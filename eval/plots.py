@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from singlora_diffusion.terminal import escaped
 
-from .results import ScoredSet, ScoreKey
+from .results import ScoredSet
+from .score_file import ScoreKey
 
 INK, SOFT, FAINT, GRID = "#1c1e21", "#4a4f57", "#d8dbe0", "#eceef1"
 WIDTH = 4.2  # inches, at 96 CSS pixels each: three panels side by side on a page, one on a phone
@@ -117,6 +118,11 @@ def _words(prompt: Hashable, sets: Sequence[ScoredSet]) -> str:
     """The prompt without its identifier, as far as it is known."""
     same = (image for one in sets for image in one.images if image.prompt == prompt)
     return escaped(" ".join(str(next(same).about.get("prompt_without_token") or prompt).split()), 400)
+
+
+def on_white(svg: str) -> str:
+    """For a file of its own, which may be shown on any ground."""
+    return svg.replace("<svg ", '<svg style="background: white" ', 1)
 
 
 @contextmanager

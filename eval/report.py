@@ -26,7 +26,8 @@ from singlora_diffusion.terminal import escaped
 from . import page_images, page_settings, plots
 from .metrics import METRICS
 from .page_images import number
-from .results import ImageSet, ScoredSet, ScoreKey, load, real_score, scored, warnings
+from .results import ImageSet, ScoredSet, load, real_score, scored, warnings
+from .score_file import ScoreKey
 
 REAL, UNTRAINED = plots.INK, "#8b919b"
 PALETTE = ("#2f6fde", "#e2711d", "#2a9d63", "#a24bc4", "#c8324c", "#0f98a8", "#98792b", "#d9629b")

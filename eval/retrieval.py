@@ -7,8 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-Vectors = NDArray[np.float32]  # rows of unit length
-Scores = NDArray[np.float64]
+from .cosines import Scores, Vectors
 
 
 class Gallery(NamedTuple):

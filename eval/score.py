@@ -27,7 +27,8 @@ from singlora_diffusion.settings import Count, as_json, command_line
 from . import inputs as reading
 from . import score_table
 from .embedding import Embedded, embed_images, embed_texts, keep
-from .encoders import PROTOCOLS, ROLES, Encoder, encoder
+from .encoder_table import PROTOCOLS, ROLES
+from .encoders import Encoder, encoder
 from .inputs import FOLDERS, Folders, Inputs
 from .metrics import METRICS, Metric, Scores, Vectors, mean_over_prompts
 from .retrieval import Gallery
@@ -132,6 +133,7 @@ def score(
     result = {
         "protocol": protocol,
         "protocol_because": why,
+        "protocol_about": PROTOCOLS[protocol].about,
         "reference_mode": settings.reference_mode if inputs.references else None,
         "metrics": {
             name: _summary(metric, values[name], inputs, given["references"](metric.encoder))

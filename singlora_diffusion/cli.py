@@ -29,16 +29,16 @@ class Command(NamedTuple):
     settings: str
     work: str
     line: str
-    words: str = ""
-    """What makes flags of other words first: other programs' names, settings files."""
+    parse: str | None = None
+    """What makes settings of a command line. None: `settings.parse`."""
 
 
 COMMANDS = {
     "train": Command(
-        "singlora_diffusion.training.recipe:Recipe",
-        "train_dreambooth:main",
+        "singlora_diffusion.training.command_line:Training",
+        "train_dreambooth:train",
         "learn a subject from a folder of images",
-        words="singlora_diffusion.training.familiar:read",
+        "singlora_diffusion.training.command_line:parse",
     ),
     "generate": Command(
         "singlora_diffusion.sampling.settings:GenerateSettings",
@@ -128,13 +128,13 @@ def run(name: str, arguments: Sequence[str]) -> int:
     if name not in COMMANDS:
         print(f"singlora: no command {escaped(repr(name))}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    from .settings import parse
+    from . import settings
 
     command = COMMANDS[name]
     try:
         with _sigterm():
-            words = _find(command.words)(arguments) if command.words else arguments
-            chosen = parse(_find(command.settings), words, f"singlora {name}", command.line)
+            parse = _find(command.parse) if command.parse else settings.parse
+            chosen = parse(_find(command.settings), arguments, f"singlora {name}", command.line)
             quiet_libraries()
             _find(command.work)(chosen)
     except BrokenPipeError:  # whoever read our output has seen enough, as in `singlora inspect FILE | head`
@@ -145,6 +145,10 @@ def run(name: str, arguments: Sequence[str]) -> int:
     except Terminated:
         print(f"singlora {name}: terminated", file=sys.stderr)
         return 143
+    except UserError as error:
+        for one in error.lines:
+            print(f"singlora {name}: {escaped(one, LONGEST)}", file=sys.stderr)
+        return 2
     except Exception as error:
         line = in_one_line(error)
         if line is None:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import browser
 import numpy as np
 import pytest
 from encoder_folders import clip_folder, timm_folder
@@ -24,7 +25,7 @@ from singlora_diffusion.settings import build, replaced
 from singlora_diffusion.training.diagnosis import NotFinite
 
 TEST, TUNE = ("cat-1", "dog-1"), ("can-3",)
-METHODS = ("lora", "singlora")
+METHODS = ("singlora", "balanced")  # PEFT takes its time
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +88,10 @@ def test_every_cell_has_its_recipe_log_images_and_scores(done: CompareSettings) 
 
 
 def test_recipes_differ_in_method_size_and_rate_alone(done: CompareSettings) -> None:
-    plan = planned(done)
-    recipes = [vars_of(plan, Cell("can-3", method, learning_rates(done.what)[method][0])) for method in METHODS]
+    both = replaced(done, methods=("lora", "singlora"))
+    recipes = [
+        vars_of(planned(both), Cell("can-3", method, grid[0])) for method, grid in learning_rates(both.what).items()
+    ]
     differing = {key for key, value in recipes[0].items() if value != recipes[1][key]}
     assert differing == {"method", "rank", "learning_rate"}
 
@@ -133,7 +136,7 @@ def test_another_grid_in_the_same_folder_is_refused(done: CompareSettings) -> No
 def test_a_new_score_trains_nothing(done: CompareSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(done.run.output_dir, tmp_path / "out")
     plan = planned(replaced(done, output_dir=tmp_path / "out"))
-    cell = Cell("can-3", "lora", learning_rates(done.what)["lora"][0])
+    cell = Cell("can-3", "balanced", learning_rates(done.what)["balanced"][0])
     record = cells.known(plan, cell)
     del record["scores"]["rank_one"]  # as if it had been added to the table since
     (plan.folder(cell) / "cell.json").write_text(json.dumps(record))
@@ -150,7 +153,7 @@ def test_a_training_that_diverges_scores_what_the_base_model_scores(
 
     shutil.copytree(done.run.output_dir, tmp_path / "out")
     plan = planned(replaced(done, output_dir=tmp_path / "out"))
-    cell = Cell("can-3", "lora", 5.0)
+    cell = Cell("can-3", "balanced", 5.0)
 
     def burst(self: object, step: int) -> None:
         raise NotFinite(step, float("nan"), 1.0)
@@ -170,12 +173,19 @@ def test_the_report_says_what_the_cells_say(done: CompareSettings) -> None:
     assert "<script" not in html and html.count("data:image/webp") == 2 * 2 * 4
     with (out / "cells.csv").open() as file:
         rows = list(csv.DictReader(file))
-    mean = np.mean([float(row["dino"]) for row in rows if (row["set"], row["method"]) == ("test", "singlora")], axis=0)
-    line = next(line for line in text.splitlines() if line.startswith("| SingLoRA |"))  # of the first table
+    mean = np.mean([float(row["dino"]) for row in rows if (row["set"], row["method"]) == ("test", "balanced")], axis=0)
+    line = next(line for line in text.splitlines() if line.startswith("| SingLoRA balanced |"))  # of the first table
     assert line.split("|")[2].strip() == f"{mean:.3f}"
     assert "8 of 8 trainings are done. n = 2 subjects, 1 training seed; learning rates tuned on 1 others." in text
-    assert "SingLoRA is not told apart from LoRA" in text  # two subjects decide nothing
+    assert "SingLoRA balanced is not told apart from SingLoRA" in text  # two subjects decide nothing
     assert "singlora compare --subjects cat-1 dog-1" in text
+
+
+@browser.needed
+def test_the_page_in_a_browser(done: CompareSettings, tmp_path: Path) -> None:
+    found = browser.seen((done.run.output_dir / "report.html").read_text(), (390, 1200), tmp_path)
+    whole = {"cut": [], "images": 2 * 2 * 4, "broken": 0, "errors": []}
+    assert found == [{"width": width, **whole} for width in (390, 1200)]
 
 
 def test_processes_run_the_same_cells(done: CompareSettings, tmp_path: Path) -> None:
@@ -330,3 +340,9 @@ def test_the_rate_with_the_best_product_and_where_it_lies() -> None:
     assert tuning.choose(settings, cells_) == {"lora": tuning.Choice(middle, False)}
     cells_[2]["scores"] = {"dino": 0.9, "clip_t": 0.7}
     assert tuning.choose(settings, cells_) == {"lora": tuning.Choice(high, True)}
+
+
+def test_encoders_that_are_missing_are_missed_before_the_work(settings: CompareSettings, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no dino encoder of its own"):
+        command.compare(replaced(settings, dino=None, output_dir=tmp_path / "out"))
+    assert not (tmp_path / "out" / "cells").exists()

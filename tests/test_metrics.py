@@ -86,8 +86,8 @@ def test_diversity_is_within_prompts() -> None:
 def test_the_table() -> None:
     default = [name for name, metric in METRICS.items() if not metric.on_request]
     assert default == ["clip_i", "dino", "clip_t", "clip_t_token"]
-    asked_for = ["dinov2", "drift", "diversity", "prior_likeness", "prior_drift", "rank_one", "average_precision"]
-    assert list(METRICS) == [*default, *asked_for, "direction", "nearest", "copied", "gap"]
+    more = ["drift", "diversity", "prior_likeness", "prior_drift", "rank_one", "average_precision", "direction"]
+    assert list(METRICS) == [*default, "clipscore", "dinov2", *more, "nearest", "copied", "gap"]
     images = unit(0, 30, 45)
     gallery = Gallery(unit(0, 60), np.array([True, False]))
     given = {"references": unit(0, 60), "prompt_groups": [1, 1, 2], "gallery": gallery}

@@ -61,6 +61,7 @@ def test_train_save_load_generate(tiny: str, images: Path, tmp_path: Path, reque
 
     family = models.load(base)
     header = formats.read_header(path)
+    assert header.recipe["learning_rate"] == family.learning_rate == 1e-4  # that of diffusers' scripts
     assert (header.family, header.base_model, header.base_hash) == (family.name, base, family.fingerprint)
     adapter = formats.load(path, family.networks)
     found = Counter(layer.partition(".")[0] for layer in adapter.layers())

@@ -29,7 +29,8 @@ def test_it_is_small_and_needs_no_unpickling() -> None:
 
 
 def test_it_says_how_it_likes_to_be_used(family: Any) -> None:
-    assert (family.name, family.guidance, family.prompt_set) == ("stable_diffusion_3", 3.0, "toyworld")
+    said = (family.name, family.guidance, family.learning_rate, family.prompt_set)
+    assert said == ("stable_diffusion_3", 3.0, 3e-3, "toyworld")
     assert family.resolution == architecture.RESOLUTION and family.largest == 2 * family.resolution
     text = family.encode_prompts(["a red dog"])["text"]
     assert text.shape == (1, architecture.CONTEXT, 2 * architecture.TEXT_WIDTH)  # no zeros in T5's place

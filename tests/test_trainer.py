@@ -17,10 +17,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train_dreambooth
-from singlora_diffusion import formats
+from singlora_diffusion import formats, models
 from singlora_diffusion.errors import UserError
 from singlora_diffusion.settings import replaced
-from singlora_diffusion.training import checkpoint, loop, preparation, run_folder
+from singlora_diffusion.training import checkpoint, loop, preparation, resting, run_folder
 from singlora_diffusion.training.events import Remark
 from singlora_diffusion.training.recipe import Recipe
 
@@ -160,7 +160,7 @@ def test_each_of_several_processes_takes_its_own_gpu(recipe: Recipe, named: str,
     class Accelerator(SimpleNamespace):
         num_processes, device = 2, torch.device("cuda:1")
 
-    def load(name: str, dtype: str, where: str, quantize: str | None) -> None:
+    def load(name: str, dtype: str, where: str, quantization: str | None) -> None:
         raise UserError(where)
 
     monkeypatch.setattr(preparation, "Accelerator", Accelerator)
@@ -236,3 +236,28 @@ def test_two_processes_train_the_same_weights_as_one(recipe: Recipe, tmp_path: P
     two = load_file(tmp_path / "two" / "adapter.safetensors")
     for key, tensor in one.items():
         torch.testing.assert_close(two[key], tensor, atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("tiny", ["tiny_model", "tiny_sdxl", "tiny_sd3", "tiny_flux", "tiny_flux2"])
+def test_encoders_leave_the_device_before_the_first_step(
+    recipe: Recipe, tiny: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On torch's meta device nothing computes: training does without them, and to the same bits."""
+    base = str(request.getfixturevalue(tiny))
+    recipe = replaced(recipe, pretrained_model_name_or_path=base, max_train_steps=2)
+    kept = load_file(train_dreambooth.main(recipe))
+    monkeypatch.setattr(resting, "ASIDE", "meta")
+    monkeypatch.setattr(resting.Resting, "end", lambda self: None)  # weights do not come back from there
+    released = load_file(train_dreambooth.main(replaced(recipe, output_dir=tmp_path / "released")))
+    assert kept.keys() == released.keys() and all(torch.equal(kept[key], released[key]) for key in kept)
+
+
+def test_encoders_come_back_for_previews_and_for_the_next_training(recipe: Recipe) -> None:
+    family = models.load(recipe.model.pretrained_model_name_or_path)
+    moves: list[str] = []
+    place = family.text_encoder.to
+    family.text_encoder.to = lambda where: moves.append(str(where)) or place(where)
+    for event in loop.run(replaced(recipe, validation_steps=3, num_validation_images=1), family=family):
+        moves.append(type(event).__name__)
+    told = [move for move in moves if move in ("cpu", "Started", "Step", "Preview", "Saved")]
+    assert told == ["cpu", "Started", "Step", "Step", "Step", "cpu", "cpu", "Preview", "Step", "Saved", "cpu"]

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from singlora_diffusion import files, settings
@@ -16,7 +14,7 @@ from singlora_diffusion.terminal import escaped
 from singlora_diffusion.training import log_file, run_folder
 from singlora_diffusion.training.recipe import Recipe
 
-from . import scoring, worker
+from . import measuring, scoring, worker
 from .grid import BASE, Cell, Plan
 from .scoring import PRIOR, SAMPLES
 
@@ -199,9 +197,9 @@ def _train(plan: Plan, cell: Cell) -> Training:
     made = settings.replaced(made, overwrite=anew)  # a killed worker leaves half of a run
     log, steps, seconds, diverged = log_file.LogFile(out / log_file.NAME), 0, 0.0, None
     began = time.process_time()
-    _forget_peak(tools.device)
+    measuring.forget_peak(tools.device)
     try:
-        with _threads(cell.other_threads):
+        with measuring.threads(cell.other_threads):
             for event in loop.run(made, family=tools.family):
                 log(event)
                 if isinstance(event, Step):
@@ -219,7 +217,7 @@ def _train(plan: Plan, cell: Cell) -> Training:
         diverged=diverged,
         seconds_per_step=seconds / steps if steps else None,
         processor_seconds_per_step=(time.process_time() - began) / timed if timed > 0 else None,
-        peak_bytes=_peak(tools.device),
+        peak_bytes=measuring.peak(tools.device),
     )
 
 
@@ -229,43 +227,6 @@ def _generate(plan: Plan, cell: Cell) -> None:
     family = worker.tools(plan.settings.training).family
     for made in generations(plan, cell).values():
         generate(made, quiet=True, family=family)
-
-
-@contextmanager
-def _threads(other: bool) -> Iterator[None]:
-    """Another number of threads than usual, inside."""
-    import torch
-
-    before = torch.get_num_threads()
-    if other:
-        torch.set_num_threads(2 if before == 1 else 1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _forget_peak(device: str) -> None:
-    import torch
-
-    if torch.device(device).type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        return
-    with suppress(OSError):  # Linux alone
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak(device: str) -> int | None:
-    """Bytes at the most since `_forget_peak`, the base model's among them; None where nobody says."""
-    import torch
-
-    if torch.device(device).type == "cuda":
-        return int(torch.cuda.max_memory_allocated())
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return 1024 * int(line.split()[1])
-    return None
 
 
 def _told(made: Any) -> dict[str, Any]:

@@ -81,7 +81,9 @@ def rates(metric: str, curves: Sequence[Curve], colours: Mapping[str, str]) -> s
             axes.plot(curve.rates, curve.means, "o-", color=colour, markersize=4, linewidth=1.6)
         axes.set_xscale("log")
         axes.minorticks_off()
-        ticks = round_numbers(*axes.get_xlim())[::2]
+        low, high = axes.get_xlim()
+        decades = [10.0**power for power in range(-12, 9) if low <= 10.0**power <= high]
+        ticks = decades if len(decades) > 1 else round_numbers(low, high)[::2]
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.grid(color=GRID, linewidth=0.8)
         axes.spines["bottom"].set_color(FAINT)

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 
 from singlora_diffusion import files
-from singlora_diffusion.settings import command_line
+from singlora_diffusion.settings import command_line, replaced
 from singlora_diffusion.terminal import escaped
 
 from . import cell as cells
-from . import engines, grid, page, results, subjects, tuning, verdicts
+from . import engines, grid, page, results, scoring, subjects, tuning, verdicts
 from .grid import Cell, Plan
 from .results import Results
 from .settings import CompareSettings, check
@@ -31,6 +31,7 @@ def compare(settings: CompareSettings) -> None:
         plan = grid.plan(settings, known)
         for method, size in plan.sizes.items():
             print(f"{method:<14} rank {size.rank:<4} {size.parameters:,} parameters ({size.deviation:+.1%})")
+        scoring.check(plan)
         bases = list(grid.base_cells((*known.tuning, *known.test)))
         tune = list(grid.tuning_cells(settings, known.tuning))
         _run(plan, [*bases, *tune], "base model and tuning")
@@ -54,8 +55,8 @@ def _report(found: Results) -> None:
     print(results.state(found))
     settings = found.plan.settings
     model = settings.training.pretrained_model_name_or_path
-    title = f"{len(found.methods)} adapters of equal size on {model}"
-    for path in page.write(found, title, [command_line("compare", settings)]):
+    title = f"{len(found.methods)} adapters at one budget, on {model}"
+    for path in page.write(found, title, [command_line("compare", replaced(settings, report_only=False))]):
         print(f"written: {escaped(path, 4096)}")
 
 
@@ -77,7 +78,7 @@ def _run(plan: Plan, todo: Sequence[Cell], what: str) -> None:
 
 def _told(plan: Plan, cell: Cell) -> str:
     record = cells.known(plan, cell)
-    scores = " ".join(f"{name} {value:.3f}" for name, value in record["scores"].items() if value is not None)
+    scores = " ".join(f"{name} {record['scores'][name]:.3f}" for name in plan.settings.decision.primary)
     diverged = " (diverged)" if record["diverged"] else ""
     return escaped(f"{cell.subject} {cell.method} {cell.name}{diverged}: {scores}", 400)
 

@@ -11,11 +11,16 @@ from .scores import SCORES
 from .tables import Table
 
 
-def markdown(found: Results, title: str, commands: list[str]) -> str:
-    """All of it but the images."""
+def markdown(found: Results, title: str, commands: list[str], plots: list[str]) -> str:
+    """All of it but the images.
+
+    Args:
+        plots: files beside it.
+    """
     said = [verdicts.sentence(row, label, found.methods[0]) for row in found.rows if row.adjusted is not None]
     parts = [f"# {title}", state(found), *(f"- {one}" for one in said)]
     text = "\n\n".join(parts[:2]) + "\n\n" + "\n".join(parts[2:])
+    text += "\n\n" + "\n".join(f"![]({plot})" for plot in plots)
     text += "\n\n" + "\n".join(_markdown(table) for table in tables.all_tables(found))
     return text + "\n### How to repeat it\n\n```\n" + "\n".join(commands) + "\n```\n"
 

@@ -59,7 +59,7 @@ def processes(plan: Plan, todo: Sequence[Cell]) -> Iterator[Cell]:
         except BrokenProcessPool:
             deaths = 0 if done else deaths + 1
             if deaths > RETRIES:
-                raise UserError(f"workers die on {escaped(plan.folder(left[0]), 1000)}: is memory short?") from None
+                raise _dying(plan, left[0]) from None
             note(f"a worker died; {len(left)} cells go on in new ones")
 
 
@@ -90,7 +90,13 @@ def ray(plan: Plan, todo: Sequence[Cell]) -> Iterator[Cell]:
                     cluster.get(one)
                 except cluster.exceptions.RayTaskError as error:
                     raise (error.cause if isinstance(error.cause, UserError) else error) from None
+                except cluster.exceptions.WorkerCrashedError:
+                    raise _dying(plan, running[one]) from None
                 yield running.pop(one)
     finally:
         if begun:
             cluster.shutdown()
+
+
+def _dying(plan: Plan, cell: Cell) -> UserError:
+    return UserError(f"workers die on {escaped(plan.folder(cell), 1000)}: is memory short?")

@@ -12,9 +12,10 @@ from singlora_diffusion.sampling.manifest import MANIFEST, read_manifest
 from singlora_diffusion.settings import as_json
 
 from .. import page_images, page_settings
+from ..plots import on_white
 from ..report import PALETTE, UNTRAINED, template
-from ..results import read_result
 from ..score import versions
+from ..score_file import read_result
 from . import charts, documents, tables, verdicts
 from .grid import BASE, Cell
 from .records import Done
@@ -29,7 +30,7 @@ SUBJECTS, PROMPTS = 3, 4
 def page(found: Results, title: str, commands: list[str]) -> str:
     """The page as HTML; needs neither scripts nor a network."""
     methods = found.methods
-    colours = {method: PALETTE[place % len(PALETTE)] for place, method in enumerate(methods)}
+    colours = _colours(found)
     rest = tables.all_tables(found)
     leading = [table for table in rest if table in tables.decisions(found)]
     settings = found.plan.settings
@@ -41,7 +42,7 @@ def page(found: Results, title: str, commands: list[str]) -> str:
         decisions=leading,
         tables=[table for table in rest if table not in leading],
         names=[(label(method), colours[method]) for method in methods],
-        plots=_plots(found, colours),
+        plots=list(drawn(found).values()),
         sheets=[_sheet(found, name) for name in found.tables.subjects[:SUBJECTS]],
         settings=[
             (name, page_settings.plain(value))
@@ -55,17 +56,25 @@ def page(found: Results, title: str, commands: list[str]) -> str:
     )
 
 
-def _plots(found: Results, colours: dict[str, str]) -> list[str]:
-    primary, bound = found.plan.settings.decision.primary, found.plan.settings.decision.bound
-    drawn = []
-    shown = [metric for metric in primary if metric in found.tables.scores]
+def drawn(found: Results) -> dict[str, str]:
+    """The plots as SVG, by name."""
+    colours, settings = _colours(found), found.plan.settings.decision
+    shown = [metric for metric in settings.primary if metric in found.tables.scores]
+    made = {}
     if len(found.methods) > 1:
-        drawn += [charts.differences(metric, found.tables, found.rows, label, colours, bound) for metric in shown]
+        for metric in shown:
+            plot = charts.differences(metric, found.tables, found.rows, label, colours, settings.bound)
+            made[f"differences-{metric}"] = plot
     if len(shown) > 1:
         base = base_means(found)
-        drawn += [charts.plane(shown[1], shown[0], found.tables, label, colours, base, UNTRAINED)]
-    known = dict.fromkeys(curve.metric for curve in found.curves)
-    return drawn + [charts.rates(metric, found.curves, colours) for metric in known]
+        made["plane"] = charts.plane(shown[1], shown[0], found.tables, label, colours, base, UNTRAINED)
+    for metric in dict.fromkeys(curve.metric for curve in found.curves):
+        made[f"rates-{metric}"] = charts.rates(metric, found.curves, colours)
+    return made
+
+
+def _colours(found: Results) -> dict[str, str]:
+    return {method: PALETTE[place % len(PALETTE)] for place, method in enumerate(found.methods)}
 
 
 def _sheet(found: Results, subject: str) -> dict[str, Any]:
@@ -99,13 +108,15 @@ def _encoders(found: Results) -> list[str]:
 
 
 def write(found: Results, title: str, commands: list[str]) -> list[Path]:
-    """The page, and the same as Markdown and CSV, into the comparison's folder."""
+    """The page, the same as Markdown with plots, and CSV, into the comparison's folder; returns all but the plots."""
     out = found.plan.settings.run.output_dir
     texts = {
         "report.html": page(found, title, commands),
-        "report.md": documents.markdown(found, title, commands),
         "cells.csv": documents.cells_csv(found),
     }
+    plots = {f"plots/{name}.svg": on_white(svg) for name, svg in drawn(found).items()}
+    texts["report.md"] = documents.markdown(found, title, commands, list(plots))
+    texts.update(plots)
     for name, text in texts.items():
         files.write_bytes(out / name, text.encode(errors="replace"))
-    return [out / name for name in texts]
+    return [out / name for name in texts if name not in plots]

@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from singlora_diffusion import settings
+from singlora_diffusion.models.hub import PACKAGED
 
+from ..encoders import encoder
+from ..metrics import METRICS
 from ..score import ScoreSettings, score
 from . import oracle, worker
 from .grid import BASE, Cell, Plan
 
 SCORES, SAMPLES, PRIOR = "scores.json", "samples", "prior"
-METRICS = (
+USUAL = (
     "dino",
     "clip_i",
     "clip_t",
@@ -33,8 +36,19 @@ OF_HELD_OUT = ("gap", "nearest", "copied")
 def wanted(plan: Plan, cell: Cell) -> tuple[str, ...]:
     """The names of the scores that a cell is to have."""
     subject = plan.subjects[cell.subject]
-    names = (*METRICS, *(OF_HELD_OUT if subject.held_out else ()), *plan.settings.decision.primary)
+    names = (*USUAL, *(OF_HELD_OUT if subject.held_out else ()), *plan.settings.decision.primary)
     return (*dict.fromkeys(names), *(oracle.ROWS if _of_toyworld(plan) else ()))
+
+
+def check(plan: Plan) -> None:
+    """Find the encoders before the work, not after it; hub weights are fetched now, once for all workers.
+
+    Raises:
+        UserError: files that are missing.
+    """
+    asked = request(plan, Cell(next(iter(plan.subjects)), BASE), Path())
+    for role in sorted({METRICS[name].encoder for name in asked.metrics}):
+        encoder(str(asked.protocol), role, getattr(asked.encoders, role))
 
 
 def scores(plan: Plan, cell: Cell, source: Path) -> dict[str, float | None]:
@@ -50,8 +64,9 @@ def scores(plan: Plan, cell: Cell, source: Path) -> dict[str, float | None]:
 
 
 def _of_toyworld(plan: Plan) -> bool:
-    """Whether images can be held to the truth: toyworld's subjects, by toyworld's own model."""
-    return plan.settings.who.subjects_dir is None and plan.settings.training.pretrained_model_name_or_path == "toyworld"
+    """Whether images can be held to the truth: toyworld's subjects, by toyworld's own models."""
+    settings = plan.settings
+    return settings.who.subjects_dir is None and settings.training.pretrained_model_name_or_path in PACKAGED
 
 
 def request(plan: Plan, cell: Cell, source: Path) -> ScoreSettings:
@@ -69,7 +84,7 @@ def request(plan: Plan, cell: Cell, source: Path) -> ScoreSettings:
         base_prior_images=plan.folder(Cell(cell.subject, BASE)) / PRIOR,
         gallery=plan.gallery,
         gallery_subject=cell.subject,
-        protocol=images.protocol or ("toyworld" if model == "toyworld" else "dreambooth-v1"),
+        protocol=images.protocol or ("toyworld" if model in PACKAGED else "dreambooth-v1"),
         metrics=tuple(name for name in wanted(plan, cell) if name not in oracle.ROWS),
         clip=images.clip,
         dino=images.dino,

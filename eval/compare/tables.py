@@ -150,8 +150,9 @@ def robustness(found: Results) -> Table:
         "Robustness to the learning rate",
         (*heads, "subjects", "seeds"),
         rows,
-        "On the tuning subjects. The interval is a bootstrap over subjects. Sd between rates: that of the seeds taken "
-        "out, so it takes two seeds.",
+        "On the tuning subjects. The interval is a bootstrap over subjects. A score that is best at the edge of the "
+        "grid, such as agreement with the prompt where next to nothing has been learned, has no width worth the name. "
+        "Sd between rates: that of the seeds taken out, so it takes two seeds.",
     )
 
 

@@ -111,6 +111,8 @@ class Family(Protocol):
     """sha256 of samples of the denoiser's weight files (`parts.fingerprint`)."""
     networks: dict[str, NetworkSpec]
     """What can be adapted, by name, the denoiser first."""
+    vae: Any
+    """The autoencoder, in float32."""
     device: torch.device
     dtype: torch.dtype
     resolution: int
@@ -123,6 +125,8 @@ class Family(Protocol):
     """The guidance scale that the model likes."""
     steps: int
     """The number of sampling steps that it likes."""
+    learning_rate: float
+    """Peak rate that is usual for adapters of it."""
     scheduler: Any
     """The model's own sampling scheduler."""
     schedulers: Mapping[str, Any]

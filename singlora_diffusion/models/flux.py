@@ -99,6 +99,7 @@ class Flux:
         self.guidance = float(hints.get("guidance_scale", 3.5 if self.guided else 0.0))
         self.steps = 28 if self.guided else 4
         self.prompt_length = min(tokenizer_2.model_max_length, 512 if self.guided else 256)
+        self.learning_rate = float(hints.get("learning_rate", 1e-4))  # diffusers' script
         self.prompt_set: str | None = hints.get("prompts")
 
     def encode_images(self, pixels: Tensor) -> Latents:

@@ -118,6 +118,7 @@ class Flux2Klein:
         self.guidance = float(hints.get("guidance_scale", 1.0 if distilled else 4.0))
         self.steps = 4 if distilled else 50
         self.prompt_length = min(PROMPT_LENGTH, tokenizer.model_max_length)
+        self.learning_rate = float(hints.get("learning_rate", 1e-4))  # diffusers' script
         self.prompt_set: str | None = hints.get("prompts")
 
     def encode_images(self, pixels: Tensor) -> Latents:

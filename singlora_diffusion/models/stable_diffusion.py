@@ -61,6 +61,7 @@ class StableDiffusion:
         self.device, self.dtype = unet.device, unet.dtype
         self.guidance = float(hints.get("guidance_scale", 7.5))
         self.steps = 25
+        self.learning_rate = float(hints.get("learning_rate", 1e-3))  # arXiv 2507.05566, section 6.2
         self.prompt_set: str | None = hints.get("prompts")
 
     def encode_images(self, pixels: Tensor) -> Latents:

@@ -103,6 +103,7 @@ class StableDiffusion3:
         self.guidance, self.steps = float(hints.get("guidance_scale", 7.0)), 28  # the stock pipeline's
         length = int(hints.get("t5_length", T5_LENGTH))
         self.prompt_length = length if tokenizer_3 is None else min(length, tokenizer_3.model_max_length)
+        self.learning_rate = float(hints.get("learning_rate", 1e-4))  # diffusers' script
         self.prompt_set: str | None = hints.get("prompts")
 
     def encode_images(self, pixels: Tensor) -> Latents:

@@ -62,6 +62,7 @@ class StableDiffusionXL:
         self.device, self.dtype = unet.device, unet.dtype
         self.guidance = float(hints.get("guidance_scale", 5.0))  # the stock pipeline's
         self.steps = 30
+        self.learning_rate = float(hints.get("learning_rate", 1e-4))  # diffusers' train_dreambooth_lora_sdxl.py
         self.prompt_set: str | None = hints.get("prompts")
 
     def encode_images(self, pixels: Tensor) -> Latents:

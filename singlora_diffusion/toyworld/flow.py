@@ -6,13 +6,12 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
-from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..models import flow_matching
 from . import architecture
-from .fitting import fit
+from .fitting import fit, sheet
 
 
 def pipeline(
@@ -84,10 +83,7 @@ def train(
             max_sequence_length=0,
             generator=[torch.Generator().manual_seed(i) for i in range(24)],
         ).images
-        sheet = Image.new("RGB", (8 * 128, 3 * 128))
-        for i, one in enumerate(images):
-            sheet.paste(one.resize((128, 128), Image.Resampling.NEAREST), (i % 8 * 128, i // 8 * 128))
-        sheet.save(folder / f"flow-{step:06d}.png")
+        sheet(images, folder / f"flow-{step:06d}.png")
 
     fit("flow", model, loss, steps=steps, lr=1.5e-3, folder=folder, ema=0.9993, preview=preview)
 

@@ -28,7 +28,7 @@ Stage = Literal["images", "autoencoder", "denoiser", "flow", "reader", "clip", "
 HELD_OUT = 900_000  # image seeds from here on are never trained on
 HINTS: dict[str, dict[str, Any]] = {
     "pipeline": {"guidance_scale": 3.0, "prompts": "toyworld"},
-    "pipeline-flow": {"guidance_scale": 3.0, "prompts": "toyworld", "t5_length": 0},
+    "pipeline-flow": {"guidance_scale": 3.0, "prompts": "toyworld", "t5_length": 0, "learning_rate": 3e-3},
 }
 """The pipelines by folder, and what is written beside each: `models.parts.hints`."""
 
@@ -49,13 +49,14 @@ class Pretraining:
     """Rendered four times each for DINO."""
     autoencoder_steps: int = 7_600
     denoiser_steps: int = 7_200
-    flow_steps: int = 9_000
+    flow_steps: int = 6_600
     reader_steps: int = 6_000
     clip_steps: int = 1_000
     dino_steps: int = 320
     batch: int = 24
     """Of the denoiser."""
     flow_batch: int = 32
+    """Of flow."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
 

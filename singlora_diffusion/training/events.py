@@ -125,6 +125,22 @@ class Interrupted:
 
 
 @dataclass(frozen=True)
+class Exported:
+    """The adapter was written once more, as an ordinary LoRA."""
+
+    path: Path
+    readers: str
+    """The programs that take it."""
+
+
+@dataclass(frozen=True)
+class Uploaded:
+    """The run folder is on the hub."""
+
+    url: str
+
+
+@dataclass(frozen=True)
 class Saved:
     """The adapter was written, read back and compared with the live model. The last event."""
 
@@ -146,6 +162,8 @@ Event = (
     | Preview
     | Checkpoint
     | Interrupted
+    | Exported
+    | Uploaded
     | Saved
 )
 

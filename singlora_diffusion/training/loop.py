@@ -23,7 +23,22 @@ from ..errors import UserError
 from ..terminal import escaped
 from . import run_folder
 from .diagnosis import NotFinite, cause
-from .events import Checkpoint, Event, Images, Interrupted, Loaded, Preview, PutAway, Resumed, Saved, Started, Step
+from .events import (
+    Checkpoint,
+    Event,
+    Exported,
+    Images,
+    Interrupted,
+    Loaded,
+    Preview,
+    PutAway,
+    Remark,
+    Resumed,
+    Saved,
+    Started,
+    Step,
+    Uploaded,
+)
 from .recipe import Recipe, adapter_config, check, recorded
 
 if TYPE_CHECKING:  # torch and what needs it are imported once the recipe's own mistakes are named
@@ -31,6 +46,7 @@ if TYPE_CHECKING:  # torch and what needs it are imported once the recipe's own 
 
     from ..adapters import Adapter
     from ..models import Family
+    from .resting import Resting
     from .step import Stepper
 
 
@@ -40,12 +56,15 @@ class Job:
 
     recipe: Recipe
     stepper: Stepper
+    resting: Resting
     identity: dict[str, Any]
     about: dict[str, Any]
     """For the header of adapter files."""
     resolution: int
     start: int
     """Steps that are done already."""
+    repository: str | None
+    """On the hub, where the result goes too."""
 
     @property
     def out(self) -> Path:
@@ -76,22 +95,23 @@ def run(recipe: Recipe, stop: Callable[[], bool] = lambda: False, family: Family
     yield Images(instance)
 
     from .. import adapters
-    from . import identity, memory, preparation, result
+    from . import hub, identity, memory, preparation, result
+    from .resting import Resting
     from .step import Stepper
 
     recipe = preparation.on_this_machine(recipe)
     state = yield from preparation.checkpoint_to_resume(recipe)
     accelerator, family, resolution = yield from preparation.load(recipe, family)
+    recipe = preparation.for_model(recipe, family)
     config = adapter_config(recipe, state.config.ramp_steps if state else None)
     memory.require(family, config, recipe, resolution)
     with ExitStack() as stack:
         if accelerator.is_main_process:
             stack.enter_context(files.locked(recipe.output.output_dir, "a training"))
             yield from _clear(recipe)
-        texts = [recipe.data.instance_prompt, recipe.validation.validation_prompt or recipe.data.instance_prompt]
-        if recipe.prior.with_prior_preservation:
-            texts.append(class_prompt)
-        yield from preparation.cut_prompts(family, texts)
+        pushes = recipe.output.push_to_hub and accelerator.is_main_process
+        repository = hub.repository(recipe.output) if pushes else None
+        yield from preparation.cut_prompts(recipe, family, class_prompt)
         classes = yield from preparation.class_images(recipe, accelerator, family, class_prompt, resolution)
         streams = yield from preparation.encoded(recipe, family, resolution, instance.images, classes, class_prompt)
         adapter = adapters.attach(family.networks, config, recipe.optimization.seed)
@@ -103,13 +123,16 @@ def run(recipe: Recipe, stop: Callable[[], bool] = lambda: False, family: Family
             preparation.restore(state, recipe, identified, stepper)
             yield Resumed(state.path, state.step)
         stepper.prepare()
+        resting = Resting(family, text=not recipe.optimization.train_text_encoder)
+        stack.callback(resting.end)
+        resting.begin()
         about = result.about(recipe, family, subject, resolution, len(instance.images))
         start = state.step if state else 0
-        job = Job(recipe, stepper, identified, about, resolution, start)
+        job = Job(recipe, stepper, resting, identified, about, resolution, start, repository)
         yield from _begin(job)
         finished = yield from _steps(job, stop)
         if finished and job.writes:
-            yield _saved(job)
+            yield from _saved(job)
 
 
 def _clear(recipe: Recipe) -> Iterator[Event]:
@@ -184,7 +207,7 @@ def _outputs(job: Job, step: int) -> Iterator[Event]:
     if _is_due(step, job.recipe.validation.validation_steps):
         from . import averaging, validation
 
-        with averaging.in_use(job.stepper.adapter, job.stepper.average):
+        with job.resting.interrupted(), averaging.in_use(job.stepper.adapter, job.stepper.average):
             path = validation.preview(job.stepper.family, job.recipe, step, job.resolution)
         yield Preview(path, step)
 
@@ -214,8 +237,9 @@ def _save_checkpoint(job: Job, step: int) -> Path:
         raise UserError(f"{error}{_kept(job)}") from error
 
 
-def _saved(job: Job) -> Saved:
-    from . import result
+def _saved(job: Job) -> Iterator[Event]:
+    """The adapter, proved by reading it back, then what others can do with it."""
+    from . import hub, model_card, portable, result
 
     path, average = job.out / run_folder.ADAPTER, job.stepper.average
     if average is not None:
@@ -229,7 +253,16 @@ def _saved(job: Job) -> Saved:
         )
     except UserError as error:
         raise UserError(f"{error}{_kept(job)}") from error
-    return Saved(path, path.stat().st_size)
+    (job.out / run_folder.LORA).unlink(missing_ok=True)  # of fewer steps
+    if job.recipe.output.portable:
+        try:
+            yield Exported(*portable.write(path, job.stepper.family))
+        except UserError as error:
+            yield Remark(f"no {run_folder.LORA}: {error}")
+    model_card.write(job.recipe, job.stepper.family, job.about)
+    if job.repository is not None:
+        yield Uploaded(hub.upload(job.out, job.repository))
+    yield Saved(path, path.stat().st_size)
 
 
 def _diagnosis(job: Job, error: NotFinite) -> str:

@@ -21,7 +21,8 @@ from . import class_images as generating
 from .checkpoint import State
 from .events import Encoded, Event, Progress, Remark
 from .examples import Streams
-from .recipe import Recipe
+from .optimizers import OPTIMIZERS
+from .recipe import Recipe, check
 from .step import Stepper
 
 DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -33,6 +34,19 @@ def on_this_machine(recipe: Recipe) -> Recipe:
         return recipe
     dtype = device.compute_dtype(device.choose(recipe.model.device), None)
     return settings.replaced(recipe, mixed_precision=next(name for name, one in DTYPES.items() if one == dtype))
+
+
+def for_model(recipe: Recipe, family: Family) -> Recipe:
+    """The recipe with the rate that is usual for the base model, where it names none.
+
+    Raises:
+        UserError: it cannot be combined with other settings.
+    """
+    if recipe.optimization.learning_rate is None:
+        finds = OPTIMIZERS[recipe.optimization.optimizer].finds_rate
+        recipe = settings.replaced(recipe, learning_rate=1.0 if finds else family.learning_rate)
+        check(recipe)
+    return recipe
 
 
 def checkpoint_to_resume(recipe: Recipe) -> Generator[Event, None, State | None]:
@@ -87,8 +101,11 @@ def load(recipe: Recipe, family: Family | None = None) -> Generator[Event, None,
     return accelerator, family, resolution
 
 
-def cut_prompts(family: Family, prompts: Sequence[str]) -> Iterator[Remark]:
+def cut_prompts(recipe: Recipe, family: Family, class_prompt: str) -> Iterator[Remark]:
     """A remark for each prompt that the model cuts off."""
+    prompts = [recipe.data.instance_prompt, recipe.validation.validation_prompt or recipe.data.instance_prompt]
+    if recipe.prior.with_prior_preservation:
+        prompts.append(class_prompt)
     for prompt in dict.fromkeys(prompts):
         if count := family.prompt_overflow(prompt):
             source = escaped(family.source, 1000)

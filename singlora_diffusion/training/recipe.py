@@ -93,8 +93,8 @@ class OptimizationSettings:
     """Forward passes per optimizer step."""
     gradient_checkpointing: bool = False
     """Compute activations twice to save memory."""
-    learning_rate: Annotated[Positive, arg(aliases=["--unet_lr"])] = 1e-3
-    """Peak learning rate."""
+    learning_rate: Annotated[Positive | None, arg(aliases=["--unet_lr"])] = None
+    """Peak learning rate. None: what is usual for the base model (docs/families.md)."""
     train_text_encoder: bool = False
     """Adapt the text encoders too."""
     text_encoder_lr: Positive | None = None
@@ -166,6 +166,13 @@ class OutputSettings:
     """Begin anew where there is a run already. Its files are put away into OUTPUT_DIR/.old-1, .old-2, ..."""
     report_to: Annotated[Literal["tensorboard", "none"], MayDiffer] = "tensorboard"
     """Where curves go besides log.jsonl."""
+    portable: Annotated[bool, MayDiffer] = True
+    """Also write pytorch_lora_weights.safetensors, an ordinary LoRA for diffusers, ComfyUI, A1111 and others."""
+    push_to_hub: Annotated[bool, MayDiffer] = False
+    """Upload adapter, model card and previews to the Hugging Face hub, into a private repository if there is none
+    yet."""
+    hub_model_id: Annotated[str | None, MayDiffer] = None
+    """The repository on the hub, as owner/name. None: the last part of OUTPUT_DIR, yours."""
 
 
 @dataclass(frozen=True)
@@ -183,6 +190,7 @@ class Recipe:
 
 NEEDED = {
     "train_text_encoder": ("text_encoder_lr", "text_rank", "text_alpha", "text_targets"),
+    "push_to_hub": ("hub_model_id",),
     "with_prior_preservation": ("class_data_dir", "class_prompt", "num_class_images", "prior_loss_weight"),
 }
 """A setting -> those that mean nothing without it."""
@@ -208,7 +216,7 @@ def check(recipe: Recipe) -> None:
             f"--lr_warmup_steps {optimization.lr_warmup_steps}: is more than --max_train_steps "
             f"{optimization.max_train_steps}"
         )
-    if optimization.lr_scheduler == "polynomial" and optimization.learning_rate <= POLYNOMIAL_END:
+    if optimization.lr_scheduler == "polynomial" and (optimization.learning_rate or 1) <= POLYNOMIAL_END:
         raise UserError(
             f"--learning_rate {optimization.learning_rate:g}: --lr_scheduler polynomial ends at {POLYNOMIAL_END:g}, so "
             f"it must begin above that"
@@ -217,7 +225,7 @@ def check(recipe: Recipe) -> None:
         if name in changed and optimization.lr_scheduler != scheduler:
             raise UserError(f"--{name}: only with --lr_scheduler {scheduler}")
     optimizer = OPTIMIZERS[optimization.optimizer]
-    if optimizer.finds_rate and optimization.learning_rate < 0.1:
+    if optimizer.finds_rate and (optimization.learning_rate or 1) < 0.1:
         raise UserError(
             f"--learning_rate {optimization.learning_rate:g}: --optimizer {optimization.optimizer} finds the rate "
             f"itself, this is a factor of it: give --learning_rate 1"

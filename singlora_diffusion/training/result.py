@@ -14,6 +14,7 @@ from ..adapters import Adapter
 from ..data.prompts import InstancePrompt
 from ..errors import UserError
 from ..models import Family
+from ..models.network import NetworkSpec
 from .recipe import Recipe, recorded
 
 
@@ -46,17 +47,18 @@ def save(family: Family, adapter: Adapter, path: Path, header: Mapping[str, Any]
         UserError: the file cannot be written, or a model made from it computes something else.
     """
     formats.save(adapter, path, about=header)
-    live = outputs(family)
+    adapted = adapter.networks
+    live = outputs(adapted)
     adapter.detach()
     read_back = formats.load(path, family.networks)
-    same = torch.equal(live, outputs(family))
+    same = torch.equal(live, outputs(adapted))
     read_back.detach()
     if not same:
         raise UserError(f"{path} does not compute what the model did that it was saved from: do not use it")
 
 
-def outputs(family: Family) -> Tensor:
-    """What all networks make of their sample inputs, flat, float32."""
+def outputs(networks: Mapping[str, NetworkSpec]) -> Tensor:
+    """What networks make of their sample inputs, flat, float32."""
     with torch.inference_mode():
-        outputs = [network.module(**network.sample_inputs())[0] for network in family.networks.values()]
+        outputs = [network.module(**network.sample_inputs())[0] for network in networks.values()]
         return torch.cat([output.float().flatten().cpu() for output in outputs])

@@ -32,7 +32,7 @@ class Figures(NamedTuple):
 
 
 class Denoiser(nn.Module):
-    """What a step calls, and what accelerate wraps: all networks, so that gradients of all of them are averaged.
+    """What a step calls, and what accelerate wraps: every network in it, so that gradients of all are averaged.
 
     Args:
         text: of the streams' prompts, where nothing that encodes them is trained; None: encoded at every call.
@@ -40,7 +40,8 @@ class Denoiser(nn.Module):
 
     def __init__(self, family: Family, prompts: Sequence[str], text: Conditioning | None) -> None:
         super().__init__()
-        self.networks = nn.ModuleDict({name: network.module for name, network in family.networks.items()})
+        called = {name: one.module for name, one in family.networks.items() if text is None or one.role == "denoiser"}
+        self.networks = nn.ModuleDict(called)
         self.family, self.prompts, self.text = family, list(prompts), text
 
     def forward(self, noisy: Tensor, times: Tensor, stream: Sequence[int], geometry: Geometry) -> Tensor:
@@ -75,6 +76,7 @@ class Stepper:
         if not self.settings.train_text_encoder:
             with torch.no_grad():
                 text = family.encode_prompts(streams.prompts)
+        assert self.settings.learning_rate is not None  # see `preparation.for_model`
         groups = adapter.param_groups(self.settings.learning_rate, self.settings.text_encoder_lr)
         self.raw_optimizer = optimizers.make(groups, self.settings)
         self.peaks = [group["lr"] for group in self.raw_optimizer.param_groups]

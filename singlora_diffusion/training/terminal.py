@@ -12,6 +12,7 @@ from ..progress import bar
 from ..terminal import escaped
 from .events import (
     Event,
+    Exported,
     Images,
     Interrupted,
     Loaded,
@@ -22,6 +23,7 @@ from .events import (
     Saved,
     Started,
     Step,
+    Uploaded,
 )
 from .recipe import Recipe
 
@@ -66,6 +68,10 @@ class Terminal:
                 self.close()
                 self.say(f"stopped after step {step}" + (f", saved in {shown(path)}" if path else ""))
                 self.say(f"to go on: {self.command_to_go_on()}")
+            case Exported(path, readers):
+                self.say(f"{shown(path)}: the same as an ordinary LoRA, for {readers}")
+            case Uploaded(url):
+                self.say(f"uploaded to {escaped(url, 1000)}")
             case Saved(path, size):
                 self.close()
                 self.say(f"{shown(path)}, {size / 1e6:.2f} MB, read back and verified")
