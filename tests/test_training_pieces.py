@@ -99,7 +99,7 @@ def test_every_optimizer_steps_or_names_what_to_install(name: str) -> None:
     [
         ({"lr_num_cycles": 2}, "only with --lr_scheduler cosine_with_restarts"),
         ({"lr_power": 2.0}, "only with --lr_scheduler polynomial"),
-        ({"optimizer": "prodigy"}, "give --learning_rate 1"),
+        ({"optimizer": "prodigy", "learning_rate": 1e-3}, "give --learning_rate 1"),
         ({"optimizer": "schedule_free", "lr_scheduler": "cosine"}, "take constant"),
         ({"optimizer": "schedule_free", "ema_decay": 0.9}, "averages already"),
         ({"min_timestep": 500, "max_timestep": 500}, "must be less"),

@@ -17,12 +17,18 @@ RENAMED = {
     "flip_aug": "random_flip",
     "huggingface_repo_id": "hub_model_id",
     "lora_layers": "targets",
+    "lr_scheduler_num_cycles": "lr_num_cycles",
+    "lr_scheduler_power": "lr_power",
+    "optimizer_type": "optimizer",
     "sample_every_n_steps": "validation_steps",
     "train_data_dir": "instance_data_dir",
     "use_dora": "dora",
     "validation_step_interval": "validation_steps",
 }
 """Their word -> ours."""
+
+OPTIMIZERS = {"adamwschedulefree": "schedule_free", "schedulefree": "schedule_free"}
+"""Their name of an optimizer in small letters -> ours, where it is another."""
 
 
 def _by_flag(rows: Mapping[str, str]) -> dict[str, str]:
@@ -50,6 +56,7 @@ ACCEPTED = _by_flag(
         "log in once with `hf auth login`, or set HF_TOKEN; a command line is no place for a token": "hub_token "
         "huggingface_token",
         # what is learned
+        "so it is with --optimizer prodigy": "prodigy_decouple prodigy_use_bias_correction prodigy_safeguard_warmup",
         "--max_train_steps alone says how long the training is": "repeats dataset_repeats",
         "images are cropped in the middle, always": "center_crop",
         "class images are generated in --mixed_precision": "prior_generation_precision",
@@ -108,19 +115,18 @@ REFUSED = _by_flag(
         # the optimization
         "give --max_train_steps: epochs x images / --train_batch_size": "num_train_epochs max_train_epochs",
         "give the scaled rate: --learning_rate x batch x accumulation x processes": "scale_lr",
-        "the optimizer is AdamW: --adam_beta1, --adam_beta2, --adam_weight_decay, --adam_epsilon": "optimizer "
-        "optimizer_type optimizer_args use_lion_optimizer prodigy_beta3 prodigy_decouple prodigy_use_bias_correction "
-        "prodigy_safeguard_warmup",
-        "the optimizer is AdamW in float32; an adapter's moments are small": "use_8bit_adam",
+        "--adam_beta1, --adam_beta2, --adam_weight_decay and --adam_epsilon are the options": "optimizer_args",
+        "prodigy takes the square root of --adam_beta2": "prodigy_beta3",
+        "give --optimizer adamw8bit": "use_8bit_adam",
+        "give --optimizer lion": "use_lion_optimizer",
         "--adam_weight_decay holds for all networks": "adam_weight_decay_text_encoder",
-        "--lr_scheduler cosine_with_restarts has one cycle, polynomial the power 1": "lr_num_cycles lr_power "
-        "lr_scheduler_num_cycles lr_scheduler_power",
         "the loss is the mean squared error; --snr_gamma weighs it by noise": "loss_type huber_c huber_schedule "
         "debiased_estimation_loss scale_v_pred_loss_like_noise_pred",
-        "noise is drawn as the base model's family has it": "noise_offset offset_noise adaptive_noise_scale "
+        "give --noise_offset 0.1": "offset_noise",
+        "noise is drawn as the base model's family has it, with --noise_offset": "adaptive_noise_scale "
         "multires_noise_iterations multires_noise_discount ip_noise_gamma zero_terminal_snr do_edm_style_training",
         "times are drawn as the base model's family has them": "weighting_scheme logit_mean logit_std mode_scale "
-        "min_timestep max_timestep precondition_outputs",
+        "precondition_outputs",
         "a base model that was distilled with guidance is told 1 in training": "guidance_scale",
         "the step is not compiled": "torch_compile dynamo_backend",
         # previews, files and logs
@@ -140,16 +146,7 @@ FINE = {
     "logit_std": "1",
     "lora_dropout": "0",
     "loss_type": "l2",
-    "lr_num_cycles": "1",
-    "lr_power": "1",
-    "lr_scheduler_num_cycles": "1",
-    "lr_scheduler_power": "1",
-    "max_timestep": "1000",
-    "min_timestep": "0",
     "network_dropout": "0",
-    "noise_offset": "0",
-    "optimizer": "adamw",
-    "optimizer_type": "adamw",
     "precondition_outputs": "1",
     "revision": "main",
     "weighting_scheme": "none",
@@ -189,6 +186,8 @@ def in_our_words(flag: str, values: Sequence[str]) -> tuple[str, list[str]]:
     ours = RENAMED.get(flag, flag)
     if ours == "resolution" and len(values) == 1:
         return ours, list(dict.fromkeys(values[0].split(",")))
+    if ours == "optimizer":
+        return ours, [OPTIMIZERS.get(value.casefold(), value.casefold()) for value in values]
     if flag == "lora_layers":
         return ours, [part.strip() for value in values for part in value.split(",")]
     return ours, list(values)

@@ -160,8 +160,6 @@ class OutputSettings:
     """Keep only the newest so many checkpoints. None: all."""
     resume_from_checkpoint: Annotated[str | None, MayDiffer, arg(aliases=["--resume"])] = None
     """Go on from `latest`, or from a checkpoint folder."""
-    config: Annotated[Path | None, MayDiffer] = None
-    """A settings file: .toml, .yaml or .json, as the recipe.json of a run. Flags win over it."""
     overwrite: Annotated[bool, MayDiffer] = False
     """Begin anew where there is a run already. Its files are put away into OUTPUT_DIR/.old-1, .old-2, ..."""
     report_to: Annotated[Literal["tensorboard", "none"], MayDiffer] = "tensorboard"
@@ -266,7 +264,7 @@ def adapter_config(recipe: Recipe, ramp_steps: int | None = None) -> AdapterConf
 
 def recorded(recipe: Recipe) -> dict[str, Any]:
     """The recipe as files keep it, flat: how one would run it from its beginning, however often it was resumed."""
-    return settings.as_json(settings.replaced(recipe, resume_from_checkpoint=None, config=None, overwrite=False))
+    return settings.as_json(settings.replaced(recipe, resume_from_checkpoint=None, overwrite=False))
 
 
 def to_be_shared(recipe: Recipe) -> dict[str, Any]:
