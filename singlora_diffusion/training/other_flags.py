@@ -44,7 +44,6 @@ ACCEPTED = _by_flag(
         "vae_batch_size dataloader_num_workers max_data_loader_n_workers persistent_data_loader_workers",
         "prompts are encoded once, unless --train_text_encoder": "pre_compute_text_embeddings "
         "cache_text_encoder_outputs cache_text_encoder_outputs_to_disk",
-        "float32 stays float32; --mixed_precision bf16 is faster still": "allow_tf32",
         "images are encoded where they do not overflow, always": "no_half_vae",
         "the base model stays on its device, always": "highvram lowram",
         "gradients are dropped after each step, always": "set_grads_to_none",
@@ -125,10 +124,9 @@ REFUSED = _by_flag(
         "give --noise_offset 0.1": "offset_noise",
         "noise is drawn as the base model's family has it, with --noise_offset": "adaptive_noise_scale "
         "multires_noise_iterations multires_noise_discount ip_noise_gamma zero_terminal_snr do_edm_style_training",
-        "times are drawn as the base model's family has them": "weighting_scheme logit_mean logit_std mode_scale "
-        "precondition_outputs",
+        "times are drawn as --weighting_scheme says": "logit_mean logit_std mode_scale precondition_outputs",
         "a base model that was distilled with guidance is told 1 in training": "guidance_scale",
-        "the step is not compiled": "torch_compile dynamo_backend",
+        "--compile takes inductor": "dynamo_backend",
         # previews, files and logs
         "--validation_prompt takes the prompt itself": "sample_prompts",
         "--checkpointing_steps says how often a checkpoint is written": "save_every_n_epochs",
@@ -149,7 +147,6 @@ FINE = {
     "network_dropout": "0",
     "precondition_outputs": "1",
     "revision": "main",
-    "weighting_scheme": "none",
 }
 """The value with which a refused flag says what happens here anyway."""
 

@@ -110,7 +110,7 @@ class OptimizationSettings:
     lr_power: Positive = 1.0
     """polynomial: the power."""
     optimizer: OptimizerName = "adamw"
-    """adamw8bit needs a GPU and the extra `bitsandbytes`, prodigy and schedule_free the extras `prodigyopt` and
+    """adamw8bit needs the extra `bitsandbytes`, prodigy and schedule_free the extras `prodigyopt` and
     `schedulefree`. prodigy finds the rate itself: give --learning_rate 1."""
     adam_beta1: Decay = 0.9
     """First-moment decay of AdamW and its kin."""
@@ -132,6 +132,14 @@ class OptimizationSettings:
     """Train on no less noise than at this of 1000 timesteps."""
     max_timestep: Annotated[int, Interval(ge=1, le=1000)] = 1000
     """Train on less noise than at this of 1000 timesteps."""
+    weighting_scheme: Literal["none", "logit_normal", "mode", "sigma_sqrt", "cosmap"] | None = None
+    """How often and how much noise levels count, in flow matching. None: as the model was trained."""
+    timestep_shift: Annotated[Positive | None, arg(aliases=["--discrete_flow_shift"])] = None
+    """Shift of the noise levels, in flow matching; above 1 towards more noise. None: the model's own."""
+    compile: Annotated[bool, arg(aliases=["--torch_compile"])] = False
+    """Compile the denoiser's blocks: the first steps take long, all others less. On GPUs."""
+    allow_tf32: bool = False
+    """Multiply float32 matrices in TF32: faster on newer GPUs, and less exact."""
     seed: Seed = 0
     """All randomness follows from it."""
 
