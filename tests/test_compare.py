@@ -346,3 +346,17 @@ def test_encoders_that_are_missing_are_missed_before_the_work(settings: CompareS
     with pytest.raises(UserError, match="no dino encoder of its own"):
         command.compare(replaced(settings, dino=None, output_dir=tmp_path / "out"))
     assert not (tmp_path / "out" / "cells").exists()
+
+
+def test_the_base_model_is_loaded_once_and_left_as_it_was(done: CompareSettings) -> None:
+    import torch
+
+    from singlora_diffusion import models
+
+    family = cells.worker.tools(done.training).family
+    assert family is cells.worker.tools(done.training).family
+    fresh = models.load(done.training.pretrained_model_name_or_path, "float32", "cpu")
+    for name, network in fresh.networks.items():
+        before, after = network.module.state_dict(), family.networks[name].module.state_dict()
+        assert list(before) == list(after)
+        assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())

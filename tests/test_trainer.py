@@ -47,6 +47,7 @@ PRIOR = {"with_prior_preservation": True}
         {"optimizer": "lion", "lr_scheduler": "polynomial", "lr_power": 2.0},
         pytest.param({"optimizer": "prodigy", "learning_rate": 1.0}, marks=needs("prodigyopt")),
         pytest.param({"optimizer": "schedule_free"}, marks=needs("schedulefree")),
+        pytest.param({"optimizer": "adamw8bit", "rank": 48}, marks=needs("bitsandbytes")),  # small tensors keep 32 bits
     ],
     ids=str,
 )

@@ -39,29 +39,16 @@ def differences(
         return finish(f"{title}: dots are subjects, diamonds means with 95 % intervals")
 
 
-def plane(
-    across: str,
-    up: str,
-    tables: Tables,
-    label: Label,
-    colours: Mapping[str, str],
-    base: Mapping[str, float],
-    base_colour: str,
-) -> str:
-    """Two scores against each other: a point per method with its standard errors, and the base model."""
+def plane(across: str, up: str, tables: Tables, colours: Mapping[str, str]) -> str:
+    """Two scores against each other: a point per method with its standard errors over subjects."""
     title = f"{SCORES[up].label} against {SCORES[across].label}"
     with panel(title, 3.6) as (axes, finish):
         for method, scores in tables.scores[across].items():
             x, y = scores.mean(axis=1), tables.scores[up][method].mean(axis=1)
             errors = [float(v.std(ddof=1) / len(v) ** 0.5) if len(v) > 1 else 0.0 for v in (x, y)]
             axes.errorbar(x.mean(), y.mean(), errors[1], errors[0], fmt="o", color=colours[method], linewidth=1)
-            axes.annotate(
-                label(method), (x.mean(), y.mean()), (5, 4), textcoords="offset points", fontsize=8, color=SOFT
-            )
-        if across in base and up in base:
-            axes.plot([base[across]], [base[up]], "s", color=base_colour)
-            axes.annotate("base model", (base[across], base[up]), (5, 4), textcoords="offset points", fontsize=8)
-        axes.margins(0.18)
+        axes.margins(0.12)
+        axes.locator_params(nbins=6)
         axes.grid(color=GRID, linewidth=0.8)
         axes.set_xlabel(SCORES[across].label, fontsize=9, color=SOFT)
         return finish(f"{title}: better is up and to the right; bars are standard errors over subjects")

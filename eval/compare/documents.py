@@ -28,7 +28,9 @@ def markdown(found: Results, title: str, commands: list[str], plots: list[str]) 
 def _markdown(table: Table) -> str:
     """As GitHub reads it."""
     lines = [table.heads, tuple("---" for _ in table.heads), *table.rows]
-    body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    body = "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|").replace("\n", "<br>") for cell in line) + " |" for line in lines
+    )
     return f"### {table.title}\n\n{body}\n\n{table.note}\n"
 
 

@@ -13,13 +13,13 @@ from singlora_diffusion.settings import as_json
 
 from .. import page_images, page_settings
 from ..plots import on_white
-from ..report import PALETTE, UNTRAINED, template
+from ..report import PALETTE, template
 from ..score import versions
 from ..score_file import read_result
 from . import charts, documents, tables, verdicts
 from .grid import BASE, Cell
 from .records import Done
-from .results import Results, base_means, label, state
+from .results import Results, label, state
 from .scoring import SAMPLES, SCORES
 
 SIDE = 84  # CSS pixels of an image
@@ -66,8 +66,7 @@ def drawn(found: Results) -> dict[str, str]:
             plot = charts.differences(metric, found.tables, found.rows, label, colours, settings.bound)
             made[f"differences-{metric}"] = plot
     if len(shown) > 1:
-        base = base_means(found)
-        made["plane"] = charts.plane(shown[1], shown[0], found.tables, label, colours, base, UNTRAINED)
+        made["plane"] = charts.plane(shown[1], shown[0], found.tables, colours)
     for metric in dict.fromkeys(curve.metric for curve in found.curves):
         made[f"rates-{metric}"] = charts.rates(metric, found.curves, colours)
     return made

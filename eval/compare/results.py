@@ -14,7 +14,6 @@ from . import records, robustness, verdicts
 from .grid import BASE, Cell, Plan
 from .records import Done, Tables
 from .robustness import Curve
-from .scores import SCORES
 from .settings import learning_rates
 from .tuning import Choice
 from .verdicts import Row
@@ -68,12 +67,6 @@ def base_mean(found: Results, metric: str) -> float | None:
     values = [one.scores.get(metric) for one in found.bases if one.cell.subject in found.tables.subjects]
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None
-
-
-def base_means(found: Results) -> dict[str, float]:
-    """Of the base model on the same subjects, by metric."""
-    means = {metric: base_mean(found, metric) for metric in SCORES}
-    return {metric: mean for metric, mean in means.items() if mean is not None}
 
 
 def gather(

@@ -45,7 +45,7 @@ def decisions(found: Results) -> list[Table]:
         Table(
             f"{SCORES[metric].label}: {SCORES[metric].description}",
             heads,
-            tuple(_decision(row) for row in found.rows if row.metric == metric),
+            (_base(found, metric), *(_decision(row) for row in found.rows if row.metric == metric)),
             f"Difference: against {label(found.methods[0])}, paired by subject. p: exact sign-flip test over subjects; "
             f"adjusted: Holm over {len(found.plan.settings.decision.primary)} scores and {len(found.methods) - 1} "
             f"methods. Equal within {found.plan.settings.decision.bound:g}, a bound named beforehand. Subjects needed: "
@@ -54,6 +54,11 @@ def decisions(found: Results) -> list[Table]:
         for metric in dict.fromkeys(row.metric for row in found.rows)
         if metric in found.plan.settings.decision.primary
     ]
+
+
+def _base(found: Results, metric: str) -> tuple[str, ...]:
+    mean = base_mean(found, metric)
+    return (label(BASE), "" if mean is None else _number(mean), *[""] * 9)
 
 
 def _decision(row: Row) -> tuple[str, ...]:
@@ -75,30 +80,35 @@ def _decision(row: Row) -> tuple[str, ...]:
 
 
 def others(found: Results) -> Table:
-    """All other metrics: mean, and the difference with its interval where there is one."""
+    """All other metrics: a row for each, with every method's mean and its difference from the first."""
     primary = found.plan.settings.decision.primary
     metrics = [metric for metric in dict.fromkeys(row.metric for row in found.rows) if metric not in primary]
+    by_place = {(row.metric, row.method): row for row in found.rows}
     rows = []
-    for method in found.methods:
-        cells = []
-        for metric in metrics:
-            row = next(row for row in found.rows if (row.method, row.metric) == (method, metric))
-            sign = 1.0 if SCORES[metric].higher_is_better else -1.0
-            text = _number(row.mean)
-            if row.difference is not None and row.difference.t_interval is not None:
-                low, high = sorted(sign * end for end in row.difference.t_interval)
-                text += f" ({_number(sign * row.difference.mean, '+')}, {_number(low, '+')} to {_number(high, '+')})"
-            cells.append(text)
-        rows.append((label(method), *cells))
-    base = [base_mean(found, metric) for metric in metrics]
-    rows.append((label(BASE), *("" if value is None else _number(value) for value in base)))
+    for metric in metrics:
+        base = base_mean(found, metric)
+        cells = [_with_difference(by_place[metric, method]) for method in found.methods]
+        rows.append((SCORES[metric].label, "" if base is None else _number(base), *cells))
     about = [
         f"{SCORES[metric].label}: {SCORES[metric].description} ({SCORES[metric].unit}, "
         f"{'higher' if SCORES[metric].higher_is_better else 'lower'} is better)."
         for metric in metrics
     ]
-    note = f"In brackets: difference from {label(found.methods[0])} and its 95 % interval, not adjusted. "
-    return Table("Other scores", ("method", *(SCORES[m].label for m in metrics)), tuple(rows), note + " ".join(about))
+    note = f"Below each mean: its difference from {label(found.methods[0])} and the 95 % interval, not adjusted. "
+    heads = ("score", label(BASE), *map(label, found.methods))
+    return Table("Other scores", heads, tuple(rows), note + " ".join(about))
+
+
+def _with_difference(row: Row) -> str:
+    """In two lines, where there is a difference."""
+    if row.difference is None:
+        return _number(row.mean)
+    sign = 1.0 if SCORES[row.metric].higher_is_better else -1.0
+    text = f"{_number(row.mean)}\n{_number(sign * row.difference.mean, '+')}"
+    if row.difference.t_interval is None:
+        return text
+    low, high = sorted(sign * end for end in row.difference.t_interval)
+    return f"{text} ({_number(low, '+')} to {_number(high, '+')})"
 
 
 def costs(found: Results) -> Table:

@@ -99,6 +99,18 @@ class NoiseProcess(Protocol):
         """
         ...
 
+    def varied(self, weighting: str | None, shift: float | None) -> NoiseProcess:
+        """The process with other times and weights than the model was trained with; None: as it was.
+
+        Args:
+            weighting: of `flow_matching.WEIGHTINGS`.
+            shift: of `flow_matching.levels`.
+
+        Raises:
+            UserError: the model is not trained by flow matching.
+        """
+        ...
+
 
 class Family(Protocol):
     """A loaded, frozen base model."""

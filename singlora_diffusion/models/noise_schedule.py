@@ -12,6 +12,7 @@ from typing import Any
 from diffusers import DDPMScheduler
 from torch import Tensor
 
+from ..errors import UserError
 from .family import Corrupted
 
 PREDICTIONS = ("epsilon", "v_prediction")
@@ -44,6 +45,14 @@ class NoiseSchedule:
         alphas = self._alphas(times)
         snr = alphas / (1 - alphas)
         return snr.clamp(max=snr_gamma) / (snr + 1 if self._velocity else snr)
+
+    def varied(self, weighting: str | None, shift: float | None) -> NoiseSchedule:
+        for flag, value in {"--weighting_scheme": weighting, "--timestep_shift": shift}.items():
+            if value is not None:
+                raise UserError(
+                    f"{flag} is for models trained by flow matching, not for diffusion models: leave it out"
+                )
+        return self
 
     @property
     def prediction_type(self) -> str:

@@ -49,7 +49,7 @@ class Examples:
     """
 
     def __init__(self, family: Family, streams: Streams, recipe: Recipe, resolution: int) -> None:
-        self.streams, self.device, self.process = streams, family.device, family.noise_process
+        self.streams, self.device, self.process = streams, family.device, process_of(family, recipe)
         self.seed, self.noise_offset = recipe.optimization.seed, recipe.optimization.noise_offset
         self.resolution = resolution
         steps = recipe.optimization.min_timestep, recipe.optimization.max_timestep
@@ -68,6 +68,18 @@ class Examples:
         noisy, target = self.process.corrupt(clean, noise, times)
         target_size = torch.full_like(examples.crop, self.resolution)
         return Batch(noisy, target, times, stream, Geometry(examples.original, examples.crop, target_size))
+
+
+def process_of(family: Family, recipe: Recipe) -> NoiseProcess:
+    """How the model is trained, as the recipe has it.
+
+    Raises:
+        UserError: the recipe asks for what is not for models of this kind.
+    """
+    settings = recipe.optimization
+    process = family.noise_process.varied(settings.weighting_scheme, settings.timestep_shift)
+    process.loss_weights(process.times(torch.tensor([0.5], dtype=torch.float64)), settings.snr_gamma)
+    return process
 
 
 def again(batch: Batch, stream: int) -> Batch:

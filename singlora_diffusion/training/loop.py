@@ -122,6 +122,7 @@ def run(recipe: Recipe, stop: Callable[[], bool] = lambda: False, family: Family
         if state is not None:
             preparation.restore(state, recipe, identified, stepper)
             yield Resumed(state.path, state.step)
+        stack.callback(stepper.release)
         stepper.prepare()
         resting = Resting(family, text=not recipe.optimization.train_text_encoder)
         stack.callback(resting.end)
@@ -205,9 +206,9 @@ def _outputs(job: Job, step: int) -> Iterator[Event]:
     if _is_due(step, job.recipe.output.checkpointing_steps):
         yield Checkpoint(_save_checkpoint(job, step), step)
     if _is_due(step, job.recipe.validation.validation_steps):
-        from . import averaging, validation
+        from . import validation
 
-        with job.resting.interrupted(), averaging.in_use(job.stepper.adapter, job.stepper.average):
+        with job.resting.interrupted(), job.stepper.in_use():
             path = validation.preview(job.stepper.family, job.recipe, step, job.resolution)
         yield Preview(path, step)
 
@@ -241,16 +242,10 @@ def _saved(job: Job) -> Iterator[Event]:
     """The adapter, proved by reading it back, then what others can do with it."""
     from . import hub, model_card, portable, result
 
-    path, average = job.out / run_folder.ADAPTER, job.stepper.average
-    if average is not None:
-        job.stepper.adapter.load_state_dict(average.weights())
+    path, header = job.out / run_folder.ADAPTER, {**job.about, "step": job.recipe.optimization.max_train_steps}
     try:
-        result.save(
-            job.stepper.family,
-            job.stepper.adapter,
-            path,
-            {**job.about, "step": job.recipe.optimization.max_train_steps},
-        )
+        with job.stepper.in_use():
+            result.save(job.stepper.family, job.stepper.adapter, path, header)
     except UserError as error:
         raise UserError(f"{error}{_kept(job)}") from error
     (job.out / run_folder.LORA).unlink(missing_ok=True)  # of fewer steps

@@ -6,8 +6,10 @@ Help reads the table, so nothing heavy is loaded before one is made.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib import import_module
+from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
@@ -88,7 +90,8 @@ def make(groups: Groups, settings: OptimizationSettings) -> torch.optim.Optimize
         )
     cuda = all(parameter.is_cuda for group in groups for parameter in group["params"])
     # the polynomial schedule reads `lr`, to end at `recipe.POLYNOMIAL_END`
-    optimizer: torch.optim.Optimizer = kind(groups, lr=settings.learning_rate, **row.options(settings, cuda))
+    with redirect_stdout(StringIO()):  # some tell of their settings
+        optimizer: torch.optim.Optimizer = kind(groups, lr=settings.learning_rate, **row.options(settings, cuda))
     if row.averages:
         optimizer.train()  # type: ignore[attr-defined]
     return optimizer

@@ -27,14 +27,14 @@ RENAMED = {
 }
 """Their word -> ours."""
 
+OPTIMIZERS = {"adamwschedulefree": "schedule_free", "schedulefree": "schedule_free"}
+"""Their name of an optimizer in small letters -> ours, where it is another."""
 
 SWITCHES = {
     "use_8bit_adam": ("optimizer", "adamw8bit"),
     "use_lion_optimizer": ("optimizer", "lion"),
 }
 """Their switch -> our flag and its value."""
-OPTIMIZERS = {"adamwschedulefree": "schedule_free", "schedulefree": "schedule_free"}
-"""Their word, in small letters -> ours; the others differ in capitals only."""
 
 
 def _by_flag(rows: Mapping[str, str]) -> dict[str, str]:
@@ -50,7 +50,6 @@ ACCEPTED = _by_flag(
         "vae_batch_size dataloader_num_workers max_data_loader_n_workers persistent_data_loader_workers",
         "prompts are encoded once, unless --train_text_encoder": "pre_compute_text_embeddings "
         "cache_text_encoder_outputs cache_text_encoder_outputs_to_disk",
-        "float32 stays float32; --mixed_precision bf16 is faster still": "allow_tf32",
         "images are encoded where they do not overflow, always": "no_half_vae",
         "the base model stays on its device, always": "highvram lowram",
         "gradients are dropped after each step, always": "set_grads_to_none",
@@ -62,6 +61,7 @@ ACCEPTED = _by_flag(
         "log in once with `hf auth login`, or set HF_TOKEN; a command line is no place for a token": "hub_token "
         "huggingface_token",
         # what is learned
+        "so it is with --optimizer prodigy": "prodigy_decouple prodigy_use_bias_correction prodigy_safeguard_warmup",
         "--max_train_steps alone says how long the training is": "repeats dataset_repeats",
         "images are cropped in the middle, always": "center_crop",
         "class images are generated in --mixed_precision": "prior_generation_precision",
@@ -120,19 +120,17 @@ REFUSED = _by_flag(
         # the optimization
         "give --max_train_steps: epochs x images / --train_batch_size": "num_train_epochs max_train_epochs",
         "give the scaled rate: --learning_rate x batch x accumulation x processes": "scale_lr",
-        "--adam_beta1, --adam_beta2, --adam_weight_decay and --adam_epsilon are what optimizers take": "optimizer_args",
-        "--optimizer prodigy decouples weight decay, corrects the bias and warms up safely": "prodigy_beta3 "
-        "prodigy_decouple prodigy_use_bias_correction prodigy_safeguard_warmup",
+        "--adam_beta1, --adam_beta2, --adam_weight_decay and --adam_epsilon are the options": "optimizer_args",
+        "prodigy takes the square root of --adam_beta2": "prodigy_beta3",
         "--adam_weight_decay holds for all networks": "adam_weight_decay_text_encoder",
         "the loss is the mean squared error; --snr_gamma weighs it by noise": "loss_type huber_type huber_c "
         "huber_schedule debiased_estimation_loss scale_v_pred_loss_like_noise_pred",
-        "--noise_offset 0.1 does it": "offset_noise",
-        "noise is drawn as the base model's family has it, with --noise_offset at most": "adaptive_noise_scale "
+        "give --noise_offset 0.1": "offset_noise",
+        "noise is drawn as the base model's family has it, with --noise_offset": "adaptive_noise_scale "
         "multires_noise_iterations multires_noise_discount ip_noise_gamma zero_terminal_snr do_edm_style_training",
-        "times are drawn as the base model's family has them": "weighting_scheme logit_mean logit_std mode_scale "
-        "precondition_outputs",
+        "times are drawn as --weighting_scheme says": "logit_mean logit_std mode_scale precondition_outputs",
         "a base model that was distilled with guidance is told 1 in training": "guidance_scale",
-        "the step is not compiled": "torch_compile dynamo_backend",
+        "--compile takes inductor": "dynamo_backend",
         # previews, files and logs
         "--validation_prompt takes the prompt itself": "sample_prompts",
         "--checkpointing_steps says how often a checkpoint is written": "save_every_n_epochs",
@@ -152,11 +150,7 @@ FINE = {
     "loss_type": "l2",
     "network_dropout": "0",
     "precondition_outputs": "1",
-    "prodigy_decouple": "true",
-    "prodigy_safeguard_warmup": "true",
-    "prodigy_use_bias_correction": "true",
     "revision": "main",
-    "weighting_scheme": "none",
 }
 """The value with which a refused flag says what happens here anyway."""
 
@@ -194,10 +188,10 @@ def in_our_words(flag: str, values: Sequence[str]) -> tuple[str, list[str]]:
         ours, value = SWITCHES[flag]
         return ours, [value]
     ours = RENAMED.get(flag, flag)
-    if ours == "optimizer":
-        return ours, [OPTIMIZERS.get(value.casefold(), value.casefold()) for value in values]
     if ours == "resolution" and len(values) == 1:
         return ours, list(dict.fromkeys(values[0].split(",")))
+    if ours == "optimizer":
+        return ours, [OPTIMIZERS.get(value.casefold(), value.casefold()) for value in values]
     if flag == "lora_layers":
         return ours, [part.strip() for value in values for part in value.split(",")]
     return ours, list(values)

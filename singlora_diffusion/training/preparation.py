@@ -20,7 +20,7 @@ from . import checkpoint, identity
 from . import class_images as generating
 from .checkpoint import State
 from .events import Encoded, Event, Progress, Remark
-from .examples import Streams
+from .examples import Streams, process_of
 from .optimizers import OPTIMIZERS
 from .recipe import Recipe, check
 from .step import Stepper
@@ -80,6 +80,8 @@ def load(recipe: Recipe, family: Family | None = None) -> Generator[Event, None,
     chosen = device.choose(where)
     if precision == "fp16" and torch.device(chosen).type == "cpu":
         raise UserError("--mixed_precision fp16 needs a GPU: take bf16 or no on the CPU")
+    if recipe.optimization.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     accelerator = Accelerator(
         mixed_precision="fp16" if precision == "fp16" else "no",
         gradient_accumulation_steps=recipe.optimization.gradient_accumulation_steps,
@@ -96,8 +98,7 @@ def load(recipe: Recipe, family: Family | None = None) -> Generator[Event, None,
         family = models.load(recipe.model.pretrained_model_name_or_path, dtype, chosen, recipe.model.quantize)
     side = recipe.data.resolution
     resolution, _ = check_sides(family, side, side, ("--resolution", "--resolution"))
-    process = family.noise_process
-    process.loss_weights(process.times(torch.tensor([0.5], dtype=torch.float64)), recipe.optimization.snr_gamma)
+    process_of(family, recipe)
     return accelerator, family, resolution
 
 

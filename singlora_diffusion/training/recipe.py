@@ -110,7 +110,7 @@ class OptimizationSettings:
     lr_power: Positive = 1.0
     """polynomial: the power."""
     optimizer: OptimizerName = "adamw"
-    """adamw8bit needs a GPU and the extra `bitsandbytes`, prodigy and schedule_free the extras `prodigyopt` and
+    """adamw8bit needs the extra `bitsandbytes`, prodigy and schedule_free the extras `prodigyopt` and
     `schedulefree`. prodigy finds the rate itself: give --learning_rate 1."""
     adam_beta1: Decay = 0.9
     """First-moment decay of AdamW and its kin."""
@@ -132,6 +132,14 @@ class OptimizationSettings:
     """Train on no less noise than at this of 1000 timesteps."""
     max_timestep: Annotated[int, Interval(ge=1, le=1000)] = 1000
     """Train on less noise than at this of 1000 timesteps."""
+    weighting_scheme: Literal["none", "logit_normal", "mode", "sigma_sqrt", "cosmap"] | None = None
+    """How often and how much noise levels count, in flow matching. None: as the model was trained."""
+    timestep_shift: Annotated[Positive | None, arg(aliases=["--discrete_flow_shift"])] = None
+    """Shift of the noise levels, in flow matching; above 1 towards more noise. None: the model's own."""
+    compile: Annotated[bool, arg(aliases=["--torch_compile"])] = False
+    """Compile the denoiser's blocks: the first steps take long, all others less. On GPUs."""
+    allow_tf32: bool = False
+    """Multiply float32 matrices in TF32: faster on newer GPUs, and less exact."""
     seed: Seed = 0
     """All randomness follows from it."""
 
@@ -160,8 +168,6 @@ class OutputSettings:
     """Keep only the newest so many checkpoints. None: all."""
     resume_from_checkpoint: Annotated[str | None, MayDiffer, arg(aliases=["--resume"])] = None
     """Go on from `latest`, or from a checkpoint folder."""
-    config: Annotated[Path | None, MayDiffer] = None
-    """A settings file: .toml, .yaml or .json, as the recipe.json of a run. Flags win over it."""
     overwrite: Annotated[bool, MayDiffer] = False
     """Begin anew where there is a run already. Its files are put away into OUTPUT_DIR/.old-1, .old-2, ..."""
     report_to: Annotated[Literal["tensorboard", "none"], MayDiffer] = "tensorboard"
@@ -266,7 +272,7 @@ def adapter_config(recipe: Recipe, ramp_steps: int | None = None) -> AdapterConf
 
 def recorded(recipe: Recipe) -> dict[str, Any]:
     """The recipe as files keep it, flat: how one would run it from its beginning, however often it was resumed."""
-    return settings.as_json(settings.replaced(recipe, resume_from_checkpoint=None, config=None, overwrite=False))
+    return settings.as_json(settings.replaced(recipe, resume_from_checkpoint=None, overwrite=False))
 
 
 def to_be_shared(recipe: Recipe) -> dict[str, Any]:

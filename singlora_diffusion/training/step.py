@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -14,12 +15,10 @@ from ..adapters import Adapter
 from ..models.family import Conditioning, Family, Geometry, denoiser
 from . import averaging, objective, optimizers
 from .averaging import Average
+from .compiling import Compiled
 from .diagnosis import NotFinite
 from .examples import Batch, Examples, Streams, again, joined
 from .recipe import OptimizationSettings, Recipe
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 
 class Figures(NamedTuple):
@@ -83,6 +82,7 @@ class Stepper:
         self.rate = optimizers.schedule(self.raw_optimizer, self.settings)
         self.average = self._averaged()
         self.denoiser = Denoiser(family, streams.prompts, text)
+        self.compiled = Compiled(denoiser(family).module, family.device) if self.settings.compile else None
         self.optimizer: Any = None
 
     def _averaged(self) -> Average | None:
@@ -97,7 +97,24 @@ class Stepper:
             network: Any = denoiser(self.family).module
             network.enable_gradient_checkpointing()
             network.train()  # diffusers checkpoints in train mode only
+        if self.compiled is not None:
+            self.compiled.begin()
         self.denoiser, self.optimizer = self.accelerator.prepare(self.denoiser, self.raw_optimizer)
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Inside, the model is as its users have it: with the weights to use, and not compiled."""
+        with averaging.in_use(self.adapter, self.average), self._uncompiled():
+            yield
+
+    def _uncompiled(self) -> AbstractContextManager[None]:
+        """Without gradients it would be compiled once more, and in every size."""
+        return nullcontext() if self.compiled is None else self.compiled.interrupted()
+
+    def release(self) -> None:
+        """Leave the base model as it was."""
+        if self.compiled is not None:
+            self.compiled.end()
 
     def advance(self, step: int) -> Figures:
         """Do one step.
@@ -157,7 +174,8 @@ class Stepper:
         self.adapter.set_scale(0.0)
         try:
             base = self.accelerator.unwrap_model(self.denoiser)
-            return asked._replace(target=base(asked.noisy, asked.times, asked.stream, asked.geometry))
+            with self._uncompiled():
+                return asked._replace(target=base(asked.noisy, asked.times, asked.stream, asked.geometry))
         finally:
             self.adapter.set_scale(1.0)
 
@@ -167,5 +185,5 @@ class Stepper:
             batch.target,
             prior=prior if len(batch.stream) > prior else 0,
             prior_weight=self.prior_weight,
-            weights=self.family.noise_process.loss_weights(batch.times, self.settings.snr_gamma),
+            weights=self.examples.process.loss_weights(batch.times, self.settings.snr_gamma),
         )
