@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -94,15 +94,15 @@ def read(plan: Plan, cell: Cell) -> dict[str, Any] | None:
     return record
 
 
-def _follows_from(plan: Plan, cell: Cell) -> dict[str, tuple[dict[str, Any], Collection[str]]]:
+def _follows_from(plan: Plan, cell: Cell) -> dict[str, tuple[dict[str, Any], set[str]]]:
     """The settings that a cell's results follow from, by name, and which of them are not as they are by default."""
-    found = {name: (_told(made), settings.changed(made).keys()) for name, made in generations(plan, cell).items()}
+    found = {name: (_told(made), set(settings.changed(made))) for name, made in generations(plan, cell).items()}
     if cell.method == BASE:
         return found
     made = recipe(plan, cell)
     steps = {"max_train_steps": made.optimization.max_train_steps}
     told = {**to_be_shared(made), **settings.as_json(made.adapter), **steps}  # not what else is written, and where
-    return {"recipe": (told, settings.changed(made).keys()), **found}
+    return {"recipe": (told, set(settings.changed(made))), **found}
 
 
 def lacking(plan: Plan, cell: Cell, record: Mapping[str, Any]) -> list[str]:
