@@ -113,12 +113,12 @@ def grouped(words: Sequence[str]) -> list[tuple[str, list[str]]]:
     return groups if groups[0][1] else groups[1:]
 
 
-def spellings(kind: Any) -> dict[str, str]:
+def spellings(kind: Any) -> Mapping[str, str]:
     """Names and aliases of all fields, as in `grouped` -> the field."""
     return dict(_spellings(kind))
 
 
-def flags(kind: Any) -> dict[str, str]:
+def flags(kind: Any) -> Mapping[str, str]:
     """What may be written as a flag, as in `grouped` -> the field: `spellings`, no_ for switches, help and the like."""
     names = spellings(kind)
     own = {name: name for name in ("help", "tyro_print_completion", "tyro_write_completion")}
@@ -226,11 +226,14 @@ def _choices(kind: Any) -> Iterator[tuple[str, list[str]]]:
             yield name, [str(value) for one in kinds for value in get_args(one) or (None,)]
 
 
-def _type_of(kind: Any) -> dict[str, Any]:
+@cache
+def _type_of(kind: Any) -> Mapping[str, Any]:
     """The types of all fields, without their ranges."""
     found: dict[str, Any] = {}
-    for name, hint in get_type_hints(kind).items():
-        found |= _type_of(hint) if is_dataclass(hint) else {name: hint}
+    hints: dict[str, Any] = get_type_hints(kind)
+    for name, hint in hints.items():
+        group: Any = hint if is_dataclass(hint) else None
+        found.update(_type_of(group) if group else {name: hint})
     return found
 
 
