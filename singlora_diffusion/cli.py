@@ -111,7 +111,7 @@ def usage() -> str:
     lines = [f"  {name:<10}{command.line}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
-            "Teach Stable Diffusion one subject from a handful of images, with SingLoRA.",
+            "Teach an image model one subject from a handful of images, with SingLoRA.",
             "",
             "usage: singlora COMMAND [flags]     singlora COMMAND --help lists a command's flags",
             "",

@@ -73,12 +73,13 @@ def refused(words: str) -> tuple[str, ...]:
 def test_every_flag_they_have_is_one_here_or_is_answered(flag: str) -> None:
     ours = settings.flags(Training)
     flag = other_flags.RENAMED.get(flag, flag)
+    flag = other_flags.SWITCHES.get(flag, (flag,))[0]
     assert flag in ours or other_flags.answer(flag, ["x"], ())
 
 
 def test_what_is_a_flag_here_has_no_answer() -> None:
     """A flag that becomes a field of the recipe loses its row, or it would never be read."""
-    others = {*other_flags.RENAMED, *other_flags.ACCEPTED, *other_flags.REFUSED}
+    others = {*other_flags.RENAMED, *other_flags.SWITCHES, *other_flags.ACCEPTED, *other_flags.REFUSED}
     assert not others & settings.flags(Training).keys()
     assert not set(other_flags.ACCEPTED) & set(other_flags.REFUSED)
     assert {*other_flags.FINE, *other_flags.BESIDE} <= set(other_flags.REFUSED)
@@ -158,6 +159,8 @@ def test_lists_and_squares_as_other_programs_write_them() -> None:
     assert line(f"{NEEDED} --lora_layers 'attn.to_k, attn.to_q'").adapter.targets == ("attn.to_k", "attn.to_q")
     assert line(f"{NEEDED} --resolution 768,768").data.resolution == 768
     assert line(f"{NEEDED} --use-dora").adapter.dora
+    assert line(f"{NEEDED} --use_8bit_adam").optimization.optimizer == "adamw8bit"
+    assert line(f"{NEEDED} --optimizer_type AdamWScheduleFree").optimization.optimizer == "schedule_free"
     with pytest.raises(SystemExit):
         line(f"{NEEDED} --resolution=512,768")
 

@@ -12,7 +12,7 @@ from singlora_diffusion.adapters import budget
 from singlora_diffusion.errors import UserError
 from singlora_diffusion.terminal import escaped
 from singlora_diffusion.training import log_file, run_folder
-from singlora_diffusion.training.recipe import Recipe
+from singlora_diffusion.training.recipe import Recipe, to_be_shared
 
 from . import measuring, scoring, worker
 from .grid import BASE, Cell, Plan
@@ -69,7 +69,7 @@ def describe(plan: Plan, cell: Cell) -> dict[str, Any]:
         "other_threads": cell.other_threads,
         "parameters": 0 if cell.method == BASE else plan.sizes[cell.method].parameters,
     }
-    return {**about, **{name: _told(made) for name, made in _follows_from(plan, cell).items()}}
+    return {**about, **{name: told for name, (told, _) in _follows_from(plan, cell).items()}}
 
 
 def read(plan: Plan, cell: Cell) -> dict[str, Any] | None:
@@ -82,8 +82,8 @@ def read(plan: Plan, cell: Cell) -> dict[str, Any] | None:
     if not (folder / RECORD).exists():
         return None
     record = files.read_json(folder / RECORD)
-    for name, made in _follows_from(plan, cell).items():
-        old, new, changed = record.get(name, {}), _told(made), settings.changed(made)
+    for name, (new, changed) in _follows_from(plan, cell).items():
+        old = record.get(name, {})
         # a setting that is newer than the record had its default value then
         for key in (key for key in new if key in old or key in changed):
             if old.get(key) != new[key]:
@@ -94,9 +94,15 @@ def read(plan: Plan, cell: Cell) -> dict[str, Any] | None:
     return record
 
 
-def _follows_from(plan: Plan, cell: Cell) -> dict[str, Any]:
-    """The settings that a cell's results follow from, by name."""
-    return {**({} if cell.method == BASE else {"recipe": recipe(plan, cell)}), **generations(plan, cell)}
+def _follows_from(plan: Plan, cell: Cell) -> dict[str, tuple[dict[str, Any], set[str]]]:
+    """The settings that a cell's results follow from, by name, and which of them are not as they are by default."""
+    found = {name: (_told(made), set(settings.changed(made))) for name, made in generations(plan, cell).items()}
+    if cell.method == BASE:
+        return found
+    made = recipe(plan, cell)
+    steps = {"max_train_steps": made.optimization.max_train_steps}
+    told = {**to_be_shared(made), **settings.as_json(made.adapter), **steps}  # not what else is written, and where
+    return {"recipe": (told, set(settings.changed(made))), **found}
 
 
 def lacking(plan: Plan, cell: Cell, record: Mapping[str, Any]) -> list[str]:

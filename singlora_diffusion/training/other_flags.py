@@ -31,6 +31,12 @@ RENAMED = {
 OPTIMIZERS = {"adamwschedulefree": "schedule_free", "schedulefree": "schedule_free"}
 """Their name of an optimizer in small letters -> ours, where it is another."""
 
+SWITCHES = {
+    "use_8bit_adam": ("optimizer", "adamw8bit"),
+    "use_lion_optimizer": ("optimizer", "lion"),
+}
+"""Their switch -> our flag and its value."""
+
 
 def _by_flag(rows: Mapping[str, str]) -> dict[str, str]:
     return {flag: line for line, flags in rows.items() for flag in flags.split()}
@@ -105,7 +111,7 @@ REFUSED = _by_flag(
         "colours are not changed": "color_aug",
         "there are no masks; crop the images to the subject": "masked_loss",
         # the adapter
-        "--targets, --method and --dora say which layers get what": "network_args",
+        "--targets, --method and --dora say which layers get what": "network_args lora_blocks block_dims",
         "an update of one matrix per layer has no dropout": "lora_dropout network_dropout",
         "the denoiser is always trained; --train_text_encoder adds text encoders": "network_train_text_encoder_only",
         "a run goes on from its own checkpoints: --resume_from_checkpoint": "network_weights dim_from_weights",
@@ -117,11 +123,9 @@ REFUSED = _by_flag(
         "give the scaled rate: --learning_rate x batch x accumulation x processes": "scale_lr",
         "--adam_beta1, --adam_beta2, --adam_weight_decay and --adam_epsilon are the options": "optimizer_args",
         "prodigy takes the square root of --adam_beta2": "prodigy_beta3",
-        "give --optimizer adamw8bit": "use_8bit_adam",
-        "give --optimizer lion": "use_lion_optimizer",
         "--adam_weight_decay holds for all networks": "adam_weight_decay_text_encoder",
-        "the loss is the mean squared error; --snr_gamma weighs it by noise": "loss_type huber_c huber_schedule "
-        "debiased_estimation_loss scale_v_pred_loss_like_noise_pred",
+        "the loss is the mean squared error; --snr_gamma weighs it by noise": "loss_type huber_type huber_c "
+        "huber_schedule debiased_estimation_loss scale_v_pred_loss_like_noise_pred",
         "give --noise_offset 0.1": "offset_noise",
         "noise is drawn as the base model's family has it, with --noise_offset": "adaptive_noise_scale "
         "multires_noise_iterations multires_noise_discount ip_noise_gamma zero_terminal_snr do_edm_style_training",
@@ -180,7 +184,10 @@ def answer(flag: str, values: Sequence[str], others: Collection[str]) -> Answer 
 
 
 def in_our_words(flag: str, values: Sequence[str]) -> tuple[str, list[str]]:
-    """A flag and its values as ours: renamed; 512,512 as 512; lists with commas, as other programs have them, split."""
+    """A flag and its values as ours: renamed; 512,512 as 512; lists with commas split; AdamW8bit as adamw8bit."""
+    if flag in SWITCHES:
+        ours, value = SWITCHES[flag]
+        return ours, [value]
     ours = RENAMED.get(flag, flag)
     if ours == "resolution" and len(values) == 1:
         return ours, list(dict.fromkeys(values[0].split(",")))
