@@ -60,8 +60,10 @@ class Examples:
             latents.batch(images, self.seed, positions, kind, self.noise_offset)
             for images, kind in zip(self.streams.images, KINDS, strict=False)
         ]
-        examples = latents.joined(parts)
-        stream = [number for number in range(len(parts)) for _ in positions]
+        return self.batch(latents.joined(parts), [number for number in range(len(parts)) for _ in positions])
+
+    def batch(self, examples: latents.Examples, stream: Sequence[int]) -> Batch:
+        """What the denoiser is asked of examples, and what it should predict."""
         quantile = self.lowest + examples.quantile * (self.highest - self.lowest)
         times = self.process.times(quantile).to(self.device)
         clean, noise = examples.latents.to(self.device), examples.noise.to(self.device)

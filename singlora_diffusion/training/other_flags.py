@@ -16,6 +16,7 @@ RENAMED = {
     "final_validation_prompt": "validation_prompt",
     "flip_aug": "random_flip",
     "huggingface_repo_id": "hub_model_id",
+    "log_with": "report_to",
     "lora_layers": "targets",
     "lr_scheduler_num_cycles": "lr_num_cycles",
     "lr_scheduler_power": "lr_power",
@@ -135,7 +136,8 @@ REFUSED = _by_flag(
         "--validation_prompt takes the prompt itself": "sample_prompts",
         "--checkpointing_steps says how often a checkpoint is written": "save_every_n_epochs",
         "--checkpoints_total_limit says how many checkpoints are kept": "save_last_n_epochs save_last_n_steps",
-        "--report_to tensorboard or none; log.jsonl has every figure": "log_with wandb_api_key wandb_run_name",
+        "log in once with `wandb login`; a command line is no place for a key": "wandb_api_key",
+        "the run is named as OUTPUT_DIR": "wandb_run_name",
     }
 )
 """What would change the result, or what somebody waits for in vain -> what to do instead."""
@@ -143,7 +145,6 @@ REFUSED = _by_flag(
 FINE = {
     "guidance_scale": "1",
     "image_interpolation_mode": "lanczos",
-    "log_with": "tensorboard",
     "logit_mean": "0",
     "logit_std": "1",
     "lora_dropout": "0",

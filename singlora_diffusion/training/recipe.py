@@ -94,7 +94,7 @@ class OptimizationSettings:
     gradient_checkpointing: bool = False
     """Compute activations twice to save memory."""
     learning_rate: Annotated[Positive | None, arg(aliases=["--unet_lr"])] = None
-    """Peak learning rate. None: what is usual for the base model (docs/families.md)."""
+    """Peak learning rate. None: what is usual for the base model (docs/families.md) and the optimizer."""
     train_text_encoder: bool = False
     """Adapt the text encoders too."""
     text_encoder_lr: Positive | None = None
@@ -153,7 +153,10 @@ class ValidationSettings:
     num_validation_images: Annotated[int, Interval(ge=1, le=1000), MayDiffer] = 4
     """Images per preview."""
     validation_steps: Annotated[CountOrZero, MayDiffer] = 100
-    """A preview every so many steps. 0: none."""
+    """A preview every so many steps, and with held-out images a validation. 0: none."""
+    held_out_data_dir: Annotated[Path | None, MayDiffer] = None
+    """Folder with images of the subject that are not trained on. The adapter of the step with the lowest loss on them,
+    with fixed noise at fixed times, is kept in OUTPUT_DIR/best."""
 
 
 @dataclass(frozen=True)
@@ -170,8 +173,8 @@ class OutputSettings:
     """Go on from `latest`, or from a checkpoint folder."""
     overwrite: Annotated[bool, MayDiffer] = False
     """Begin anew where there is a run already. Its files are put away into OUTPUT_DIR/.old-1, .old-2, ..."""
-    report_to: Annotated[Literal["tensorboard", "none"], MayDiffer] = "tensorboard"
-    """Where curves go besides log.jsonl."""
+    report_to: Annotated[Literal["tensorboard", "wandb", "none"], MayDiffer] = "tensorboard"
+    """Where curves and previews go besides log.jsonl; wandb has to be installed. none: nor is progress.png drawn."""
     portable: Annotated[bool, MayDiffer] = True
     """Also write pytorch_lora_weights.safetensors, an ordinary LoRA for diffusers, ComfyUI, A1111 and others."""
     push_to_hub: Annotated[bool, MayDiffer] = False
