@@ -6,8 +6,10 @@ train_dreambooth_lora_flux.py and train_dreambooth_lora_sd3.py; other families o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +19,9 @@ from torch import Tensor
 from ..errors import UserError
 from . import parts
 from .family import Corrupted
+from .times import AUTO, TimeSettings
+
+Curve = Callable[[Tensor], Tensor]
 
 SCHEDULERS = {"euler": FlowMatchEulerDiscreteScheduler}
 
@@ -43,14 +48,61 @@ def levels(scheduler: FlowMatchEulerDiscreteScheduler) -> Tensor:
     return fresh.sigmas[: fresh.config.num_train_timesteps].flip(0).clone()
 
 
+def sampling_shift(scheduler: FlowMatchEulerDiscreteScheduler, tokens: int) -> float:
+    """The shift that the stock pipelines sample with: static, or growing with the number of an image's tokens."""
+    config = scheduler.config
+    if not config.use_dynamic_shifting:
+        return float(config.shift)
+    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+    mu = config.base_shift + slope * (tokens - config.base_image_seq_len)
+    return math.exp(mu) if config.time_shift_type == "exponential" else mu
+
+
+def shifted(levels: Tensor, shift: float) -> Tensor:
+    """Levels in (0, 1] towards 1, where the shift is greater than 1; 1 stays 1."""
+    return shift * levels / (1 + (shift - 1) * levels)
+
+
 def uniform(quantiles: Tensor) -> Tensor:
     """Uniform over the table of levels: the scripts' `--weighting_scheme none`."""
     return quantiles
 
 
-def logit_normal(quantiles: Tensor) -> Tensor:
-    """Uniform quantiles to those of the logistic of a standard normal variable: more in the middle, few at the ends."""
-    return torch.special.ndtri(quantiles.double()).sigmoid().clamp(max=1 - 1e-9)
+def logit_normal(quantiles: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
+    """Uniform quantiles to those of the logistic of a normal variable: more in the middle, few at the ends.
+
+    The scripts index a table that descends, so that their positive mean is less noise; hence the sign.
+    """
+    return (std * torch.special.ndtri(quantiles.double()) - mean).sigmoid().clamp(max=BELOW_ONE)
+
+
+def mode(quantiles: Tensor, scale: float = 1.29) -> Tensor:
+    """arXiv 2403.03206, equation 20: more in the middle; symmetric, so that the table's direction does not matter."""
+    u = quantiles.double()
+    return (u + scale * ((math.pi / 2 * u).cos().square() - 1 + u)).clamp(0, BELOW_ONE)
+
+
+def sigma_sqrt(levels: Tensor) -> Tensor:
+    """The scripts' weight 1 / s^2."""
+    return levels**-2
+
+
+def cosmap(levels: Tensor) -> Tensor:
+    """arXiv 2403.03206, equation 21: the weight 2 / (pi (1 - 2 s + 2 s^2))."""
+    return 2 / (math.pi * (1 - 2 * levels + 2 * levels**2))
+
+
+DENSITIES: dict[str, Callable[..., Tensor]] = {
+    "none": uniform,
+    "logit_normal": logit_normal,
+    "mode": mode,
+    "sigma_sqrt": uniform,
+    "cosmap": uniform,
+}
+"""Where in the table of levels examples are trained, by weighting scheme: uniform quantiles -> quantiles of it."""
+WEIGHTS: dict[str, Curve] = {"sigma_sqrt": sigma_sqrt, "cosmap": cosmap}
+"""How levels count in the loss, by weighting scheme; the others weigh all the same."""
+BELOW_ONE = 1 - 1e-9
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,15 +111,31 @@ class FlowMatching:
 
     Attributes:
         levels: of `levels`.
-        density: where in the table examples are trained: uniform quantiles to quantiles of the table.
+        density: a row of `DENSITIES`.
+        sampling_shift: the shift that the model samples with, by the number of an image's tokens.
+        weight: a row of `WEIGHTS`; None: all levels weigh the same.
     """
 
     levels: Tensor
-    density: Callable[[Tensor], Tensor]
+    density: Curve
+    sampling_shift: Callable[[int], float]
+    weight: Curve | None = None
 
     @property
     def prediction_type(self) -> str:
         return "flow"
+
+    def with_times(self, chosen: TimeSettings, tokens: int) -> FlowMatching:
+        process, shift, scheme = self, chosen.timestep_shift, chosen.weighting_scheme
+        if shift is not None:
+            even = torch.arange(1, len(self.levels) + 1) / len(self.levels)
+            factor = self.sampling_shift(tokens) if shift == AUTO else float(shift)
+            process = replace(process, levels=shifted(even, factor))
+        if scheme is not None:
+            given = {"mean": chosen.logit_mean, "std": chosen.logit_std, "scale": chosen.mode_scale}
+            options = {name: value for name, value in given.items() if value is not None}
+            process = replace(process, density=partial(DENSITIES[scheme], **options), weight=WEIGHTS.get(scheme))
+        return process
 
     def times(self, quantiles: Tensor) -> Tensor:
         """A small quantile is little noise."""
@@ -81,14 +149,21 @@ class FlowMatching:
         return noisy - times.reshape(-1, 1, 1, 1) * prediction
 
     def loss_weights(self, times: Tensor, snr_gamma: float | None) -> Tensor | None:
-        """Every example weighs the same."""
         if snr_gamma is not None:
             raise UserError(
                 "--snr_gamma is for diffusion models, and this one is trained by flow matching: leave it out"
             )
-        return None
+        return None if self.weight is None else self.weight(times)
 
 
-def of(scheduler: FlowMatchEulerDiscreteScheduler, density: Callable[[Tensor], Tensor] = uniform) -> FlowMatching:
-    """The noise process that a model was trained with, from its sampling scheduler."""
-    return FlowMatching(levels(scheduler), density)
+def of(
+    scheduler: FlowMatchEulerDiscreteScheduler,
+    density: Curve = uniform,
+    shift: Callable[[int], float] | None = None,
+) -> FlowMatching:
+    """The noise process that a model was trained with, from its sampling scheduler.
+
+    Args:
+        shift: the shift that the model samples with, by the number of tokens. None: `sampling_shift`.
+    """
+    return FlowMatching(levels(scheduler), density, shift or partial(sampling_shift, scheduler))

@@ -12,7 +12,10 @@ from typing import Any
 from diffusers import DDPMScheduler
 from torch import Tensor
 
+from .. import settings
+from ..errors import UserError
 from .family import Corrupted
+from .times import TimeSettings
 
 PREDICTIONS = ("epsilon", "v_prediction")
 
@@ -22,6 +25,14 @@ class NoiseSchedule:
     """A `family.NoiseProcess`."""
 
     scheduler: DDPMScheduler
+
+    def with_times(self, chosen: TimeSettings, tokens: int) -> NoiseSchedule:
+        if flags := [f"--{name}" for name in settings.changed(chosen)]:
+            raise UserError(
+                f"{', '.join(flags)}: for models that are trained by flow matching, and this one is a diffusion model: "
+                f"leave it out"
+            )
+        return self
 
     def times(self, quantiles: Tensor) -> Tensor:
         """Uniform timesteps."""

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 RENAMED = {
     "config_file": "config",
+    "discrete_flow_shift": "timestep_shift",
     "final_validation_prompt": "validation_prompt",
     "flip_aug": "random_flip",
     "huggingface_repo_id": "hub_model_id",
@@ -117,8 +118,8 @@ REFUSED = _by_flag(
         "debiased_estimation_loss scale_v_pred_loss_like_noise_pred",
         "noise is drawn as the base model's family has it": "noise_offset offset_noise adaptive_noise_scale "
         "multires_noise_iterations multires_noise_discount ip_noise_gamma zero_terminal_snr do_edm_style_training",
-        "times are drawn as the base model's family has them": "weighting_scheme logit_mean logit_std mode_scale "
-        "min_timestep max_timestep precondition_outputs",
+        "times are drawn as --weighting_scheme and --timestep_shift say": "min_timestep max_timestep timestep_sampling "
+        "precondition_outputs",
         "a base model that was distilled with guidance is told 1 in training": "guidance_scale",
         "the step is not compiled": "torch_compile dynamo_backend",
         # previews, files and logs
@@ -134,8 +135,6 @@ FINE = {
     "guidance_scale": "1",
     "image_interpolation_mode": "lanczos",
     "log_with": "tensorboard",
-    "logit_mean": "0",
-    "logit_std": "1",
     "lora_dropout": "0",
     "loss_type": "l2",
     "lr_num_cycles": "1",
@@ -150,7 +149,6 @@ FINE = {
     "optimizer_type": "adamw",
     "precondition_outputs": "1",
     "revision": "main",
-    "weighting_scheme": "none",
 }
 """The value with which a refused flag says what happens here anyway."""
 

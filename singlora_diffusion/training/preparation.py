@@ -14,7 +14,7 @@ from ..data import latents
 from ..data.latents import EncodedImages
 from ..errors import UserError
 from ..models import Family
-from ..models.family import check_sides
+from ..models.family import check_sides, noise_process
 from ..terminal import escaped
 from . import checkpoint, identity
 from . import class_images as generating
@@ -93,7 +93,7 @@ def load(recipe: Recipe, family: Family | None = None) -> Generator[Event, None,
         family = models.load(recipe.model.pretrained_model_name_or_path, dtype, chosen, recipe.model.quantize)
     side = recipe.data.resolution
     resolution, _ = check_sides(family, side, side, ("--resolution", "--resolution"))
-    process = family.noise_process
+    process = noise_process(family, recipe.times, resolution)
     process.loss_weights(process.times(torch.tensor([0.5], dtype=torch.float64)), recipe.optimization.snr_gamma)
     return accelerator, family, resolution
 

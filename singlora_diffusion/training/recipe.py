@@ -13,6 +13,8 @@ from .. import settings
 from ..adapters.config import AdapterConfig, check_options
 from ..adapters.methods import METHODS
 from ..errors import UserError
+from ..models import times
+from ..models.times import TimeSettings
 from ..settings import Count, CountOrZero, Decay, NotNegative, Positive, Seed, Side
 from ..terminal import escaped
 
@@ -154,6 +156,7 @@ class Recipe:
     prior: PriorSettings = field(default_factory=PriorSettings)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     optimization: OptimizationSettings = field(default_factory=OptimizationSettings)
+    times: TimeSettings = field(default_factory=TimeSettings)
     validation: ValidationSettings = field(default_factory=ValidationSettings)
     output: OutputSettings = field(default_factory=OutputSettings)
 
@@ -173,6 +176,7 @@ def check(recipe: Recipe) -> None:
     """
     settings.check(recipe)
     check_options(recipe.adapter)
+    times.check(recipe.times)
     optimization, output = recipe.optimization, recipe.output
     changed = settings.changed(recipe)
     for needed, names in NEEDED.items():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..adapters import Adapter
 from ..data import draws, latents
 from ..data.latents import EncodedImages
-from ..models.family import Conditioning, Family, Geometry, denoiser
+from ..models.family import Conditioning, Family, Geometry, denoiser, noise_process
 from . import objective
 from .diagnosis import NotFinite
 from .recipe import OptimizationSettings, Recipe
@@ -78,6 +78,7 @@ class Stepper:
         self.settings: OptimizationSettings = recipe.optimization
         self.prior_weight = recipe.prior.prior_loss_weight
         self.resolution = resolution
+        self.process = noise_process(family, recipe.times, resolution)
         text = None
         if not self.settings.train_text_encoder:
             with torch.no_grad():
@@ -155,16 +156,15 @@ class Stepper:
         ]
         examples, there = latents.joined(parts), self.family.device
         stream = [number for number in range(len(parts)) for _ in range(size)]
-        process = self.family.noise_process
-        times = process.times(examples.quantile).to(there)
-        noisy, target = process.corrupt(examples.latents.to(there), examples.noise.to(there), times)
+        times = self.process.times(examples.quantile).to(there)
+        noisy, target = self.process.corrupt(examples.latents.to(there), examples.noise.to(there), times)
         geometry = Geometry(examples.original, examples.crop, torch.full_like(examples.crop, self.resolution))
         return objective.loss(
             self.denoiser(noisy, times, stream, geometry),
             target,
             prior=size * (len(parts) - 1),
             prior_weight=self.prior_weight,
-            weights=process.loss_weights(times, self.settings.snr_gamma),
+            weights=self.process.loss_weights(times, self.settings.snr_gamma),
         )
 
 
