@@ -123,7 +123,6 @@ def test_a_command_line_of_diffusers_for_sdxl_is_answered_flag_by_flag() -> None
     assert [one.partition(": ")[0] for one in lines] == [
         "--pretrained_vae_model_name_or_path",
         "--num_train_epochs",
-        "--report_to wandb",
     ]
     assert all("\n" not in one and len(one) < 150 for one in lines)
 
