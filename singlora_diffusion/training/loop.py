@@ -276,12 +276,15 @@ def _saved(job: Job) -> Iterator[Event]:
     except UserError as error:
         raise UserError(f"{error}{_kept(job)}") from error
     (job.out / run_folder.LORA).unlink(missing_ok=True)  # of fewer steps
+    readers = None
     if job.recipe.output.portable:
         try:
-            yield Exported(*portable.write(path, job.stepper.family))
+            exported, readers = portable.write(path, job.stepper.family)
         except UserError as error:
             yield Remark(f"no {run_folder.LORA}: {error}")
-    model_card.write(job.recipe, job.stepper.family, job.about)
+        else:
+            yield Exported(exported, readers)
+    model_card.write(job.recipe, job.stepper.family, job.about, readers)
     if job.repository is not None:
         yield Uploaded(hub.upload(job.out, job.repository))
     yield Saved(path, path.stat().st_size)
