@@ -189,6 +189,7 @@ def _measured(
         seconds = time.perf_counter() - began
         if seconds > QUICK:
             break
+    stepper.release()
     adapter.detach()
     return Measured(encoding, seconds, torch.cuda.max_memory_allocated(family.device) if counts else None)
 
