@@ -3,8 +3,9 @@
     python train_dreambooth.py --instance_data_dir my_dog --instance_prompt "a photo of sks dog" --output_dir runs/dog
 
 Flags make a recipe, singlora_diffusion/training/loop.py runs it, and listeners are told what happens. A run leaves in
-OUTPUT_DIR: adapter.safetensors (read back and compared with the live model), recipe.json, log.jsonl, progress.png,
-logs/ for TensorBoard, previews/ and checkpoint-N/. Ctrl-C ends it after the step, with a checkpoint to go on from.
+OUTPUT_DIR: adapter.safetensors (read back and compared with the live model), pytorch_lora_weights.safetensors (the same
+for other programs), README.md (a model card), recipe.json, log.jsonl, progress.png, logs/ for TensorBoard, previews/
+and checkpoint-N/. Ctrl-C ends it after the step, with a checkpoint to go on from.
 """
 
 from __future__ import annotations

@@ -287,5 +287,5 @@ def test_the_examples_of_the_page_for_newcomers_are_understood(file: Callable[[s
     in_a_file = line(file("dog.toml", page.partition("```toml\n")[2].partition("```")[0]))
     assert in_a_file.adapter.alpha == 16
     named = set(re.findall(r"`--(\w+)", page))
-    ours = settings.flags(Training).keys() | other_flags.RENAMED.keys()
+    ours = settings.flags(Training).keys() | other_flags.RENAMED.keys() | other_flags.SWITCHES.keys()
     assert all(name in ours or other_flags.answer(name, [], ()) for name in named - {"match"}), named

@@ -49,6 +49,12 @@ def test_a_plan_at_the_terminal_is_a_config_file(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.yaml"]
 
 
+@pytest.mark.parametrize("count", [0, 2])
+def test_class_images_are_planned_for_and_not_made(recipe: Recipe, count: int) -> None:
+    planned = plan.make(replaced(recipe, with_prior_preservation=True, num_class_images=count, ema_decay=0.9))
+    assert planned.seconds_per_step and not recipe.output.output_dir.exists()
+
+
 def test_what_does_not_fit_is_not_tried(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "free_memory", lambda _: 1000)
     planned = plan.make(recipe)

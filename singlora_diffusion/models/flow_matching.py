@@ -60,7 +60,7 @@ def logit_normal(quantiles: Tensor) -> Tensor:
 
 
 def mode(quantiles: Tensor) -> Tensor:
-    """More at the ends, with the scale 1.29 (arXiv 2403.03206, section 3.1)."""
+    """More in the middle, with the scale 1.29 (arXiv 2403.03206, section 3.1)."""
     return quantiles + 1.29 * ((math.pi / 2 * quantiles).cos().square() - 1 + quantiles)
 
 

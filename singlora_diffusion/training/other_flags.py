@@ -52,7 +52,7 @@ ACCEPTED = _by_flag(
         "prompts are encoded once, unless --train_text_encoder": "pre_compute_text_embeddings "
         "cache_text_encoder_outputs cache_text_encoder_outputs_to_disk",
         "images are encoded where they do not overflow, always": "no_half_vae",
-        "the base model stays on its device, always": "highvram lowram",
+        "text encoders and autoencoder leave the device while steps are done, always": "offload highvram lowram",
         "gradients are dropped after each step, always": "set_grads_to_none",
         "accelerate tells each process which one it is": "local_rank",
         # the base model
@@ -97,7 +97,7 @@ REFUSED = _by_flag(
         "prompts are encoded as the base model's own pipeline does": "clip_skip tokenizer_name tokenizer_max_length "
         "max_token_length max_sequence_length",
         "DeepFloyd IF is not supported": "class_labels_conditioning text_encoder_use_attention_mask validation_images",
-        "the base stays on its device; --quantize makes it smaller": "offload blocks_to_swap",
+        "the denoiser stays on its device; --quantize makes it smaller": "blocks_to_swap",
         # images and captions
         "save the images into a folder and give it as --instance_data_dir": "dataset_name dataset_config_name "
         "dataset_config image_column in_json",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -141,7 +142,9 @@ def _make(recipe: Recipe) -> Generator[Event, None, Plan]:
     )
     if not plan.fits:
         return plan
-    encoding, step, peak = _measured(recipe, accelerator, family, resolution, instance.images[0], class_prompt)
+    encoding, step, peak = yield from _measured(
+        recipe, accelerator, family, resolution, instance.images[0], class_prompt
+    )
     return replace(
         plan,
         memory=plan.memory if peak is None else max(peak, base + sum(needs[:2])),
@@ -161,37 +164,41 @@ class Measured(NamedTuple):
 
 def _measured(
     recipe: Recipe, accelerator: Accelerator, family: Family, resolution: int, image: Path, class_prompt: str
-) -> Measured:
+) -> Generator[Event, None, Measured]:
     """The image stands in for all others, those of the class too."""
     import torch
 
     from .. import adapters
-    from ..data import latents
-    from .step import Stepper, Streams
+    from . import preparation
+    from .step import Stepper
 
+    prior = recipe.prior.with_prior_preservation and recipe.prior.num_class_images
     began = time.perf_counter()
-    encoded = latents.encode(family, image, resolution, recipe.data.random_flip)
-    encoding = time.perf_counter() - began
-    texts = [recipe.data.instance_prompt, *([class_prompt] if recipe.prior.with_prior_preservation else [])]
-    adapter = adapters.attach(family.networks, adapter_config(recipe), recipe.optimization.seed)
-    stepper = Stepper(accelerator, family, adapter, recipe, Streams([encoded] * len(texts), texts), resolution)
-    stepper.prepare()
+    streams = yield from preparation.encoded(
+        recipe, family, resolution, [image], [image] if prior else [], class_prompt
+    )
+    encoding = (time.perf_counter() - began) / len(streams.images)
     counts = family.device.type == "cuda"
-    if counts:
-        torch.cuda.reset_peak_memory_stats(family.device)
     seconds = 0.0
-    for step in (1, 2):
-        began = time.perf_counter()
-        try:
-            stepper.advance(step)  # which reads the loss, and so waits for the device
-        except NotFinite as error:
-            raise UserError(f"{error}; {cause(error, recipe)}") from error
-        seconds = time.perf_counter() - began
-        if seconds > QUICK:
-            break
-    stepper.release()
-    adapter.detach()
-    return Measured(encoding, seconds, torch.cuda.max_memory_allocated(family.device) if counts else None)
+    with ExitStack() as stack:
+        adapter = adapters.attach(family.networks, adapter_config(recipe), recipe.optimization.seed)
+        stack.callback(adapter.detach)
+        stepper = Stepper(accelerator, family, adapter, recipe, streams, resolution)
+        stack.callback(stepper.release)
+        stepper.prepare()
+        if counts:
+            torch.cuda.reset_peak_memory_stats(family.device)
+        for step in (1, 2):
+            began = time.perf_counter()
+            try:
+                stepper.advance(step)  # which reads the loss, and so waits for the device
+            except NotFinite as error:
+                raise UserError(f"{error}; {cause(error, recipe)}") from error
+            seconds = time.perf_counter() - began
+            if seconds > QUICK:
+                break
+        peak = torch.cuda.max_memory_allocated(family.device) if counts else None
+    return Measured(encoding, seconds, peak)
 
 
 def _lines(plan: Plan) -> list[str]:
