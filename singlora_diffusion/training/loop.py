@@ -130,8 +130,7 @@ def run(recipe: Recipe, stop: Callable[[], bool] = lambda: False, family: Family
         about = result.about(recipe, family, subject, resolution, len(instance.images))
         job = Job(recipe, stepper, held_out, identified, about, resolution, state.step if state else 0, repository)
         yield from _begin(job)
-        finished = yield from _steps(job, stop)
-        if finished and job.writes:
+        if (yield from _steps(job, stop)) and job.writes:
             yield from _saved(job)
 
 
