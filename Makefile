@@ -1,6 +1,7 @@
 # make demo       train, generate and score on the embedded model; ends with runs/demo/report.html
 # make test       the test suite: offline, on the CPU
 # make numerical  those of its tests that compare floating-point numbers, as on the poorest processor
+# make extras     those of its tests that need optional packages (--quantize, --optimizer)
 # make check      formatting, lint, types
 # make format     let ruff mend style and imports
 # make clean      remove the environment and the caches; runs/ stays
@@ -17,7 +18,7 @@ export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test numerical check format clean
+.PHONY: help demo test numerical extras check format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -26,9 +27,9 @@ demo: $(READY)
 	$(BIN)/singlora demo --output_dir runs/demo
 
 PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 4
-test numerical: export HF_HUB_OFFLINE := 1
-test numerical: export CUDA_VISIBLE_DEVICES :=
-test numerical: export OMP_NUM_THREADS := 1
+test numerical extras: export HF_HUB_OFFLINE := 1
+test numerical extras: export CUDA_VISIBLE_DEVICES :=
+test numerical extras: export OMP_NUM_THREADS := 1
 test: $(READY)
 	$(PYTEST) $(PYTEST_FLAGS)
 
@@ -38,6 +39,17 @@ numerical: export ONEDNN_MAX_CPU_ISA := SSE41
 numerical: export MKL_ENABLE_INSTRUCTIONS := SSE4_2
 numerical: $(READY)
 	$(PYTEST) -m numerical $(PYTEST_FLAGS)
+
+# In a folder of their own: what is installed changes what other libraries import.
+EXTRAS := $(VENV)/extras
+$(EXTRAS)/.ready: $(READY)
+	$(BIN)/python -m pip install --disable-pip-version-check -q --upgrade --no-deps --target $(EXTRAS) \
+	    bitsandbytes torchao prodigyopt schedulefree
+	@touch $@
+extras: export PYTHONPATH := $(EXTRAS)
+extras: $(EXTRAS)/.ready
+	$(BIN)/python -m pytest -q tests/test_quantized.py tests/test_training_pieces.py $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -q tests/test_trainer.py -k optimizer $(PYTEST_FLAGS)
 
 check: $(READY)
 	$(BIN)/ruff check .

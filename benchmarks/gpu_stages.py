@@ -81,7 +81,7 @@ def _full(folder: Path, device: Device) -> Iterator[Stage]:
             for variant in COMPILED:
                 yield _step(folder, shape, mode, variant, 90 if shape.model == "sd15" else 180, "--rounds", "10")
         if number == 0:  # the shape that matters most comes before it
-            yield _pretraining(folder, device, 600, "--denoiser_steps", "20000", "--batch", "64")
+            yield _pretraining(folder, device, 900, "--denoiser_steps", "20000", "--batch", "64")
 
 
 def _tiny(folder: Path, device: Device) -> Iterator[Stage]:
@@ -123,5 +123,5 @@ def _measured(folder: Path, name: str, part: Part, module: str, flags: tuple[str
 def _pretraining(folder: Path, device: Device, expected: float, *words: str) -> Stage:
     work = folder / "toyworld"
     flags = ("--work_dir", str(work), "--output_dir", str(work / "weights"), "--device", device, *words)
-    keep = r"^(autoencoder: .* dB|denoiser: step)"
+    keep = r"^(autoencoder: .* dB|denoiser: step|flow: step)"
     return Stage("pretraining toyworld", "pretraining", "singlora_diffusion.toyworld.pretrain", flags, expected, keep)

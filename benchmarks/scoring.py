@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-    from eval.encoders import Preprocessing
+    from eval.preprocessing import Preprocessing
     from eval.score import ScoreSettings
 
 SEEDS = 4  # images per prompt, as in DreamBooth's evaluation

@@ -1,15 +1,7 @@
-"""Frozen encoders: images or texts -> unit vectors. Two tables say which there are and which a protocol uses.
+"""Frozen encoders: images or texts -> unit vectors. `encoder_table` says which there are.
 
 An encoder is a pair of plain functions, `images(list[PIL.Image]) -> (N, D)` and `texts(list[str]) -> (N, D)`, float32
 rows of unit length. It is loaded when first called, so a run that finds all its vectors in the store loads none.
-
-A row of `ENCODERS` says an encoder's role, where its files come from, how images get to it and how it is loaded. A row
-of `PROTOCOLS` names an encoder for each role:
-
-- `dreambooth-v1`: OpenAI's CLIP ViT-B/32 (with QuickGELU, as it was trained), DINO ViT-S/16 and DINOv2 ViT-S/14.
-  Images: shorter side to 224 pixels for CLIP and 256 for the others, bicubic with antialiasing, centre 224 x 224.
-- `toyworld`: the small encoders that come with the embedded model.
-- `custom`: whatever folders are named; preprocessing as their own configuration says.
 
 Nothing is fetched but `dreambooth-v1`'s own weights and hub names that the user gave, and nothing stands in for what is
 missing.
@@ -21,9 +13,8 @@ import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -33,18 +24,13 @@ from PIL import Image
 from singlora_diffusion import device as devices
 from singlora_diffusion.errors import UserError
 from singlora_diffusion.files import sha256
-from singlora_diffusion.models.hub import WEIGHTS
 from singlora_diffusion.terminal import escaped
 
-from . import encoder_models
-from .encoder_files import Files, OpenClipFolder, Published, TimmFolder
 from .encoder_models import Model
-from .preprocessing import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from .encoder_table import ENCODERS, PROTOCOLS
+from .preprocessing import Preprocessing
 
 Vectors = NDArray[np.float32]
-
-ROLES = {"clip": "CLIP", "dino": "DINO", "dinov2": "DINOv2"}
-"""What an encoder is to the metrics, each with its label; also the flag that names another one for it."""
 
 
 @dataclass(frozen=True)
@@ -61,82 +47,6 @@ class Encoder:
     def fingerprint(self) -> str:
         """sha256 of `about`: two encoders with the same one give the same vectors."""
         return hashlib.sha256(json.dumps(self.about, sort_keys=True).encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class EncoderRow:
-    """One row of `ENCODERS`."""
-
-    role: str  # of ROLES
-    files: Files
-    load: Callable[[Path, str, str], Model]  # path, architecture, device
-    reads_texts: bool = False
-
-
-ENCODERS: dict[str, EncoderRow] = {
-    "openai-clip-vit-b32": EncoderRow(
-        "clip",
-        Published(
-            "timm/vit_base_patch32_clip_224.openai",
-            "open_clip_model.safetensors",
-            "ViT-B-32-quickgelu",
-            Preprocessing(224, 224, CLIP_MEAN, CLIP_STD),
-        ),
-        encoder_models.openai_clip,
-        reads_texts=True,
-    ),
-    "dino-vit-s16": EncoderRow(
-        "dino",
-        Published(
-            "timm/vit_small_patch16_224.dino",
-            "model.safetensors",
-            "vit_small_patch16_224.dino",
-            # timm's own configuration crops 0.9 (resize to 248); DINO's authors resize to 256.
-            Preprocessing(256, 224, IMAGENET_MEAN, IMAGENET_STD),
-        ),
-        encoder_models.timm_weights,
-    ),
-    "dinov2-vit-s14": EncoderRow(
-        "dinov2",
-        Published(
-            "timm/vit_small_patch14_dinov2.lvd142m",
-            "model.safetensors",
-            "vit_small_patch14_dinov2.lvd142m",
-            # timm's own configuration takes 518 pixels; DINOv2's authors evaluate at 224, resized to 256.
-            Preprocessing(256, 224, IMAGENET_MEAN, IMAGENET_STD),
-        ),
-        functools.partial(encoder_models.timm_weights, img_size=224),
-    ),
-    "clip-folder": EncoderRow("clip", OpenClipFolder(), encoder_models.open_clip_folder, reads_texts=True),
-    "dino-folder": EncoderRow("dino", TimmFolder(), encoder_models.timm_folder),
-    "dinov2-folder": EncoderRow("dinov2", TimmFolder(), encoder_models.timm_folder),
-}
-
-
-@dataclass(frozen=True)
-class ProtocolRow:
-    """One row of `PROTOCOLS`."""
-
-    description: str
-    encoders: Sequence[str]  # rows of ENCODERS, one for each role
-    sources: Mapping[str, str] = field(default_factory=dict)
-    """By role: where the protocol finds its encoders, if not where their own rows say."""
-
-
-_FOLDERS = ("clip-folder", "dino-folder", "dinov2-folder")
-
-PROTOCOLS: dict[str, ProtocolRow] = {
-    "dreambooth-v1": ProtocolRow(
-        "OpenAI CLIP ViT-B/32, DINO ViT-S/16, DINOv2 ViT-S/14",
-        ("openai-clip-vit-b32", "dino-vit-s16", "dinov2-vit-s14"),
-    ),
-    "toyworld": ProtocolRow(
-        "the small encoders of the embedded model: comparable among themselves only",
-        _FOLDERS,
-        {role: str(WEIGHTS / role) for role in ("clip", "dino")},
-    ),
-    "custom": ProtocolRow("encoders as named: comparable where they are the same", _FOLDERS),
-}
 
 
 def encoder(

@@ -8,8 +8,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from singlora_diffusion.data.folders import CONTACT_SHEET, read_folder
+from singlora_diffusion.data.folders import CONTACT_SHEET, image_files, read_folder
 from singlora_diffusion.errors import UserError
+from singlora_diffusion.files import reason
 from singlora_diffusion.sampling.manifest import MANIFEST, prompt_of, read_manifest
 from singlora_diffusion.terminal import escaped
 
@@ -17,6 +18,26 @@ from .metrics import METRICS, Metric, Need
 
 WRITTEN_BY_US = (".*", MANIFEST, CONTACT_SHEET, "scores*.json", "report*.html")
 """Names of what is no image and goes without saying: what the commands put beside images, and hidden files."""
+
+
+FOLDERS = ("images", "references", "base_images", "training_images", "prior_images", "base_prior_images", "gallery")
+"""The fields of `Inputs` that are images, in the order in which they are embedded."""
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Folders of images that some scores need."""
+
+    training_images: Path | None = None
+    """Folder of the images that the model was trained on, where the references are others."""
+    prior_images: Path | None = None
+    """Folder of images of the class, made with the class noun and without the identifier."""
+    base_prior_images: Path | None = None
+    """Folder of the base model's images, of the same names, prompts and seeds as the prior images."""
+    gallery: Path | None = None
+    """Folder with a folder of real images for each of several subjects, for retrieval."""
+    gallery_subject: str | None = None
+    """The folder of the gallery that holds the subject itself."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +50,11 @@ class Inputs:
     left_out: dict[str, str]  # file name -> why
     references: list[Path] = field(default_factory=list)
     base_images: list[Path] = field(default_factory=list)  # one per image, or none
+    training_images: list[Path] = field(default_factory=list)
+    prior_images: list[Path] = field(default_factory=list)
+    base_prior_images: list[Path] = field(default_factory=list)  # one per prior image, or none
+    gallery: list[Path] = field(default_factory=list)
+    own: list[bool] = field(default_factory=list)  # which of the gallery are of the subject
 
     @property
     def prompts(self) -> list[Hashable]:
@@ -43,6 +69,7 @@ def read(
     *,
     prompt: str | None = None,
     manifest: Path | None = None,
+    more: Folders | None = None,
 ) -> Inputs:
     """Look through the folders.
 
@@ -52,6 +79,7 @@ def read(
         base_images: folder with an image of the same name for each of `images`.
         prompt: of all images, where there is no manifest.
         manifest: one that lies elsewhere.
+        more: further folders.
 
     Raises:
         UserError: a folder without images, a manifest that cannot be read or does not fit, a prompt said twice.
@@ -76,7 +104,30 @@ def read(
         paths, lines, found = [present[name] for name in by_name], list(by_name.values()), listing
     real = [] if references is None else _references(references, report.folder)
     base = [] if base_images is None else _same_names(base_images, paths)
-    return Inputs(paths, lines, found, left_out, real, base)
+    return Inputs(paths, lines, found, left_out, real, base, *_further(more or Folders()))
+
+
+def _further(more: Folders) -> tuple[list[Path], list[Path], list[Path], list[Path], list[bool]]:
+    training = [] if more.training_images is None else image_files(more.training_images)
+    prior = [] if more.prior_images is None else image_files(more.prior_images)
+    base = [] if more.base_prior_images is None else _same_names(more.base_prior_images, prior)
+    if more.gallery is None:
+        return training, prior, base, [], []
+    subjects = sorted(entry for entry in _listed(more.gallery) if entry.is_dir() and not entry.name.startswith("."))
+    if len(subjects) < 2 or more.gallery_subject not in {subject.name for subject in subjects}:
+        raise UserError(
+            f"--gallery {escaped(more.gallery, 1000)}: needs a folder for each of two subjects or more; name the one "
+            f"of this subject with --gallery_subject"
+        )
+    pairs = [(path, subject.name == more.gallery_subject) for subject in subjects for path in image_files(subject)]
+    return training, prior, base, [path for path, _ in pairs], [own for _, own in pairs]
+
+
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"{escaped(folder, 1000)}: cannot be listed: {reason(error)}") from error
 
 
 def _references(folder: Path, images: Path) -> list[Path]:
@@ -109,6 +160,16 @@ def _no_base_images(inputs: Inputs) -> str | None:
     return None if inputs.base_images else "needs the base model's images of the same prompts and seeds (--base_images)"
 
 
+def _no_folder(name: str, what: str) -> Callable[[Inputs], str | None]:
+    return lambda inputs: None if getattr(inputs, name) else f"needs {what} (--{name})"
+
+
+def _no_class_noun(inputs: Inputs) -> str | None:
+    if all(line.get("class_noun") for line in inputs.lines):
+        return None
+    return "the class noun is not known: the manifest lacks class_noun"
+
+
 def _no_text(name: str) -> Callable[[Inputs], str | None]:
     def missing(inputs: Inputs) -> str | None:
         if all(line.get(name) is not None for line in inputs.lines):
@@ -127,6 +188,11 @@ MISSING: dict[Need, Callable[[Inputs], str | None]] = {
     "prompt": _no_text("prompt"),
     "prompt_without_token": _no_text("prompt_without_token"),
     "prompt_groups": lambda inputs: None,
+    "class_prompt": _no_class_noun,
+    "training_images": _no_folder("training_images", "the images that were trained on"),
+    "prior_images": _no_folder("prior_images", "images of the class, made without the identifier"),
+    "base_prior_images": _no_folder("base_prior_images", "the base model's images of the class prompts"),
+    "gallery": _no_folder("gallery", "real images of several subjects"),
 }
 """Why a need of a metric cannot be met, and what to do; None: it can."""
 

@@ -1,11 +1,11 @@
-"""Scores as pure functions of unit vectors, and the one table of them.
+"""The one table of scores: pure functions of unit vectors, and what is to be known of each.
 
-A metric gives one number for each generated image, or one for all of them. Cosines are dot products in float32, means
-are in float64, and nothing is rescaled or clamped. Averages go from images to prompts to the subject, so that a prompt
-counts once however many images it has.
+A metric gives one number for each generated image, or one for all of them. Nothing is rescaled or clamped but where the
+row's unit says so. Averages go from images to prompts to the subject, so that a prompt counts once however many images
+it has.
 
-To add a metric: a function and a row in `METRICS`. The function is given the images' vectors, then one argument for
-each of the row's `needs`, in that order.
+To add a metric: a function, in the file of its kind (`cosines`, `prior`, `retrieval`, `memorising`), and a row in
+`METRICS`. The function is given the images' vectors, then one argument for each of the row's `needs`, in that order.
 """
 
 from __future__ import annotations
@@ -15,47 +15,37 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-Vectors = NDArray[np.float32]  # (N, D), rows of unit length
-Scores = NDArray[np.float64]  # (N,)
+from . import memorising, retrieval
+from .cosines import Scores, Vectors, clipscore, direction, mean_cosine, paired_cosine, paired_distance, pairwise_cosine
+from .prior import prior_drift, prior_likeness
 
-Need = Literal["references", "prompt", "prompt_without_token", "base_images", "prompt_groups"]
+Need = Literal[
+    "references",
+    "prompt",
+    "prompt_without_token",
+    "class_prompt",
+    "base_images",
+    "prompt_groups",
+    "training_images",
+    "prior_images",
+    "base_prior_images",
+    "gallery",
+]
 """What a metric is given beside the N images' vectors, all from the same encoder:
 
 - `references`: (M, D) vectors of the real images of the subject.
 - `prompt`, `prompt_without_token`: (N, D) vectors of each image's own prompt, with and without the identifier.
 - `base_images`: (N, D) vectors of what the base model makes of each image's prompt and seed.
 - `prompt_groups`: N values, equal for images of one prompt.
+- `class_prompt`: (N, D) vectors of "a photo of a CLASS", the class noun of each image's subject.
+- `training_images`: (T, D) vectors of the images that the model was trained on.
+- `prior_images`, `base_prior_images`: (K, D) vectors of what the model, and its base model, make of prompts with the
+  class noun and without the identifier.
+- `gallery`: a `retrieval.Gallery` of real images of several subjects.
 """
 
 T = TypeVar("T")
-
-
-def mean_cosine(images: Vectors, references: Vectors) -> Scores:
-    """Mean cosine of each image with all references: (N, D), (M, D) -> (N,)."""
-    cosines: Vectors = images @ references.T
-    return np.asarray(cosines.mean(axis=1, dtype=np.float64))
-
-
-def paired_cosine(images: Vectors, others: Vectors) -> Scores:
-    """Cosine of each image with its own text or image: (N, D), (N, D) -> (N,)."""
-    cosines: Vectors = np.einsum("nd,nd->n", images, others)
-    return cosines.astype(np.float64)
-
-
-def paired_distance(images: Vectors, others: Vectors) -> Scores:
-    """1 - cosine of each image with its own counterpart: (N, D), (N, D) -> (N,)."""
-    return 1.0 - paired_cosine(images, others)
-
-
-def pairwise_cosine(vectors: Vectors) -> float | None:
-    """Mean cosine of all N (N - 1) pairs, an image never with itself: (N, D) -> a number; None for a single image."""
-    count = len(vectors)
-    if count < 2:
-        return None
-    cosines = (vectors @ vectors.T).astype(np.float64)
-    return float((cosines.sum() - np.trace(cosines)) / (count * (count - 1)))
 
 
 def diversity(images: Vectors, prompts: Sequence[Hashable]) -> float | None:
@@ -144,6 +134,17 @@ METRICS: dict[str, Metric] = {
         paired_cosine,
         variant_of="clip_t",
     ),
+    "clipscore": Metric(
+        "CLIPScore",
+        "agreement with the whole prompt, 2.5 max(cosine, 0)",
+        "clip",
+        ("prompt",),
+        "image",
+        clipscore,
+        unit="2.5 x cosine",
+        on_request=True,
+        variant_of="clip_t",
+    ),
     "dinov2": Metric(
         "DINOv2",
         "likeness to the references, by DINOv2",
@@ -173,6 +174,88 @@ METRICS: dict[str, Metric] = {
         "set",
         diversity,
         unit="1 - cosine",
+        on_request=True,
+    ),
+    "prior_likeness": Metric(
+        "PRES",
+        "likeness of images of the class, made without the identifier, to the subject, by DINO; prior preservation",
+        "dino",
+        ("prior_images", "references"),
+        "set",
+        prior_likeness,
+        higher_is_better=False,
+        on_request=True,
+    ),
+    "prior_drift": Metric(
+        "Prior drift",
+        "distance of images of the class, made without the identifier, from the base model's, by DINO",
+        "dino",
+        ("prior_images", "base_prior_images"),
+        "set",
+        prior_drift,
+        unit="1 - cosine",
+        higher_is_better=False,
+        on_request=True,
+    ),
+    "rank_one": Metric(
+        "Rank-1",
+        "share of images whose nearest image in the gallery is of the subject, by DINO",
+        "dino",
+        ("gallery",),
+        "image",
+        retrieval.rank_one,
+        unit="share",
+        on_request=True,
+    ),
+    "average_precision": Metric(
+        "mAP",
+        "average precision of finding the subject in the gallery, by DINO",
+        "dino",
+        ("gallery",),
+        "image",
+        retrieval.average_precision,
+        unit="share",
+        on_request=True,
+    ),
+    "direction": Metric(
+        "Directional CLIP",
+        "whether the image differs from the subject's as the prompt differs from the class noun, by CLIP",
+        "clip",
+        ("references", "prompt_without_token", "class_prompt"),
+        "image",
+        direction,
+        on_request=True,
+    ),
+    "nearest": Metric(
+        "Nearest training image",
+        "likeness to the training image most like it, by DINO; near 1 it may be a copy",
+        "dino",
+        ("training_images",),
+        "image",
+        memorising.nearest,
+        higher_is_better=False,
+        on_request=True,
+    ),
+    "copied": Metric(
+        "Copies",
+        "share of images more like a training image than 95 % of training images are like each other, by DINO",
+        "dino",
+        ("training_images",),
+        "image",
+        memorising.copied,
+        unit="share",
+        higher_is_better=False,
+        on_request=True,
+    ),
+    "gap": Metric(
+        "Held-out gap",
+        "likeness to the training images less that to held-out ones, by DINO",
+        "dino",
+        ("references", "training_images"),
+        "image",
+        memorising.gap,
+        unit="difference of cosines",
+        higher_is_better=False,
         on_request=True,
     ),
 }

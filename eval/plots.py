@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from singlora_diffusion.terminal import escaped
 
-from .results import ScoredSet, ScoreKey
+from .results import ScoredSet
+from .score_file import ScoreKey
 
 INK, SOFT, FAINT, GRID = "#1c1e21", "#4a4f57", "#d8dbe0", "#eceef1"
 WIDTH = 4.2  # inches, at 96 CSS pixels each: three panels side by side on a page, one on a phone
@@ -31,7 +32,7 @@ def scores(
     Args:
         sets: real images left out.
         colours: by the set's name.
-        titles: the scores to show, each with the heading of its panel.
+        titles: the scores to show, each with the heading of its axes.
 
     Returns:
         SVG, one per score; none where there is nothing to see: no scores, one prompt, or too many.
@@ -42,22 +43,20 @@ def scores(
     labels = shortened([_words(prompt, sets) for prompt in prompts], limit=28)
     drawn = []
     for key, title in titles.items():
-        with _panel(title, 0.9 + 0.29 * len(prompts)) as (panel, finish):
+        with panel(title, 0.9 + 0.29 * len(prompts)) as (axes, finish):
             means = [one.per_prompt(key) for one in sets]
             for row, prompt in enumerate(prompts):
                 here = [by_prompt[prompt] for by_prompt in means if prompt in by_prompt]
-                panel.plot(here, [row] * len(here), color=FAINT, linewidth=3, solid_capstyle="round", zorder=1)
+                axes.plot(here, [row] * len(here), color=FAINT, linewidth=3, solid_capstyle="round", zorder=1)
             for one, by_prompt in zip(sets, means, strict=True):
                 rows = [row for row, prompt in enumerate(prompts) if prompt in by_prompt]
                 values = [by_prompt[prompts[row]] for row in rows]
-                panel.plot(
-                    values, rows, "o", color=colours[one.name], markersize=6.5, markeredgecolor="white", zorder=3
-                )
+                axes.plot(values, rows, "o", color=colours[one.name], markersize=6.5, markeredgecolor="white", zorder=3)
             if (real := real_scores[key]) is not None:
-                panel.axvline(real, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=2)
-            panel.set_ylim(len(prompts) - 0.4, -0.6)
-            panel.set_yticks(range(len(prompts)), labels)
-            panel.grid(axis="x", color=GRID, linewidth=0.8)
+                axes.axvline(real, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=2)
+            axes.set_ylim(len(prompts) - 0.4, -0.6)
+            axes.set_yticks(range(len(prompts)), labels)
+            axes.grid(axis="x", color=GRID, linewidth=0.8)
             drawn.append(finish(f"{title}, prompt by prompt"))
     return drawn
 
@@ -72,19 +71,19 @@ def curves(sets: Sequence[ScoredSet], colours: Mapping[str, str]) -> list[str]:
             continue
         window = max(max(1, sum(key in row for row in one.log) // 12) for one in trained)
         title = f"{label}, and its mean over {window} steps" if window > 1 else label
-        with _panel(title, 3.0) as (panel, finish):
+        with panel(title, 3.0) as (axes, finish):
             for one in trained:
                 rows = [row for row in one.log if key in row]
                 steps, values = np.array([[row["step"], row[key]] for row in rows], dtype=float).reshape(-1, 2).T
-                panel.plot(steps, values, color=colours[one.name], linewidth=0.6, alpha=0.22)
-                panel.plot(steps, running_mean(values, window), color=colours[one.name], linewidth=1.8)
-            panel.xaxis.get_major_locator().set_params(integer=True)
-            panel.set_xlabel("step", fontsize=9, color=SOFT)
-            panel.set_yscale("log")
-            panel.minorticks_off()
-            ticks = round_numbers(*panel.get_ylim())
-            panel.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-            panel.grid(axis="y", color=GRID, linewidth=0.8)
+                axes.plot(steps, values, color=colours[one.name], linewidth=0.6, alpha=0.22)
+                axes.plot(steps, running_mean(values, window), color=colours[one.name], linewidth=1.8)
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.set_xlabel("step", fontsize=9, color=SOFT)
+            axes.set_yscale("log")
+            axes.minorticks_off()
+            ticks = round_numbers(*axes.get_ylim())
+            axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+            axes.grid(axis="y", color=GRID, linewidth=0.8)
             drawn.append(finish(f"{label} over the steps of training"))
     return drawn
 
@@ -121,8 +120,13 @@ def _words(prompt: Hashable, sets: Sequence[ScoredSet]) -> str:
     return escaped(" ".join(str(next(same).about.get("prompt_without_token") or prompt).split()), 400)
 
 
+def on_white(svg: str) -> str:
+    """For a file of its own, which may be shown on any ground."""
+    return svg.replace("<svg ", '<svg style="background: white" ', 1)
+
+
 @contextmanager
-def _panel(title: str, height: float) -> Iterator[tuple[Any, Callable[[str], str]]]:
+def panel(title: str, height: float) -> Iterator[tuple[Any, Callable[[str], str]]]:
     """Axes to draw on, and what makes an SVG of them, given the words for those who cannot see it."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -132,11 +136,11 @@ def _panel(title: str, height: float) -> Iterator[tuple[Any, Callable[[str], str
     with matplotlib.rc_context(settings), catch_warnings():
         simplefilter("ignore")  # of glyphs that only matplotlib's own font lacks
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        panel = figure.subplots()
-        panel.spines[["top", "right", "left"]].set_visible(False)
-        panel.spines["bottom"].set_color(FAINT)
-        panel.tick_params(length=0, labelsize=9, labelcolor=SOFT)
-        panel.set_title(title, loc="left", fontsize=10.5, color=INK)
+        axes = figure.subplots()
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.spines["bottom"].set_color(FAINT)
+        axes.tick_params(length=0, labelsize=9, labelcolor=SOFT)
+        axes.set_title(title, loc="left", fontsize=10.5, color=INK)
 
         def finish(says: str) -> str:
             stream = io.StringIO()
@@ -144,4 +148,4 @@ def _panel(title: str, height: float) -> Iterator[tuple[Any, Callable[[str], str
             text = stream.getvalue()
             return text[text.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{escape(says)}" ', 1)
 
-        yield panel, finish
+        yield axes, finish

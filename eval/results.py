@@ -7,25 +7,19 @@ import math
 import os
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from singlora_diffusion.data.folders import read_folder
 from singlora_diffusion.errors import UserError
 from singlora_diffusion.files import read_json, reason
-from singlora_diffusion.sampling.manifest import MANIFEST, check_line, prompt_of, read_manifest
-from singlora_diffusion.terminal import escaped
+from singlora_diffusion.sampling.manifest import MANIFEST, prompt_of, read_manifest
 
-from .encoders import ROLES
+from .encoder_table import ROLES
 from .metrics import METRICS, by_prompt, mean_over_prompts
-
-ReferenceMode = Literal["train", "heldout", "all"]
-
-REFERENCES = {"heldout": "held-out images", "all": "all real images", "train": "training images"}
-"""Label of each kind of references, the most telling one first."""
+from .score_file import REFERENCES, Result, ScoreKey, read_result
 
 
 @dataclass(frozen=True)
@@ -45,25 +39,6 @@ class ImageSet:
     """What else to say about it, such as {"parameters": "45,056"}."""
 
 
-class ScoreKey(NamedTuple):
-    """Which score: a metric, and what it compares with."""
-
-    metric: str  # a row of METRICS
-    mode: str | None  # a row of REFERENCES; None for scores that need none
-
-    @property
-    def label(self) -> str:
-        """As in "CLIP-I"."""
-        return METRICS[self.metric].label
-
-    @property
-    def against(self) -> str:
-        """What the images are compared with, as in "held-out images"; empty where that goes without saying."""
-        if self.mode is not None:
-            return REFERENCES[self.mode]
-        return "the prompt" if {"prompt", "prompt_without_token"} & set(METRICS[self.metric].needs) else ""
-
-
 @dataclass(frozen=True)
 class ScoredImage:
     """One image: its line of the manifest and its scores."""
@@ -76,49 +51,6 @@ class ScoredImage:
     def prompt(self) -> Hashable:
         """What it shares with other images of its prompt; an image of unknown prompt is known by its name."""
         return prompt_of(self.about) or self.path.stem
-
-
-@dataclass(frozen=True)
-class EncoderRecord:
-    """What a result says of an encoder."""
-
-    architecture: str
-    fingerprint: str
-    files: dict[str, str]  # name -> sha256
-    preprocessing: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What a result says of a real image."""
-
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What a result says of a metric, as far as it is read here."""
-
-    value: float | None = None  # of a metric per set
-    real_to_real: float | None = None
-
-
-@dataclass(frozen=True)
-class Result:
-    """A scores.json, checked. Results of the first version say "pictures" for "images"."""
-
-    protocol: str
-    reference_mode: ReferenceMode | None
-    metrics: dict[str, Summary]
-    images: list[dict[str, Any]]
-    references: list[Reference]
-    encoders: dict[str, EncoderRecord]
-    blank: int = 0
-    copies: int = 0
-
-    def key(self, metric: str) -> ScoreKey:
-        """The score of a metric in this result."""
-        return ScoreKey(metric, self.reference_mode if "references" in METRICS[metric].needs else None)
 
 
 @dataclass(frozen=True)
@@ -167,12 +99,12 @@ def load(source: ImageSet) -> ScoredSet:
     Raises:
         UserError: no images, or a manifest, result, recipe or log that cannot be read.
     """
-    folder = source.images.expanduser()
+    folder = source.images
     manifest = folder / MANIFEST
     report = read_folder(folder, strict=True, decode=False)
     lines = read_manifest(manifest) if manifest.is_file() else {}
     results = [
-        _result(path) for path in (sorted(folder.glob("scores*.json")) if source.scores is None else source.scores)
+        read_result(path) for path in (sorted(folder.glob("scores*.json")) if source.scores is None else source.scores)
     ]
     scores = _scores(results)
     images = [
@@ -246,34 +178,6 @@ def _scores(results: Iterable[Result]) -> dict[str, tuple[dict[str, Any], dict[S
                 if (value := _finite(row.get(name))) is not None:
                     scores[result.key(name)] = value
     return found
-
-
-def _result(path: Path) -> Result:
-    from pydantic import ValidationError
-
-    content = read_json(path)
-    if "pictures" in content:
-        content = {"images": content["pictures"], **content}
-    try:
-        result: Result = _validator().validate_python(content)
-        for row in result.images:
-            check_line(row)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(
-            f"{path}: is not a result of scoring ({escaped(where)}: {escaped(first['msg'])}); score again"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is not a result of scoring (images: {escaped(error)}); score again") from None
-    return result
-
-
-@cache
-def _validator() -> Any:
-    from pydantic import TypeAdapter
-
-    return TypeAdapter(Result)
 
 
 def _adapter_folder(lines: Iterable[Mapping[str, Any]]) -> Path | None:

@@ -15,19 +15,23 @@ from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
+import numpy as np
 from typing_extensions import Doc
 
 from singlora_diffusion import device as devices
 from singlora_diffusion.errors import UserError
 from singlora_diffusion.files import write_json
+from singlora_diffusion.models.hub import PACKAGED
 from singlora_diffusion.settings import Count, as_json, command_line
 
 from . import inputs as reading
 from . import score_table
 from .embedding import Embedded, embed_images, embed_texts, keep
-from .encoders import PROTOCOLS, ROLES, Encoder, encoder
-from .inputs import Inputs
-from .metrics import METRICS, Metric, Need, Scores, Vectors, mean_over_prompts
+from .encoder_table import PROTOCOLS, ROLES
+from .encoders import Encoder, encoder
+from .inputs import FOLDERS, Folders, Inputs
+from .metrics import METRICS, Metric, Scores, Vectors, mean_over_prompts
+from .retrieval import Gallery
 from .vector_store import VectorStore
 
 if TYPE_CHECKING:
@@ -63,6 +67,7 @@ class ScoreSettings:
     """What the references were to the model: its training images (scores are biased up), held out, or both."""
     base_images: Path | None = None
     """Folder of the base model's images, of the same names, prompts and seeds; for drift."""
+    more: Folders = field(default_factory=Folders)
     prompt: str | None = None
     """The one prompt, identifier left out, that all images were made from. For folders without a manifest."""
     prompts_from: Path | None = None
@@ -78,8 +83,15 @@ class ScoreSettings:
     """A torch device. None: the GPU if there is one."""
 
 
-def score(settings: ScoreSettings) -> dict[str, Any]:
+def score(
+    settings: ScoreSettings,
+    open_encoder: Callable[..., Encoder] = encoder,
+    open_store: Callable[[Path, str], VectorStore] = VectorStore,
+) -> dict[str, Any]:
     """Embed every image once, apply the metrics, write the result and return it.
+
+    Args:
+        open_encoder, open_store: for those who score many folders, and keep encoders and vectors from one to the next.
 
     Returns:
         What scores.json holds: "metrics" (per image: mean over prompts, sd over images, n, real-to-real; per set: its
@@ -95,18 +107,19 @@ def score(settings: ScoreSettings) -> dict[str, Any]:
         settings.base_images,
         prompt=settings.prompt,
         manifest=settings.prompts_from,
+        more=settings.more,
     )
     chosen, skipped = reading.choose(settings.metrics, inputs)
     protocol, why = _protocol(settings, inputs)
     encoders = {
-        role: encoder(
+        role: open_encoder(
             protocol, role, getattr(settings.encoders, role), device=settings.device, batch_size=settings.batch_size
         )
         for role in sorted({metric.encoder for metric in chosen.values()})  # no encoder that no metric needs
     }
     cache = settings.cache_dir or output.parent / ".features"
-    stores = {role: VectorStore(cache, made.fingerprint) for role, made in encoders.items()}
-    paths = [*inputs.images, *inputs.references, *inputs.base_images]
+    stores = {role: open_store(cache, made.fingerprint) for role, made in encoders.items()}
+    paths = [path for name in FOLDERS for path in getattr(inputs, name)]
     try:
         embedded = embed_images(paths, encoders, stores, settings.batch_size)
         given = _given(inputs, embedded, encoders, stores)
@@ -120,6 +133,7 @@ def score(settings: ScoreSettings) -> dict[str, Any]:
     result = {
         "protocol": protocol,
         "protocol_because": why,
+        "protocol_about": PROTOCOLS[protocol].about,
         "reference_mode": settings.reference_mode if inputs.references else None,
         "metrics": {
             name: _summary(metric, values[name], inputs, given["references"](metric.encoder))
@@ -144,27 +158,31 @@ def _protocol(settings: ScoreSettings, inputs: Inputs) -> tuple[str, str]:
     """Its name, and why it was taken."""
     if settings.protocol is not None:
         return settings.protocol, "as asked for"
-    if inputs.manifest is not None and all(line.get("base_model") == "toyworld" for line in inputs.lines):
+    if inputs.manifest is not None and all(line.get("base_model") in PACKAGED for line in inputs.lines):
         return "toyworld", "the images were made by toyworld"
     return "dreambooth-v1", "the default"
 
 
 def _given(
     inputs: Inputs, embedded: Embedded, encoders: Mapping[str, Encoder], stores: Mapping[str, VectorStore]
-) -> dict[Need | Literal["images"], Callable[[str], Any]]:
+) -> dict[str, Callable[[str], Any]]:
     """By what a metric needs: what it is given, of the encoder with a role."""
-    count, real = len(inputs.images), len(inputs.references)
 
-    def texts(name: str) -> Callable[[str], Vectors]:
-        return lambda role: embed_texts([line[name] for line in inputs.lines], encoders[role], stores[role])
+    def images(name: str) -> Callable[[str], Vectors]:
+        start = sum(len(getattr(inputs, before)) for before in FOLDERS[: FOLDERS.index(name)])
+        return lambda role: embedded.vectors[role][start : start + len(getattr(inputs, name))]
 
+    def texts(read: Callable[[dict[str, Any]], str]) -> Callable[[str], Vectors]:
+        return lambda role: embed_texts([read(line) for line in inputs.lines], encoders[role], stores[role])
+
+    vectors: dict[str, Callable[[str], Any]] = {name: images(name) for name in FOLDERS}
     return {
-        "images": lambda role: embedded.vectors[role][:count],
-        "references": lambda role: embedded.vectors[role][count : count + real],
-        "base_images": lambda role: embedded.vectors[role][count + real :],
-        "prompt": texts("prompt"),
-        "prompt_without_token": texts("prompt_without_token"),
+        **vectors,
+        "prompt": texts(lambda line: line["prompt"]),
+        "prompt_without_token": texts(lambda line: line["prompt_without_token"]),
+        "class_prompt": texts(lambda line: f"a photo of a {line['class_noun']}"),
         "prompt_groups": lambda role: inputs.prompts,
+        "gallery": lambda role: Gallery(vectors["gallery"](role), np.array(inputs.own)),
     }
 
 
@@ -206,7 +224,7 @@ def _made_with(settings: ScoreSettings, encoders: Mapping[str, Encoder]) -> dict
         },
         "dtype": "float32",
         "device": devices.choose(settings.device) if "torch" in sys.modules else "none, all vectors were stored",
-        "versions": _versions(),
+        "versions": versions(),
         "settings": as_json(settings),
         "command": command_line("score", settings),
     }
@@ -234,7 +252,6 @@ def _summary(metric: Metric, found: Any, inputs: Inputs, references: Vectors) ->
 
 def _writable(output: Path) -> Path:
     """Found out before the work, not after it."""
-    output = output.expanduser()
     if output.suffix != ".json" or os.path.isdir(output):
         raise UserError(f"{output}: is no name for the result; name a .json file with --output")
     nearest = next((parent for parent in output.absolute().parents if os.path.exists(parent)), Path("/"))
@@ -243,14 +260,15 @@ def _writable(output: Path) -> Path:
     return output
 
 
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
+def versions() -> dict[str, str]:
+    """Of what scores follow from."""
+    found = {"python": platform.python_version()}
     for name in ("singlora-diffusion", "torch", "open_clip_torch", "timm", "transformers", "pillow", "numpy"):
         try:
-            versions[name] = importlib.metadata.version(name)
+            found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return versions
+    return found
 
 
 if __name__ == "__main__":

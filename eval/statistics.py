@@ -6,6 +6,7 @@ the same prompts, noise seeds and references on both sides. Images of one subjec
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -155,6 +156,44 @@ def verdict(interval: Interval | None, p: float, bound: float | None = None, lev
 def smallest_detectable(sd: float, n: int) -> float:
     """The mean difference that n subjects show with 80 % probability at 5 %: 2.8 sd / sqrt(n)."""
     return 2.8 * sd / n**0.5
+
+
+def subjects_needed(sd: float, bound: float) -> int:
+    """How many subjects show a mean difference of `bound`, as `smallest_detectable`; at least six (see `verdict`).
+
+    Args:
+        sd: of the differences over subjects.
+    """
+    return max(6, math.ceil((2.8 * sd / bound) ** 2))
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Standard deviations of one score or difference, taken apart; None: not known."""
+
+    subject: float | None
+    seed: float | None
+
+
+def spread(table: ArrayLike) -> Spread:
+    """Between subjects and between seeds, by the analysis of variance of a balanced table.
+
+    Args:
+        table: (subjects, seeds). The seeds' part takes two or more of them, the subjects' two or more subjects;
+            a part below zero is zero. With one seed, the subjects' part holds the seeds' too.
+    """
+    values = np.asarray(table, dtype=np.float64)
+    subjects, seeds = values.shape
+    within = float(values.var(axis=1, ddof=1).mean()) if seeds > 1 else None
+    between = float(values.mean(axis=1).var(ddof=1)) if subjects > 1 else None
+    apart = None if between is None else max(0.0, between - (within or 0.0) / seeds)
+    return Spread(None if apart is None else apart**0.5, None if within is None else within**0.5)
+
+
+def repeat_sd(first: ArrayLike, second: ArrayLike) -> float | None:
+    """Standard deviation of one run around what all its repetitions would give: (N,), (N,) -> sqrt(mean d^2 / 2)."""
+    d = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
+    return float(np.sqrt(np.mean(d**2) / 2)) if len(d) else None
 
 
 def _checked(differences: ArrayLike | Sequence[float]) -> NDArray[np.float64]:

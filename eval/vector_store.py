@@ -38,13 +38,16 @@ class VectorStore:
     """The vectors of one encoder by content key, in one safetensors file.
 
     The file is named by the encoder's fingerprint, replaced as a whole when saved, and may be deleted at any time.
+
+    Args:
+        folder: of the file; None: the vectors are kept in memory alone.
     """
 
-    def __init__(self, folder: Path, fingerprint: str) -> None:
-        self.path = folder / f"{fingerprint[:16]}.safetensors"
+    def __init__(self, folder: Path | None, fingerprint: str) -> None:
+        self.path = None if folder is None else folder / f"{fingerprint[:16]}.safetensors"
         self._vectors: dict[str, Vectors] = {}
         self._changed = False
-        if os.path.isfile(self.path):
+        if self.path is not None and os.path.isfile(self.path):
             from safetensors.numpy import load_file
 
             with contextlib.suppress(Exception):  # a damaged cache is an empty one
@@ -68,7 +71,7 @@ class VectorStore:
         Raises:
             UserError: it cannot be written.
         """
-        if not self._changed:
+        if not self._changed or self.path is None:
             return
         from safetensors.numpy import save
 

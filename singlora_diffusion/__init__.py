@@ -2,7 +2,7 @@
 
 The command is `singlora`. From Python, with `import singlora_diffusion as sd`:
 
-    family = sd.models.load("toyworld")  # or a diffusers folder, or a hub id
+    family = sd.models.load("toyworld")  # or "toyworld-flow", a diffusers folder, or a hub id
     adapter = sd.attach(family.networks, sd.AdapterConfig(rank=16, text_targets=("q_proj", "v_proj")))
     optimizer = torch.optim.AdamW(adapter.param_groups(lr=1e-3))
     for step in range(400):
@@ -10,7 +10,7 @@ The command is `singlora`. From Python, with `import singlora_diffusion as sd`:
         ...  # loss, backward, optimizer.step()
     sd.save(adapter, "dog.safetensors", about={"identifier": "sks", "class_noun": "dog"})
     adapter.detach()  # bit for bit the networks that were loaded
-    sd.load("dog.safetensors", family.networks).set_scale(0.8)  # family.pipeline() and family.sample(...) follow it
+    sd.load("dog.safetensors", family.networks).set_scale(0.8)  # sd.models.sample(family, ...) follows it
 
 To save a whole pipeline, first write the adapter into its weights with `adapter.merge()`, or take it out with
 `adapter.detach()`; then `family.pipeline().save_pretrained(folder)`.

@@ -29,6 +29,8 @@ class Command(NamedTuple):
     settings: str
     work: str
     line: str
+    parse: str | None = None
+    """What makes settings of a command line. None: `settings.parse`."""
 
 
 COMMANDS = {
@@ -38,9 +40,10 @@ COMMANDS = {
         "look at a folder of images before training: what is odd, and the fix",
     ),
     "train": Command(
-        "singlora_diffusion.training.recipe:Recipe",
-        "train_dreambooth:main",
+        "singlora_diffusion.training.command_line:Training",
+        "train_dreambooth:train",
         "learn a subject from a folder of images",
+        "singlora_diffusion.training.command_line:parse",
     ),
     "generate": Command(
         "singlora_diffusion.sampling.settings:GenerateSettings",
@@ -49,6 +52,11 @@ COMMANDS = {
     ),
     "score": Command("eval.score:ScoreSettings", "eval.score:run", "CLIP-I, CLIP-T and DINO of a folder of images"),
     "report": Command("eval.report:ReportSettings", "eval.report:run", "show scored folders side by side on one page"),
+    "compare": Command(
+        "eval.compare.settings:CompareSettings",
+        "eval.compare.command:compare",
+        "adapters of equal size over many subjects, with statistics",
+    ),
     "demo": Command(
         "singlora_diffusion.demo.settings:DemoSettings",
         "singlora_diffusion.demo.flow:demo",
@@ -108,7 +116,7 @@ def usage() -> str:
     lines = [f"  {name:<10}{command.line}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
-            "Teach Stable Diffusion one subject from a handful of images, with SingLoRA.",
+            "Teach an image model one subject from a handful of images, with SingLoRA.",
             "",
             "usage: singlora COMMAND [flags]     singlora COMMAND --help lists a command's flags",
             "",
@@ -125,11 +133,12 @@ def run(name: str, arguments: Sequence[str]) -> int:
     if name not in COMMANDS:
         print(f"singlora: no command {escaped(repr(name))}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    from .settings import parse
+    from . import settings
 
     command = COMMANDS[name]
     try:
         with _sigterm():
+            parse = _find(command.parse) if command.parse else settings.parse
             chosen = parse(_find(command.settings), arguments, f"singlora {name}", command.line)
             quiet_libraries()
             _find(command.work)(chosen)
@@ -141,6 +150,10 @@ def run(name: str, arguments: Sequence[str]) -> int:
     except Terminated:
         print(f"singlora {name}: terminated", file=sys.stderr)
         return 143
+    except UserError as error:
+        for one in error.lines:
+            print(f"singlora {name}: {escaped(one, LONGEST)}", file=sys.stderr)
+        return 2
     except Exception as error:
         line = in_one_line(error)
         if line is None:

@@ -78,7 +78,7 @@ def require(needed: int, device: str, what: str) -> None:
     """
     free = free_memory(device)
     if needed > free:
-        raise UserError(f"{what}: would need about {_size(needed)}, {_size(free)} are free on {device}")
+        raise UserError(f"{what}: would need about {size(needed)}, {size(free)} are free on {device}")
 
 
 def free_memory(device: str) -> int:
@@ -109,7 +109,8 @@ def _free_in(group: Path, limit: str, use: str, cache: str) -> int:
         return 1 << 62
 
 
-def _size(count: int) -> str:
+def size(count: int) -> str:
+    """Bytes, as people read them."""
     if count < 1e9:
-        return f"{count / 1e6:.0f} MB"
+        return f"{count / 1e6:.0f} MB" if count >= 10e6 else f"{count / 1e6:.1f} MB"
     return f"{count / 1e9:.1f} GB" if count < 10e9 else f"{count / 1e9:,.0f} GB"

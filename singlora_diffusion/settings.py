@@ -6,6 +6,7 @@ dataclass is a group of flags in `--help`. Flags are flat: `recipe.adapter.rank`
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import os
 import shlex
@@ -13,7 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_type_hints
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Interval, Le
 
@@ -36,22 +38,98 @@ Side = Annotated[int, Interval(ge=8, le=16_384)]
 """Of an image, in pixels."""
 
 
-def parse(kind: type[Settings], words: Sequence[str], prog: str, description: str) -> Settings:
-    """Settings from a command line, every value in its range. Help and misspelt flags exit as tyro does.
+def parse(
+    kind: type[Settings], words: Sequence[str], prog: str, description: str, given: Mapping[str, Any] | None = None
+) -> Settings:
+    """Settings from a command line, every value in its range. Help and words of the wrong type exit as tyro does.
 
     A path may begin with `~`, which shells leave alone in `--output_dir=~/runs`.
 
+    Args:
+        given: values by their fields' names, as `read` returns them, where the command line says nothing.
+
     Raises:
-        UserError: a value out of its range, or different values for a flag and its alias.
+        UserError: unknown flags, a value out of its range, or different values for a flag and its alias.
     """
     import tyro
 
+    if lines := complaints(kind, words):
+        raise UserError(*lines)
     _refuse_two_values(kind, words)
-    flat = (tyro.conf.OmitArgPrefixes,)
-    found = tyro.cli(kind, args=words, prog=prog, description=description, use_underscores=True, config=flat)
+    found = tyro.cli(
+        kind,
+        args=words,
+        prog=prog,
+        description=description,
+        default=_partly(kind, dict(given)) if given else None,
+        use_underscores=True,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
     found = _at_home(found)
     check(found)
     return found
+
+
+def complaints(kind: Any, words: Sequence[str]) -> list[str]:
+    """One line for each flag of a command line that does not exist, or whose value is none of its choices."""
+    names, choices, lines = flags(kind), dict(_choices(kind)), list[str]()
+    for name, (word, *values) in grouped(words):
+        value = next(iter(values), "") if "=" not in word else word.partition("=")[2]
+        if name and name not in names:
+            lines.append(unknown(name, names))
+        elif value and value not in choices.get(names.get(name, ""), [value]):
+            lines.append(f"--{name} {escaped(value)}: must be one of {', '.join(choices[names[name]])}")
+    return lines
+
+
+def typed(kind: Any, values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Values out of a file as their fields have them, and one line for each that is of another type.
+
+    Text that says a number will do, as some programs write 1e-4; YAML's `no` is the word where a field has it.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    found, lines, kinds = dict[str, Any](), list[str](), _type_of(kind)
+    for name, value in values.items():
+        said = {True: "yes", False: "no"}[value] if isinstance(value, bool) and kinds[name] is not bool else value
+        try:
+            found[name] = TypeAdapter(kinds[name]).validate_python(said)
+        except ValidationError as error:
+            shown = f" {escaped(said, 40)}" if isinstance(said, str | int | float | None) else ""
+            lines.append(f"--{name}{shown}: is not valid ({error.errors()[0]['msg']})")
+    return found, lines
+
+
+def grouped(words: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """A command line flag by flag: (name, the words it stands in), the name with underscores and without dashes.
+
+    Words before the first flag come under the name "". `-h` is no name: it ends up among them, or behind a flag.
+    """
+    groups: list[tuple[str, list[str]]] = [("", [])]
+    for word in words:
+        if word.startswith("--") and word.strip("-"):
+            groups.append((word[2:].partition("=")[0].replace("-", "_"), []))
+        groups[-1][1].append(word)
+    return groups if groups[0][1] else groups[1:]
+
+
+def spellings(kind: Any) -> dict[str, str]:
+    """Names and aliases of all fields, as in `grouped` -> the field."""
+    return dict(_spellings(kind))
+
+
+def flags(kind: Any) -> dict[str, str]:
+    """What may be written as a flag, as in `grouped` -> the field: `spellings`, no_ for switches, help and the like."""
+    names = spellings(kind)
+    own = {name: name for name in ("help", "tyro_print_completion", "tyro_write_completion")}
+    return {**own, **names, **{f"no_{name}": field for name, field in names.items() if _type_of(kind)[field] is bool}}
+
+
+def unknown(name: str, names: Mapping[str, str]) -> str:
+    """One line for a name that is none of the `names`, with the one that is meant, most likely."""
+    near = difflib.get_close_matches(name, names, n=1)
+    meant = f": do you mean --{near[0]}?" if near else ": there is no such flag; --help lists them"
+    return f"--{escaped(name)}{meant}"
 
 
 def check(settings: Any) -> None:
@@ -82,10 +160,24 @@ def build(kind: type[Settings], **values: Any) -> Settings:
     own: dict[str, Any] = {}
     for one in fields(kind):  # type: ignore[arg-type]
         if is_dataclass(hints[one.name]):
-            inside = {key: values.pop(key) for key in _flags(hints[one.name]) if key in values}
+            inside = {key: values.pop(key) for key in _type_of(hints[one.name]) if key in values}
             if inside or _default(one) is MISSING:
                 own[one.name] = build(hints[one.name], **inside)
     return _at_home(kind(**own, **values))
+
+
+def _partly(kind: Any, values: dict[str, Any]) -> Any:
+    """`build`, with tyro's mark where a field without a default has no value; takes what it uses out of `values`."""
+    import tyro
+
+    hints, own = get_type_hints(kind), {}
+    for one in fields(kind):
+        if is_dataclass(hints[one.name]):
+            own[one.name] = _partly(hints[one.name], values)
+        else:
+            default = _default(one)
+            own[one.name] = values.pop(one.name, tyro.MISSING if default is MISSING else default)
+    return kind(**own)
 
 
 def _at_home(value: Any) -> Any:
@@ -102,35 +194,44 @@ def _refuse_two_values(kind: Any, words: Sequence[str]) -> None:
 
     Of one flag given twice the last counts, as everywhere.
     """
-    names = dict(_spellings(kind))
+    names = flags(kind)
     given: dict[str, dict[str, list[str]]] = {}  # flag -> spelling -> values
-    for start, word in enumerate(words):
-        written, _, value = word.partition("=")
-        if flag := names.get(written.replace("-", "_")):
-            following = itertools.takewhile(lambda other: not other.startswith("--"), words[start + 1 :])
-            given.setdefault(flag, {})[written.replace("-", "_")] = [value] if value else list(following)
-    for spellings in given.values():
-        if any(values != next(iter(spellings.values())) for values in spellings.values()):
-            shown = " and ".join(f"--{spelling.strip('_')}" for spelling in spellings)
+    for name, (flag, *following) in grouped(words):
+        if name in names and name != f"no_{names[name]}":
+            value = flag.partition("=")[2]
+            given.setdefault(names[name], {})[name] = [value] if value else following
+    for spelt in given.values():
+        if any(values != next(iter(spelt.values())) for values in spelt.values()):
+            shown = " and ".join(f"--{name}" for name in spelt)
             raise UserError(f"{shown} are one setting: give one value")
 
 
 def _spellings(kind: Any) -> Iterator[tuple[str, str]]:
-    """(as it may be written, with underscores for dashes; the field) for every flag and its aliases."""
-    hints = get_type_hints(kind, include_extras=True)
+    """(as it may be written, the field) for every flag and its aliases."""
+    hints, whole = get_type_hints(kind), get_type_hints(kind, include_extras=True)
     for one in fields(kind):
         if is_dataclass(hints[one.name]):
             yield from _spellings(hints[one.name])
             continue
-        yield f"__{one.name}", one.name
-        for extra in getattr(hints[one.name], "__metadata__", ()):
-            yield from ((alias.replace("-", "_"), one.name) for alias in getattr(extra, "aliases", None) or ())
+        extras = [getattr(extra, "aliases", None) or () for extra in getattr(whole[one.name], "__metadata__", ())]
+        for name in (one.name, *(alias[2:].replace("-", "_") for alias in itertools.chain(*extras))):
+            yield name, one.name
 
 
-def _flags(kind: Any) -> Iterator[str]:
-    hints = get_type_hints(kind)
-    for one in fields(kind):
-        yield from _flags(hints[one.name]) if is_dataclass(hints[one.name]) else (one.name,)
+def _choices(kind: Any) -> Iterator[tuple[str, list[str]]]:
+    """(field, what it may be) for every field that has no other values than a few words, None among them or not."""
+    for name, hint in _type_of(kind).items():
+        kinds = get_args(hint) if isinstance(hint, UnionType) or get_origin(hint) is Union else (hint,)
+        if all(get_origin(one) is Literal or one is NoneType for one in kinds):
+            yield name, [str(value) for one in kinds for value in get_args(one) or (None,)]
+
+
+def _type_of(kind: Any) -> dict[str, Any]:
+    """The types of all fields, without their ranges."""
+    found: dict[str, Any] = {}
+    for name, hint in get_type_hints(kind).items():
+        found |= _type_of(hint) if is_dataclass(hint) else {name: hint}
+    return found
 
 
 def replaced(settings: Settings, **values: Any) -> Settings:

@@ -124,5 +124,6 @@ def recipe(tiny_model: Path, training_images: Path, tmp_path: Path) -> Recipe:
         validation_steps=0,
         checkpointing_steps=0,
         report_to="none",
+        portable=False,
         device="cpu",
     )

@@ -130,14 +130,14 @@ def test_nothing_is_done_twice(
     done: SimpleNamespace, settings: DemoSettings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import train_dreambooth
-    from singlora_diffusion.models.stable_diffusion import StableDiffusion
+    from singlora_diffusion.models import stock
 
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("done again")
 
     before = contents(done.out)
     monkeypatch.setattr(train_dreambooth, "main", never)
-    monkeypatch.setattr(StableDiffusion, "sample", never)
+    monkeypatch.setattr(stock, "sample", never)
     flow.demo(settings)
     after = contents(done.out)
     assert before.keys() == after.keys()

@@ -13,7 +13,8 @@ import pytest
 from encoder_folders import clip_folder, timm_folder
 from PIL import Image
 
-from eval.encoders import ENCODERS, PROTOCOLS, ROLES, encoder
+from eval.encoder_table import ENCODERS, PROTOCOLS, ROLES
+from eval.encoders import encoder
 from eval.metrics import METRICS
 from eval.preprocessing import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from eval.vector_store import VectorStore, image_key, text_key

@@ -334,12 +334,12 @@ def test_the_same_picture_through_stock_diffusers(tiny_model: Path, tmp_path: Pa
     networks = {name: network.module for name, network in family.networks.items()}
     adapter = trained(networks, EVERY["ramp"])
     settings: dict[str, Any] = {"steps": 3, "guidance": 4.0}
-    ours = family.sample(["a photo of sks dog"], [3], **settings)[0]
+    ours = models.sample(family, ["a photo of sks dog"], [3], **settings)[0]
     formats.export(adapter, "kohya", tmp_path / "out.safetensors")
     adapter.detach()
-    plain = family.sample(["a photo of sks dog"], [3], **settings)[0]
+    plain = models.sample(family, ["a photo of sks dog"], [3], **settings)[0]
     stock(networks, tmp_path / "out.safetensors")
-    theirs = family.sample(["a photo of sks dog"], [3], **settings)[0]
+    theirs = models.sample(family, ["a photo of sks dog"], [3], **settings)[0]
     assert max(high for _, high in ImageChops.difference(ours, theirs).getextrema()) <= 1  # of 255
     assert max(high for _, high in ImageChops.difference(ours, plain).getextrema()) > 1
 

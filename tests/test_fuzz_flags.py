@@ -157,6 +157,15 @@ def right(command: str, here: Here, number: int) -> dict[str, list[str]]:
             "output": [f"out/{number}.json"],
         },
         "report": {"runs": images, "output": [f"out/{number}.html"]},
+        "compare": {
+            **model,
+            "subjects_dir": [str(here.images.parent)],
+            "subjects": ["images"],
+            "tuning_subjects": ["references"],
+            "protocol": ["toyworld"],
+            "output_dir": out,
+            "device": ["cpu"],
+        },
         "demo": {**model, "output_dir": out, "device": ["cpu"]},
         "toyworld": {"what": ["subject"], "name": ["dog-1"], "output_dir": out},
         "budget": model,
@@ -187,6 +196,7 @@ def stopped(here: Here, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """`Reached` is raised where heavy work begins, and memory is limited."""
     from torch import nn
 
+    from eval.compare import engines
     from singlora_diffusion import device, models
     from singlora_diffusion.toyworld import subjects
 
@@ -196,6 +206,8 @@ def stopped(here: Here, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(models, "load", reached)
     monkeypatch.setattr(nn.Module, "__call__", reached)
     monkeypatch.setattr(subjects, "render", reached)
+    monkeypatch.setattr(engines, "processes", reached)
+    monkeypatch.setattr(engines, "ray", reached)
     monkeypatch.setattr(device, "free_memory", lambda name: BYTES)
     with at_most(BYTES):
         yield

@@ -83,18 +83,18 @@ class NotAgain(Exception):
 @pytest.fixture
 def samples_counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The batch sizes sampled so far. A limit put in front of them, as a negative number, ends the run when reached."""
-    from singlora_diffusion.models.stable_diffusion import StableDiffusion
+    from singlora_diffusion.models import stock
 
     counts: list[int] = []
-    sample = StableDiffusion.sample
+    sample = stock.sample
 
-    def counted(self: StableDiffusion, prompts: list[str], *args: Any, **options: Any) -> list[Image.Image]:
+    def counted(family: Any, prompts: list[str], *args: Any, **options: Any) -> list[Image.Image]:
         if counts and counts[0] == -len(counts):
             raise NotAgain
         counts.append(len(prompts))
-        return sample(self, prompts, *args, **options)
+        return sample(family, prompts, *args, **options)
 
-    monkeypatch.setattr(StableDiffusion, "sample", counted)
+    monkeypatch.setattr(stock, "sample", counted)
     return counts
 
 

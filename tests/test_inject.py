@@ -22,7 +22,7 @@ from singlora_diffusion.adapters.config import AdapterConfig
 from singlora_diffusion.adapters.singlora import SingLoRA
 from singlora_diffusion.adapters.targets import chosen
 from singlora_diffusion.errors import UserError
-from singlora_diffusion.models.network import NetworkSpec, bare
+from singlora_diffusion.models.network import NetworkSpec, bare, specs
 
 pytestmark = pytest.mark.numerical
 
@@ -98,6 +98,13 @@ def test_projections_by_name(networks) -> None:
     assert names == [f"text_encoder.text_model.encoder.layers.{i}.self_attn.q_proj" for i in range(2)]
     assert spec.layer("text_model.x.q_proj") == "text_encoder.text_model.x.q_proj"
     assert bare("unet", unet).layer("mid_block.x.to_q") == "unet.mid_block.x.to_q"
+
+
+def test_two_bare_text_encoders_keep_apart_in_files(make_networks) -> None:
+    text = make_networks()["text_encoder"]
+    alone, pair = specs({"text_encoder": text}), specs({"text_encoder": text, "text_encoder_2": text})
+    assert alone["text_encoder"].prefix("kohya") == "lora_te"
+    assert [one.prefix("kohya") for one in pair.values()] == ["lora_te1", "lora_te2"]
 
 
 def test_an_unknown_target_is_named_with_what_there_is(networks) -> None:

@@ -115,13 +115,15 @@ def test_corrupt(kind: str, copied: Path) -> None:
 
 def test_a_picture_depends_on_its_prompt_and_seed_alone(family: models.Family) -> None:
     seeds = [0, 1, 2, 2]
-    four = pixels(family.sample(PROMPTS, seeds, steps=5))
+    four = pixels(models.sample(family, PROMPTS, seeds, steps=5))
     assert four.shape == (4, 32, 32, 3)
-    single = np.concatenate([pixels(family.sample([p], [s], steps=5)) for p, s in zip(PROMPTS, seeds, strict=True)])
+    single = np.concatenate(
+        [pixels(models.sample(family, [p], [s], steps=5)) for p, s in zip(PROMPTS, seeds, strict=True)]
+    )
     assert np.abs(four - single).max() <= 1
-    again = pixels(family.sample(PROMPTS[::-1], seeds[::-1], steps=5))[::-1]
+    again = pixels(models.sample(family, PROMPTS[::-1], seeds[::-1], steps=5))[::-1]
     assert np.abs(four - again).max() <= 1
-    assert np.abs(four[0] - pixels(family.sample(PROMPTS[:1], [9], steps=5))[0]).max() > 10
+    assert np.abs(four[0] - pixels(models.sample(family, PROMPTS[:1], [9], steps=5))[0]).max() > 10
     assert np.abs(four[2] - four[3]).max() > 1  # one seed, two prompts
 
 
@@ -139,7 +141,7 @@ def test_sample_is_the_stock_pipeline(family: models.Family, tiny_model: Path) -
         width=32,
         generator=torch.Generator().manual_seed(5),
     ).images
-    ours = family.sample(PROMPTS[:1], [5], steps=4, guidance=3.0, negative_prompt="snow", height=48, width=32)
+    ours = models.sample(family, PROMPTS[:1], [5], steps=4, guidance=3.0, negative_prompt="snow", height=48, width=32)
     assert ours[0].size == (32, 48)
     assert np.abs(pixels(ours) - pixels(theirs)).max() <= 1
 
@@ -147,8 +149,8 @@ def test_sample_is_the_stock_pipeline(family: models.Family, tiny_model: Path) -
 @pytest.mark.parametrize("scheduler", [None, "ddim", "dpm++", "euler"])
 def test_schedulers_and_half_precision(scheduler: str | None, tiny_model: Path) -> None:
     family = models.load(str(tiny_model), "bfloat16")
-    pictures = pixels(family.sample(PROMPTS[:2], [0, 1], steps=3, scheduler=scheduler))
-    single = pixels(family.sample(PROMPTS[:1], [0], steps=3, scheduler=scheduler))
+    pictures = pixels(models.sample(family, PROMPTS[:2], [0, 1], steps=3, scheduler=scheduler))
+    single = pixels(models.sample(family, PROMPTS[:1], [0], steps=3, scheduler=scheduler))
     assert pictures.std() > 5 and np.abs(pictures[:1] - single).mean() < 8  # half precision rounds batches differently
 
 
@@ -175,7 +177,7 @@ def test_a_pipeline_call_scales_the_adapter(family: models.Family) -> None:
 
 def test_sides_that_cannot_be_made(family: models.Family) -> None:
     with pytest.raises(UserError, match="36x32 pixels"):
-        family.sample(PROMPTS[:1], [0], width=36)
+        models.sample(family, PROMPTS[:1], [0], width=36)
 
 
 def test_fingerprint_is_of_the_unets_weights(family: models.Family, tiny_model: Path, copied: Path) -> None:
@@ -215,7 +217,7 @@ def test_a_folder_as_real_ones_are(copied: Path, family: models.Family) -> None:
     assert torch.equal(loaded.encode_prompts(PROMPTS)["text"], family.encode_prompts(PROMPTS)["text"])
     state = family.unet.state_dict()
     assert all(torch.equal(t, state[key].bfloat16().float()) for key, t in loaded.unet.state_dict().items())
-    four, single = loaded.sample(PROMPTS, range(4), steps=4), loaded.sample(PROMPTS[3:], [3], steps=4)
+    four, single = models.sample(loaded, PROMPTS, range(4), steps=4), models.sample(loaded, PROMPTS[3:], [3], steps=4)
     assert np.abs(pixels(four)[3:] - pixels(single)).max() <= 1
 
 
@@ -233,7 +235,7 @@ def test_names_that_are_no_model(tmp_path: Path, tiny_model: Path, monkeypatch: 
     (tmp_path / "empty").mkdir()
     (tmp_path / "file.safetensors").write_bytes(b"")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(hub, "TOYWORLD", tmp_path / "nowhere")
+    monkeypatch.setitem(hub.PACKAGED, "toyworld", tmp_path / "nowhere")
     for name, message in (
         (str(tmp_path / "missing"), "no model at .*missing"),
         ("./missing", "no model at ./missing"),

@@ -176,7 +176,7 @@ def test_sample_is_the_stock_pipeline(family: Any, stock: Any, negative: str) ->
     if family.name == "flux":
         if negative:
             with pytest.raises(UserError, match="takes none"):
-                family.sample(PROMPTS[:1], [5], negative_prompt=negative)
+                models.sample(family, PROMPTS[:1], [5], negative_prompt=negative)
             return
         options = {}
     if family.name == "flux_2":  # it takes the encoded text only
@@ -192,27 +192,29 @@ def test_sample_is_the_stock_pipeline(family: Any, stock: Any, negative: str) ->
         generator=torch.Generator().manual_seed(5),
         **options,
     ).images
-    ours = family.sample(PROMPTS[:1], [5], steps=4, guidance=3.0, height=48, width=32, negative_prompt=negative)
+    ours = models.sample(family, PROMPTS[:1], [5], steps=4, guidance=3.0, height=48, width=32, negative_prompt=negative)
     assert ours[0].size == (32, 48)
     assert np.abs(pixels(ours) - pixels(theirs)).max() <= 1
     # Several at once, each with its own generator.
-    more = family.sample(PROMPTS, [7, 5], steps=4, guidance=3.0, height=48, width=32, negative_prompt=negative)
-    alone = family.sample(PROMPTS[1:], [5], steps=4, guidance=3.0, height=48, width=32, negative_prompt=negative)
+    more = models.sample(family, PROMPTS, [7, 5], steps=4, guidance=3.0, height=48, width=32, negative_prompt=negative)
+    alone = models.sample(
+        family, PROMPTS[1:], [5], steps=4, guidance=3.0, height=48, width=32, negative_prompt=negative
+    )
     assert np.abs(pixels(more)[1:] - pixels(alone)).max() <= 1
 
 
 def test_seeds_of_64_bits(family: Any) -> None:
-    few = [family.sample(PROMPTS[:1], [seed], steps=2) for seed in (3, 3 + (1 << 40))]
+    few = [models.sample(family, PROMPTS[:1], [seed], steps=2) for seed in (3, 3 + (1 << 40))]
     assert np.abs(pixels(few[0]) - pixels(few[1])).max() > 1
 
 
 def test_sides_and_schedulers_that_cannot_be_used(family: Any) -> None:
     with pytest.raises(UserError, match="36x32 pixels"):
-        family.sample(PROMPTS[:1], [0], width=36)
+        models.sample(family, PROMPTS[:1], [0], width=36)
     with pytest.raises(UserError, match="unknown scheduler 'plms'"):
-        family.sample(PROMPTS[:1], [0], scheduler="plms")
+        models.sample(family, PROMPTS[:1], [0], scheduler="plms")
     for name in family.schedulers:
-        assert pixels(family.sample(PROMPTS[:1], [0], steps=3, scheduler=name)).std() > 1
+        assert pixels(models.sample(family, PROMPTS[:1], [0], steps=3, scheduler=name)).std() > 1
 
 
 @pytest.mark.numerical
@@ -244,7 +246,7 @@ def test_an_exact_denoiser_samples_the_image(family: Any, monkeypatch: pytest.Mo
         noise = diffusion(normal(1, 4, 8, 8, seed=0), torch.tensor(751))[0]
         end = family.noise_process.corrupt(x0, noise, torch.tensor([0])).noisy
         options["scheduler"] = "ddim"
-    found = family.sample(PROMPTS[:1], [0], steps=4, height=32, width=32, **options)
+    found = models.sample(family, PROMPTS[:1], [0], steps=4, height=32, width=32, **options)
     if family.name == "flux_2":
         centre, spread = family._normalization()
         wanted = autoencoder.to_images(family.vae, nn.functional.pixel_shuffle(end * spread + centre, 2))
@@ -328,9 +330,9 @@ def test_sizes_and_crops(xl: Any) -> None:
 
 def test_an_empty_negative_prompt_of_sdxl(xl: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Zeros where the model says so, else the encoded empty text."""
-    zeros = pixels(xl.sample(PROMPTS[:1], [0], steps=2))
+    zeros = pixels(models.sample(xl, PROMPTS[:1], [0], steps=2))
     monkeypatch.setattr(xl, "force_zeros_for_empty_prompt", False)
-    encoded = pixels(xl.sample(PROMPTS[:1], [0], steps=2))
+    encoded = pixels(models.sample(xl, PROMPTS[:1], [0], steps=2))
     assert np.abs(zeros - encoded).max() > 1
     text = xl.encode_prompts(["", PROMPTS[0]])
     asked = [text.select([i]) for i in (0, 1)]
@@ -380,7 +382,7 @@ def test_flux_is_told_what_the_stock_pipeline_tells_it(one_flux: Any, monkeypatc
         return forward(one_flux.transformer, **arguments)
 
     monkeypatch.setattr(one_flux.transformer, "forward", spy)
-    one_flux.sample(PROMPTS[:1], [3], steps=1, guidance=1.0, height=48)
+    models.sample(one_flux, PROMPTS[:1], [3], steps=1, guidance=1.0, height=48)
     noisy = torch.randn(1, 4, 12, 8, generator=torch.Generator().manual_seed(3))
     one_flux.denoise(noisy, torch.ones(1), one_flux.encode_prompts(PROMPTS[:1]))
     sampled, trained = calls
@@ -427,7 +429,7 @@ def test_stable_diffusion_3_without_t5(tiny_sd3: Path, tmp_path: Path) -> None:
     assert family.encode_prompts(PROMPTS)["text"].shape == (2, 24 + 256, 64)
     assert family.prompt_overflow(" ".join(["dog"] * 30)) == 8
     theirs = stock(PROMPTS[0], num_inference_steps=2, height=32, width=32, generator=torch.Generator().manual_seed(0))
-    assert np.abs(pixels(family.sample(PROMPTS[:1], [0], steps=2)) - pixels(theirs.images)).max() <= 1
+    assert np.abs(pixels(models.sample(family, PROMPTS[:1], [0], steps=2)) - pixels(theirs.images)).max() <= 1
 
 
 def test_the_second_attention_of_stable_diffusion_3(tiny_sd3: Path) -> None:
@@ -444,8 +446,8 @@ def test_the_second_attention_of_stable_diffusion_3(tiny_sd3: Path) -> None:
 def test_sides_beyond_the_positions_of_stable_diffusion_3(tiny_sd3: Path) -> None:
     family = models.load(str(tiny_sd3))
     with pytest.raises(UserError, match=r"104x32 pixels: .* knows sides of up to 96 pixels"):
-        family.sample(PROMPTS[:1], [0], steps=1, width=104)
-    assert family.sample(PROMPTS[:1], [0], steps=1, width=96)[0].size == (96, 32)
+        models.sample(family, PROMPTS[:1], [0], steps=1, width=104)
+    assert models.sample(family, PROMPTS[:1], [0], steps=1, width=96)[0].size == (96, 32)
 
 
 def test_training_and_generation_refuse_what_stable_diffusion_3_has_no_positions_for(
@@ -486,7 +488,7 @@ def test_schnell(tiny_flux: Path, tmp_path: Path) -> None:
         max_sequence_length=256,
         generator=torch.Generator().manual_seed(0),
     ).images
-    assert np.abs(pixels(family.sample(PROMPTS[:1], [0])) - pixels(theirs)).max() <= 1
+    assert np.abs(pixels(models.sample(family, PROMPTS[:1], [0])) - pixels(theirs)).max() <= 1
 
 
 def test_long_prompts(family: Any) -> None:
@@ -553,7 +555,7 @@ def test_klein_is_told_what_the_stock_pipeline_tells_it(klein: Any, monkeypatch:
         return forward(klein.transformer, **arguments)
 
     monkeypatch.setattr(klein.transformer, "forward", spy)
-    klein.sample(PROMPTS[:1], [3], steps=1, guidance=1.0, height=48)
+    models.sample(klein, PROMPTS[:1], [3], steps=1, guidance=1.0, height=48)
     noisy = torch.randn(1, 16, 6, 4, generator=torch.Generator().manual_seed(3))
     klein.denoise(noisy, torch.ones(1), klein.encode_prompts(PROMPTS[:1]))
     sampled, trained = calls
@@ -571,5 +573,5 @@ def test_a_distilled_klein_takes_few_steps_and_no_guidance(tiny_flux2: Path, tmp
     family: Any = models.load(str(path))
     assert (family.steps, family.guidance) == (4, 1.0)
     with pytest.raises(UserError, match="is distilled and takes none"):
-        family.sample(PROMPTS[:1], [0], negative_prompt="snow")
-    assert np.array_equal(*(pixels(family.sample(PROMPTS[:1], [0], steps=2, guidance=g)) for g in (1.0, 4.0)))
+        models.sample(family, PROMPTS[:1], [0], negative_prompt="snow")
+    assert np.array_equal(*(pixels(models.sample(family, PROMPTS[:1], [0], steps=2, guidance=g)) for g in (1.0, 4.0)))

@@ -30,6 +30,7 @@ LAYERS = {
     "tiny_sdxl": {"unet": 64, "text_encoder": 8, "text_encoder_2": 8},  # 8 transformer blocks of two attentions
     "tiny_sd3": {"transformer": 15, "text_encoder": 8, "text_encoder_2": 8},  # blocks of 8 and 7
     "tiny_flux": {"transformer": 11, "text_encoder": 8},  # a double block of 8, a single one of 3
+    "tiny_flux2": {"transformer": 6},  # a double block of 4, a single one of 2, and no text encoder by default
 }
 
 
@@ -49,21 +50,23 @@ def test_train_save_load_generate(tiny: str, images: Path, tmp_path: Path, reque
     networks = models.meta_networks(base)
     flags = f"""
         --instance_data_dir {images} --output_dir {run} --pretrained_model_name_or_path {base} --device cpu
-        --with_prior_preservation --num_class_images 2 --train_text_encoder --gradient_checkpointing
+        --with_prior_preservation --num_class_images 2 --gradient_checkpointing
         --max_train_steps 2 --train_batch_size 2 --rank 2
         --validation_steps 2 --num_validation_images 1 --checkpointing_steps 0 --report_to none
     """
-    recipe = parse(Recipe, ["--instance_prompt", "a photo of sks dog", *flags.split()], "train", "")
+    text = ["--train_text_encoder"] if "text_encoder" in LAYERS[tiny] else []
+    recipe = parse(Recipe, ["--instance_prompt", "a photo of sks dog", *text, *flags.split()], "train", "")
     path = train_dreambooth.main(recipe, hint=False)
     assert [file.suffix for file in (run / "previews").iterdir()] == [".png"]
 
     family = models.load(base)
     header = formats.read_header(path)
+    assert header.recipe["learning_rate"] == family.learning_rate == 1e-4  # that of diffusers' scripts
     assert (header.family, header.base_model, header.base_hash) == (family.name, base, family.fingerprint)
     adapter = formats.load(path, family.networks)
     found = Counter(layer.partition(".")[0] for layer in adapter.layers())
     assert dict(found) == LAYERS[tiny] and set(found) == {n for n, network in networks.items() if network.targets}
-    adapted = np.asarray(family.sample(["a photo of sks dog"], [0], steps=2)[0])
+    adapted = np.asarray(models.sample(family, ["a photo of sks dog"], [0], steps=2)[0])
     adapter.detach()
 
     settings = GenerateSettings(

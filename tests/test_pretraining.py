@@ -70,8 +70,8 @@ def test_every_word_of_the_vocabulary_is_one_token_and_any_other_can_be_read() -
 
 
 def test_every_stage_runs_from_nothing(tmp_path: Path) -> None:
-    steps = [f"--{stage}_steps=2" for stage in ("autoencoder", "denoiser", "reader", "clip", "dino")]
-    sizes = ["--images=120", "--subjects=60", "--batch=2", "--device=cpu"]
+    steps = [f"--{stage}_steps=2" for stage in ("autoencoder", "denoiser", "flow", "reader", "clip", "dino")]
+    sizes = ["--images=120", "--subjects=60", "--batch=2", "--flow_batch=2", "--device=cpu"]
     folders = [f"--work_dir={tmp_path / 'work'}", f"--output_dir={tmp_path / 'weights'}"]
     pretrain.main([*steps, *sizes, *folders])
     weights = tmp_path / "weights"
@@ -80,9 +80,9 @@ def test_every_stage_runs_from_nothing(tmp_path: Path) -> None:
     from eval.encoders import encoder
     from singlora_diffusion import models
 
-    family = models.load(str(weights / "pipeline"))
-    picture = family.sample(["a red dog"], [0], steps=2)[0]
-    assert picture.size == (64, 64)
+    for name in pretrain.HINTS:
+        picture = models.sample(models.load(str(weights / name)), ["a red dog"], [0], steps=2)[0]
+        assert picture.size == (64, 64)
     for role in ("clip", "dino"):
         made = encoder("toyworld", role, str(weights / role))  # type: ignore[arg-type]
         assert np.linalg.norm(made.images([picture]), axis=1) == pytest.approx(1, abs=1e-5)

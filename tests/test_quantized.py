@@ -9,12 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from singlora_diffusion import adapters, models
 from singlora_diffusion.adapters.config import AdapterConfig
 from singlora_diffusion.errors import UserError
 from singlora_diffusion.models import quantized
+from singlora_diffusion.sampling.generate import generate
+from singlora_diffusion.sampling.settings import GenerateSettings
+from singlora_diffusion.settings import build
+from singlora_diffusion.training.loop import run
+from singlora_diffusion.training.recipe import Recipe
 
 pytest.importorskip("bitsandbytes", reason='pip install "singlora-diffusion[quantize]"')
 pytest.importorskip("torchao", reason='pip install "singlora-diffusion[quantize]"')
@@ -77,13 +83,47 @@ def test_text_encoders(name: str, tiny_flux: Path, tiny_flux2: Path) -> None:
     assert family.encode_prompts(["a dog"])["text"].isfinite().all()
     klein: Any = models.load(str(tiny_flux2), quantization=name)
     assert quantized.is_quantized(klein.text_encoder.model.layers[0].self_attn.q_proj)
-    assert len(klein.sample(["a dog"], [0], steps=1)) == 1
+    assert len(models.sample(klein, ["a dog"], [0], steps=1)) == 1
 
 
 def test_a_missing_library_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> None:
-    monkeypatch.setitem(quantized.QUANTIZATIONS, "nf4", quantized.Quantization("no_such_library", lambda *_: None))
+    monkeypatch.setitem(quantized.QUANTIZATIONS, "nf4", quantized.Quantization("no_such_library", 1, lambda *_: None))
     with pytest.raises(
         UserError, match=r"--quantize nf4 needs no_such_library.*singlora-diffusion\[quantize\]"
     ) as told:
         models.load(str(tiny_model), quantization="nf4")
     assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_commands(name: str, tiny_flux: Path, tmp_path: Path) -> None:
+    """Trained on a packed base, the adapter is one of the base itself."""
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "one.png")
+    recipe = build(
+        Recipe,
+        instance_data_dir=tmp_path,
+        instance_prompt="a photo of sks dog",
+        pretrained_model_name_or_path=str(tiny_flux),
+        quantize=name,
+        max_train_steps=2,
+        train_batch_size=1,
+        validation_steps=0,
+        device="cpu",
+        report_to="none",
+        output_dir=tmp_path / "run",
+    )
+    (*_, saved) = run(recipe)
+    for other in (None, name):
+        lines = generate(
+            build(
+                GenerateSettings,
+                adapter=(saved.path,),
+                prompt=("a dog",),
+                seeds="0",
+                quantize=other,
+                num_inference_steps=1,
+                device="cpu",
+                output_dir=tmp_path / f"images-{other}",
+            )
+        )
+        assert len(lines) == 1

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import browser
 import numpy as np
 import pytest
 from PIL import Image
@@ -357,9 +357,6 @@ def test_a_name_that_is_too_long_is_one_line(runs: list[ImageSet], flag: str, tm
         program(*first, flag, "x" * 5000, "--output", str(tmp_path / "page.html"))
 
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
 def rich_page(folder: Path, columns: int = 5) -> str:
     """A page with all that one can hold, in names and words that do not break easily."""
     sets = []
@@ -382,33 +379,12 @@ def rich_page(folder: Path, columns: int = 5) -> str:
     return report.page("A_title_without_spaces_" * 3, sets, {"real images": real}, commands=commands, lead="word " * 40)
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+@browser.needed
 def test_the_page_fits_a_phone_and_a_large_screen(tmp_path: Path) -> None:
     """Frames as wide as the screens measure it: the page, and each of its sections, has nothing to scroll sideways."""
-    (tmp_path / "page.html").write_text(rich_page(tmp_path))
-    (tmp_path / "frames.html").write_text(
-        "".join(f'<iframe src="page.html" style="width:{w}px;height:900px;border:0"></iframe>' for w in WIDTHS)
-        + """<pre></pre><script>onload = () => document.querySelector("pre").textContent = JSON.stringify(
-            [...document.querySelectorAll("iframe")].map(frame => frame.contentDocument).map(page => [
-                page.documentElement.scrollWidth,
-                [...page.querySelectorAll("section")].filter(one => one.scrollWidth > one.clientWidth).length
-            ]))</script>"""
-    )
-    flags = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--hide-scrollbars",
-        "--allow-file-access-from-files",
-        "--dump-dom",
-    ]
-    profile = f"--user-data-dir={tmp_path / 'profile'}"
-    done = subprocess.run(
-        [str(CHROMIUM), *flags, profile, str(tmp_path / "frames.html")], capture_output=True, text=True, check=False
-    )
-    found = re.search(r"<pre>(.*)</pre>", done.stdout)
-    assert found is not None, done.stderr[-2000:]
-    assert json.loads(found[1]) == [[width, 0] for width in WIDTHS]
+    found = browser.seen(rich_page(tmp_path), WIDTHS, tmp_path)
+    assert [(one["width"], one["cut"]) for one in found] == [(width, []) for width in WIDTHS]
+    assert not any(one["broken"] or one["errors"] for one in found)
 
 
 def test_running_mean() -> None:

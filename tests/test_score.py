@@ -18,7 +18,8 @@ from PIL import Image
 
 from eval import encoders as encoders_module
 from eval import results
-from eval.encoders import ROLES, encoder
+from eval.encoder_table import ROLES
+from eval.encoders import encoder
 from eval.metrics import METRICS, Metric
 from eval.score import EncoderSources, ScoreSettings, run, score
 from singlora_diffusion.data import png

@@ -138,3 +138,34 @@ def test_a_flag_and_its_alias_have_one_value(words: str) -> None:
 def test_a_setting_may_be_said_twice() -> None:
     words = "--unet_lr 0.5 --learning_rate 0.5 --layers a --layers b"
     assert settings.parse(Rates, words.split(), "", "") == Rates(0.5, ("b",))  # of one flag the last value counts
+
+
+def test_unknown_flags_are_all_named_with_those_that_are_meant() -> None:
+    with pytest.raises(UserError) as error:
+        parse("--data", "x", "--rnk=3", "--no_overwrit", "--rank", "-1", "--zzz", "1", "2")
+    assert error.value.lines == (
+        "--rnk: do you mean --rank?",
+        "--no_overwrit: do you mean --no_overwrite?",
+        "--zzz: there is no such flag; --help lists them",
+    )
+
+
+def test_a_command_line_flag_by_flag() -> None:
+    words = ["x", "--rank", "-1", "--learning-rate=-1e-3", "--", "--scales"]
+    assert settings.grouped(words) == [
+        ("", ["x"]),
+        ("rank", ["--rank", "-1"]),
+        ("learning_rate", ["--learning-rate=-1e-3", "--"]),
+        ("scales", ["--scales"]),
+    ]
+    assert settings.grouped([]) == [] and settings.grouped(["--a"]) == [("a", ["--a"])]
+
+
+def test_flags_win_over_values_that_were_given_before() -> None:
+    given = {"data": Path("~/x"), "rank": 3, "alpha": None, "scales": (1.0, 2.0), "overwrite": False}
+    job = settings.parse(Job, ["--rank", "5", "--overwrite"], "job", "A job.", given)
+    assert job == Job(Path.home() / "x", Adapter(5, None), (1.0, 2.0), True)
+    with pytest.raises(SystemExit):
+        settings.parse(Job, ["--rank", "5"], "job", "A job.", {"alpha": 1.0})
+    with pytest.raises(UserError, match="--rank 0: must be at least 1"):
+        settings.parse(Job, [], "job", "A job.", {"data": Path("x"), "rank": 0})

@@ -8,7 +8,19 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from eval.statistics import compare, holm, sign_flip_p, smallest_detectable, studentised_bootstrap, t_interval, verdict
+from eval.statistics import (
+    Spread,
+    compare,
+    holm,
+    repeat_sd,
+    sign_flip_p,
+    smallest_detectable,
+    spread,
+    studentised_bootstrap,
+    subjects_needed,
+    t_interval,
+    verdict,
+)
 
 D = np.array([0.021, -0.004, 0.013, 0.008, 0.017, 0.002, -0.001, 0.011])
 
@@ -139,3 +151,26 @@ def test_smallest_detectable_difference() -> None:
     assert smallest_detectable(0.02, 30) == pytest.approx(0.0102, abs=1e-4)
     power = stats.nct.sf(stats.t.ppf(0.975, 29), 29, smallest_detectable(0.02, 30) / 0.02 * 30**0.5)
     assert power == pytest.approx(0.8, abs=0.03)
+
+
+def test_spread_of_a_table_is_the_analysis_of_variance() -> None:
+    rng = np.random.default_rng(0)
+    subjects, seeds = rng.normal(0, 0.3, size=(4000, 1)), rng.normal(0, 0.1, size=(4000, 3))
+    found = spread(subjects + seeds)
+    assert found.subject == pytest.approx(0.3, rel=0.05) and found.seed == pytest.approx(0.1, rel=0.05)
+    assert spread(seeds - seeds.mean(axis=1, keepdims=True)).subject == 0  # never below zero
+    assert spread(D[:, None]) == Spread(pytest.approx(D.std(ddof=1)), None)
+    assert spread([[0.1, 0.3]]) == Spread(None, pytest.approx(0.2 / 2**0.5))
+
+
+def test_subjects_needed_is_the_inverse_of_what_is_detectable() -> None:
+    n = subjects_needed(0.05, 0.02)
+    assert smallest_detectable(0.05, n) <= 0.02 < smallest_detectable(0.05, n - 1)
+    assert subjects_needed(1e-9, 0.02) == 6  # fewer cannot give a p below 0.05
+
+
+def test_two_runs_of_one_thing_show_its_noise() -> None:
+    rng = np.random.default_rng(0)
+    first, second = rng.normal(0.5, 0.04, size=(2, 20_000))
+    assert repeat_sd(first, second) == pytest.approx(0.04, rel=0.03)
+    assert repeat_sd([], []) is None

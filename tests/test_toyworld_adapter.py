@@ -48,7 +48,7 @@ def test_load_lora_weights_draws_our_picture(tmp_path: Path) -> None:
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.15)
     adapter.set_step(7)
     ours = picture(family.pipeline())
-    shown = np.asarray(family.sample([PROMPT], [SEED], steps=STEPS, guidance=7.5)[0])
+    shown = np.asarray(models.sample(family, [PROMPT], [SEED], steps=STEPS, guidance=7.5)[0])
     assert np.abs(shown / 255 - ours).max() <= 1 / 255  # what `generate` writes is this picture
     adapter.set_scale(0.5)
     half = picture(family.pipeline())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +17,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train_dreambooth
-from singlora_diffusion import formats
+from singlora_diffusion import formats, models
 from singlora_diffusion.errors import UserError
 from singlora_diffusion.settings import replaced
-from singlora_diffusion.training import checkpoint, loop, preparation, run_folder
+from singlora_diffusion.training import checkpoint, loop, preparation, resting, run_folder
 from singlora_diffusion.training.events import Remark
 from singlora_diffusion.training.recipe import Recipe
 
@@ -27,9 +29,32 @@ def rows(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
+def needs(package: str) -> Any:
+    return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"{package} is not installed")
+
+
+PRIOR = {"with_prior_preservation": True}
+
+
 @pytest.mark.numerical
-def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(recipe: Recipe, tmp_path: Path) -> None:
-    recipe = replaced(recipe, max_train_steps=6, checkpointing_steps=3, train_text_encoder=True, lr_scheduler="cosine")
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"lr_scheduler": "cosine"},
+        {"ema_decay": 0.9, "noise_offset": 0.1, "dora": True},
+        {**PRIOR, "num_class_images": 0, "min_timestep": 100, "max_timestep": 700},
+        {"optimizer": "adafactor", "lr_scheduler": "cosine_with_restarts", "lr_num_cycles": 2},
+        {"optimizer": "lion", "lr_scheduler": "polynomial", "lr_power": 2.0},
+        pytest.param({"optimizer": "prodigy", "learning_rate": 1.0}, marks=needs("prodigyopt")),
+        pytest.param({"optimizer": "schedule_free"}, marks=needs("schedulefree")),
+        pytest.param({"optimizer": "adamw8bit", "rank": 48}, marks=needs("bitsandbytes")),  # small tensors keep 32 bits
+    ],
+    ids=str,
+)
+def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(
+    recipe: Recipe, change: dict[str, object], tmp_path: Path
+) -> None:
+    recipe = replaced(recipe, max_train_steps=6, checkpointing_steps=3, train_text_encoder=True, **change)
     unbroken = load_file(train_dreambooth.main(recipe))
     cut = replaced(recipe, output_dir=tmp_path / "cut", resume_from_checkpoint="latest")
     shutil.copytree(recipe.output.output_dir / "checkpoint-3", cut.output.output_dir / "checkpoint-3")
@@ -37,6 +62,11 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(recipe: Recipe, tmp_pa
     resumed = load_file(train_dreambooth.main(cut))
     assert unbroken.keys() == resumed.keys() and len(unbroken) > 0
     assert all(torch.equal(unbroken[key], resumed[key]) for key in unbroken)
+    last = [
+        load_file(out / "checkpoint-6" / "optimizer.safetensors")
+        for out in (recipe.output.output_dir, cut.output.output_dir)
+    ]
+    assert last[0].keys() == last[1].keys() and all(torch.equal(last[0][key], last[1][key]) for key in last[0])
     losses = [row["loss"] for row in rows(recipe.output.output_dir)]
     assert [row["loss"] for row in rows(cut.output.output_dir)] == losses[3:]
 
@@ -131,7 +161,7 @@ def test_each_of_several_processes_takes_its_own_gpu(recipe: Recipe, named: str,
     class Accelerator(SimpleNamespace):
         num_processes, device = 2, torch.device("cuda:1")
 
-    def load(name: str, dtype: str, where: str) -> None:
+    def load(name: str, dtype: str, where: str, quantization: str | None) -> None:
         raise UserError(where)
 
     monkeypatch.setattr(preparation, "Accelerator", Accelerator)
@@ -207,3 +237,28 @@ def test_two_processes_train_the_same_weights_as_one(recipe: Recipe, tmp_path: P
     two = load_file(tmp_path / "two" / "adapter.safetensors")
     for key, tensor in one.items():
         torch.testing.assert_close(two[key], tensor, atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("tiny", ["tiny_model", "tiny_sdxl", "tiny_sd3", "tiny_flux", "tiny_flux2"])
+def test_encoders_leave_the_device_before_the_first_step(
+    recipe: Recipe, tiny: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On torch's meta device nothing computes: training does without them, and to the same bits."""
+    base = str(request.getfixturevalue(tiny))
+    recipe = replaced(recipe, pretrained_model_name_or_path=base, max_train_steps=2)
+    kept = load_file(train_dreambooth.main(recipe))
+    monkeypatch.setattr(resting, "ASIDE", "meta")
+    monkeypatch.setattr(resting.Resting, "end", lambda self: None)  # weights do not come back from there
+    released = load_file(train_dreambooth.main(replaced(recipe, output_dir=tmp_path / "released")))
+    assert kept.keys() == released.keys() and all(torch.equal(kept[key], released[key]) for key in kept)
+
+
+def test_encoders_come_back_for_previews_and_for_the_next_training(recipe: Recipe) -> None:
+    family = models.load(recipe.model.pretrained_model_name_or_path)
+    moves: list[str] = []
+    place = family.text_encoder.to
+    family.text_encoder.to = lambda where: moves.append(str(where)) or place(where)
+    for event in loop.run(replaced(recipe, validation_steps=3, num_validation_images=1), family=family):
+        moves.append(type(event).__name__)
+    told = [move for move in moves if move in ("cpu", "Started", "Step", "Preview", "Saved")]
+    assert told == ["cpu", "Started", "Step", "Step", "Step", "cpu", "cpu", "Preview", "Step", "Saved", "cpu"]

@@ -18,7 +18,7 @@ from singlora_diffusion.errors import UserError
 from singlora_diffusion.settings import as_json, replaced
 from singlora_diffusion.training import checkpoint, loop, run_folder
 from singlora_diffusion.training.events import Checkpoint, PutAway, Resumed
-from singlora_diffusion.training.recipe import Recipe
+from singlora_diffusion.training.recipe import Recipe, recorded
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +174,7 @@ def test_what_killed_writers_left_is_removed(recipe: Recipe) -> None:
     train_dreambooth.main(recipe)
     assert sorted(path.name for path in out(recipe).iterdir()) == [
         ".lock",
+        "README.md",
         "adapter.safetensors",
         "log.jsonl",
         "recipe.json",
@@ -275,7 +276,8 @@ def old_state(run: Recipe, step: int = 4) -> None:
     for path in run_folder.checkpoints(out(run)):
         if run_folder.step_of(path) != step:
             shutil.rmtree(path)
-    recipe = {**as_json(run), "targets": ["to_q", "to_k", "to_v", "to_out.0"], "text_targets": ["q_proj", "k_proj"]}
+    layers = {"targets": ["to_q", "to_k", "to_v", "to_out.0"], "text_targets": ["q_proj", "k_proj"]}
+    recipe = {**as_json(run), **layers, "mixed_precision": "no", "learning_rate": 1e-3}
     (out(run) / f"checkpoint-{step}" / "state.json").write_text(json.dumps({"step": step, "recipe": recipe}))
 
 
@@ -290,6 +292,19 @@ def test_checkpoints_of_older_versions_are_resumed_with_a_remark(
     resume(run, max_train_steps=5)
     assert "older version" in capsys.readouterr().out
     assert steps(run) == [1, 2, 3, 4, 5]
+
+
+def test_the_recipe_of_a_run_is_a_config_file(run: Recipe, tmp_path: Path) -> None:
+    from singlora_diffusion.training.command_line import Training, parse
+
+    file = out(run) / run_folder.RECIPE
+    words = ["--config", str(file), "--output_dir", str(out(run)), "--instance_data_dir", str(tmp_path / "images")]
+    again = parse(Training, words, "train", "").recipe
+    assert again == replaced(run, mixed_precision="no", learning_rate=1e-3) and recorded(again) == {
+        **json.loads(file.read_text()),
+        "output_dir": str(out(run)),
+        "instance_data_dir": str(tmp_path / "images"),
+    }
 
 
 def damage_optimizer(folder: Path) -> None:

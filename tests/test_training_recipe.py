@@ -61,7 +61,8 @@ def test_other_programs_names_set_the_same_fields() -> None:
         *[{"checkpoints_total_limit": value} for value in (-2, 0)],
         *[{"adam_beta1": 1.5}, {"adam_beta2": -1.0}, {"adam_epsilon": -1.0}, {"adam_epsilon": 0.0}],
         *[{name: 0} for name in ("max_train_steps", "train_batch_size", "gradient_accumulation_steps")],
-        *[{name: 0} for name in ("num_class_images", "sample_batch_size", "num_validation_images", "rank")],
+        *[{name: 0} for name in ("sample_batch_size", "num_validation_images", "rank")],
+        {"num_class_images": -1},
         *[{"rank": 10**9}, {"seed": 10**22}, {"max_train_steps": 10**20}, {"resolution": 100_000}, {"resolution": 4}],
     ],
     ids=str,
@@ -79,6 +80,7 @@ def test_values_out_of_range_are_named(change: dict[str, Any]) -> None:
         ({"text_targets": None}, "--text_targets: only with --train_text_encoder"),
         ({"class_data_dir": Path("c")}, "--class_data_dir: only with --with_prior_preservation"),
         ({"class_prompt": "a dog", "num_class_images": 3}, "class_prompt, --num_class_images: only with"),
+        ({"prior_loss_weight": 0.5}, "--prior_loss_weight: only with --with_prior_preservation"),
         ({"method": "lora", "ramp_steps": 20}, "ramp_steps is an option of singlora, not of lora"),
         ({"lr_scheduler": "polynomial", "learning_rate": 1e-7}, "learning_rate 1e-07: .* must begin above"),
         ({"lr_warmup_steps": 10}, "constant_with_warmup"),
@@ -101,7 +103,7 @@ def test_what_a_continuation_must_share() -> None:
     free = """
         instance_data_dir strict device class_data_dir sample_batch_size max_train_steps validation_prompt
         num_validation_images validation_steps output_dir checkpointing_steps checkpoints_total_limit
-        resume_from_checkpoint overwrite report_to
+        held_out_data_dir resume_from_checkpoint overwrite report_to portable push_to_hub hub_model_id
     """
     assert before.keys() - to_be_shared(PLAIN).keys() == {*free.split(), *adapter}
     assert recorded(replaced(PLAIN, overwrite=True)) == before == recorded(replaced(PLAIN, resume_from_checkpoint="x"))
@@ -115,3 +117,16 @@ def test_the_ramp_is_one_percent_of_the_steps_and_stays_when_a_run_goes_on_for_l
     assert adapter_config(replaced(PLAIN, method="lora")).ramp_steps is None
     assert adapter_config(replaced(PLAIN, train_text_encoder=True)).text_targets is None
     assert adapter_config(PLAIN).text_targets == ()
+
+
+@pytest.mark.parametrize(("suits", "precision"), [("float32", "no"), ("bfloat16", "bf16"), ("float16", "fp16")])
+def test_a_precision_that_is_not_named_is_the_machines(
+    suits: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from singlora_diffusion import device
+    from singlora_diffusion.training.preparation import on_this_machine
+
+    monkeypatch.setattr(device, "compute_dtype", lambda *_: suits)
+    here = replaced(PLAIN, device="cpu")
+    assert on_this_machine(here) == replaced(here, mixed_precision=precision)
+    assert on_this_machine(replaced(here, mixed_precision="bf16")).model.mixed_precision == "bf16"

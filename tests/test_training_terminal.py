@@ -73,7 +73,7 @@ def test_a_training_from_its_beginning_to_its_end() -> None:
     text, _ = said(
         Progress("encoding instance images", 0, 3),
         Progress("encoding instance images", 3, 3),
-        Loaded("toyworld", None, "singlora", 4, 56, 11_648, 64),
+        Loaded("toyworld", None, "singlora", 4, 56, 11_648, 64, "float32"),
         Started(2, 4),
         *steps,
         Checkpoint(Path("checkpoint-4"), 4),
@@ -81,5 +81,6 @@ def test_a_training_from_its_beginning_to_its_end() -> None:
         out=Path("run"),
     )
     assert "singlora rank 4 on 56 layers of toyworld: 11,648 trained parameters" in text
+    assert "400 steps of 4 images at 64 px, the base in float32" in text
     assert "3/3" in text and "4/4" in text
     assert text.splitlines()[-1].startswith("next: singlora generate --adapter run --prompts ")

@@ -39,7 +39,7 @@ class Adapter:
     Args:
         config: what it takes to make it again; targets and ramp resolved.
         adapted: the layers, network by network.
-        put_in: makes the networks answer with the deltas, and returns what takes them out again, exactly.
+        put_in: makes the networks compute with the deltas, and returns what takes them out again, exactly.
 
     Attributes:
         config: as given.

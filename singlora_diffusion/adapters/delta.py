@@ -22,7 +22,7 @@ class Factors(NamedTuple):
 class Delta(Protocol):
     """The update of one linear layer.
 
-    What this package trains itself is also an `nn.Module` whose `forward(base, x)` is what the adapted layer answers to
+    What this package trains itself is also an `nn.Module` whose `forward(base, x)` is the adapted layer's output for
     x (..., in): (..., out) in x.dtype.
     """
 
@@ -118,7 +118,7 @@ class LowRankDelta(nn.Module):
         return 1.0
 
     def forward(self, base: nn.Linear, x: Tensor) -> Tensor:
-        """What the adapted layer answers to x (..., in): base(x) + x dW^T, (..., out) in x.dtype."""
+        """Output of the adapted layer for x (..., in): base(x) + x dW^T, (..., out) in x.dtype."""
         if self.scale == 0.0:  # the sums of a layer with its update may come in another order
             return base(x)
         up, down = (factor.to(x.dtype) for factor in self.pair())

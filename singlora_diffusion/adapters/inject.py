@@ -107,7 +107,7 @@ def is_adapted(path: str, module: nn.Module) -> bool:
 
 
 def attach(network: nn.Module, deltas: Mapping[str, nn.Module]) -> Callable[[], None]:
-    """Make `network` answer with the deltas, given by the path of the layer each adapts.
+    """Make `network` compute with the deltas, given by the path of the layer each adapts.
 
     Returns the exact inverse: called, it leaves the very modules, keys and bits that were there before.
 

@@ -82,7 +82,7 @@ class SingLoRA(LowRankDelta):
         return math.sqrt(narrowest / self.A.shape[0]) if self.by_width and key == "A" else 1.0
 
     def forward(self, base: nn.Linear, x: Tensor) -> Tensor:
-        """What the adapted layer answers to x (..., in): base(x) + x dW^T, (..., out) in x.dtype."""
+        """Output of the adapted layer for x (..., in): base(x) + x dW^T, (..., out) in x.dtype."""
         if self.scale == 0.0:  # the fused sums may come in another order
             return base(x)
         if self.A0 is None and singlora_fused.applies(base, x):  # an offset must be exactly zero at the start

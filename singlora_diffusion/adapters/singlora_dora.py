@@ -70,7 +70,7 @@ class DoraSingLoRA(SingLoRA):
         if self.scale == 0.0:
             return base(x)
         ratio = self.magnitude / self.norm(dequantized(base))
-        # As a change of y, so that what has not moved yet answers exactly as the base does, whatever the dtype.
+        # As a change of y, so that what has not moved yet gives exactly what the base does, whatever the dtype.
         if self.A0 is None and self.scale == 1.0 and singlora_fused.applies(base, x):
             y = singlora_fused.adapted_linear(base, x, self.A, self._scaling())
             return torch.addcmul(y, (ratio - 1).to(x.dtype), y if base.bias is None else y - base.bias)

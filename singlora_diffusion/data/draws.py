@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..randomness import seeded
 
-INSTANCE, PRIOR = 0, 1  # two streams: images of the subject, images of its class
+INSTANCE, PRIOR, HELD_OUT = 0, 1, 2  # streams: images of the subject, of its class, and those not trained on
 
 
 class Draw(NamedTuple):
@@ -29,6 +29,8 @@ class Draw(NamedTuple):
     """(N,) float64 in [0, 1), for `Family.times`."""
     flip: Tensor
     """(N,) bool."""
+    offset: Tensor
+    """(N, C, 1, 1) float32, the same all over a channel."""
 
 
 def examples(seed: int, positions: Sequence[int], count: int, stream: int = INSTANCE) -> list[int]:
@@ -49,7 +51,7 @@ def draw(seed: int, positions: Sequence[int], shape: tuple[int, ...], stream: in
     Args:
         shape: of one latent, (C, h, w).
     """
-    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    parts: list[tuple[Tensor, ...]] = []
     for position in positions:
         generator = seeded(int(np.random.SeedSequence((seed, stream, position)).generate_state(1)[0]))
         parts.append(
@@ -58,6 +60,7 @@ def draw(seed: int, positions: Sequence[int], shape: tuple[int, ...], stream: in
                 torch.randn(shape, generator=generator),
                 torch.rand((), generator=generator, dtype=torch.float64),
                 torch.rand((), generator=generator) < 0.5,
+                torch.randn((shape[0], 1, 1), generator=generator),
             )
         )
     return Draw(*(torch.stack(column) for column in zip(*parts, strict=True)))

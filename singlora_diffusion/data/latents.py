@@ -62,13 +62,18 @@ def together(encoded: Sequence[EncodedImages]) -> EncodedImages:
     return EncodedImages(*(torch.cat(column) for column in zip(*encoded, strict=True)))
 
 
-def batch(data: EncodedImages, seed: int, positions: range, stream: int) -> Examples:
-    """The examples at these positions of a stream."""
+def batch(data: EncodedImages, seed: int, positions: range, stream: int, noise_offset: float = 0.0) -> Examples:
+    """The examples at these positions of a stream.
+
+    Args:
+        noise_offset: how much noise is added to a latent's channels as wholes.
+    """
     drawn = draws.draw(seed, positions, tuple(data.mean.shape[2:]), stream)
     chosen = draws.examples(seed, positions, len(data.mean), stream)
     view = drawn.flip.long() * (data.mean.shape[1] - 1)
     latents = data.mean[chosen, view] + data.std[chosen, view] * drawn.latent_noise
-    return Examples(latents, drawn.noise, drawn.quantile, data.original[chosen], data.crop[chosen])
+    noise = drawn.noise + noise_offset * drawn.offset if noise_offset else drawn.noise
+    return Examples(latents, noise, drawn.quantile, data.original[chosen], data.crop[chosen])
 
 
 def joined(parts: Sequence[Examples]) -> Examples:

@@ -154,9 +154,10 @@ def train(recipe: Recipe, folder: Path) -> bool:
 
 
 def _result_of(recipe: Recipe) -> dict[str, object]:
-    """The settings that the adapter follows from; where and how it is computed is not among them."""
+    """The settings that the adapter follows from; what is left to the machine, and where it is computed, is not."""
     steps = recipe.optimization.max_train_steps
-    return {**to_be_shared(recipe), **settings.as_json(recipe.adapter), "max_train_steps": steps}
+    named = {**to_be_shared(recipe), **settings.as_json(recipe.adapter), "max_train_steps": steps}
+    return {key: value for key, value in named.items() if key != "mixed_precision" or value is not None}
 
 
 def heading(console: Console, number: int, text: str) -> None:

@@ -44,7 +44,7 @@ class DemoSettings:
     seeds: str = "0-1"
     """One image per prompt and seed."""
     pretrained_model_name_or_path: str = "toyworld"
-    """The base model: `toyworld`, a diffusers folder, or a hub id."""
+    """The base model: `toyworld`, `toyworld-flow`, a diffusers folder, or a hub id."""
     clip: str | None = None
     """The CLIP encoder of the scores. None: toyworld's own."""
     dino: str | None = None

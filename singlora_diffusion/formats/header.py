@@ -44,7 +44,7 @@ class Header:
     base_hash: str = ""
     """The family's fingerprint of the base model."""
     prediction_type: str = ""
-    """What the base model's denoiser answers with, as its scheduler says: epsilon, v_prediction."""
+    """What the base model's denoiser predicts, as its scheduler says: epsilon, v_prediction."""
     instance_prompt: str = ""
     identifier: str = ""
     """The rare token, `sks`."""

@@ -109,7 +109,7 @@ def verify(path: Path, adapter: Adapter, stored: torch.dtype, whole: bool = True
 
 
 def _changes(layer: Any) -> bool:
-    """Whether an adapted linear layer answers otherwise than its base, which a pair of zeros does not."""
+    """Whether an adapted linear layer computes something else than its base, which a pair of zeros does not."""
     x = torch.randn(8, layer.in_features, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         return not torch.equal(layer(x), layer.base_layer(x))

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .family import Conditioning, Family
     from .hub import folder
     from .network import NetworkSpec
+    from .stock import sample
 
 _HOMES = {
     "FAMILIES": "families",
@@ -19,9 +20,10 @@ _HOMES = {
     "folder": "hub",
     "load": "families",
     "meta_networks": "families",
+    "sample": "stock",
 }
 
-__all__ = ["FAMILIES", "Conditioning", "Family", "NetworkSpec", "folder", "load", "meta_networks"]
+__all__ = ["FAMILIES", "Conditioning", "Family", "NetworkSpec", "folder", "load", "meta_networks", "sample"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Faster forms of a frozen network's layers on a CPU: the same weights and the same answers, to rounding.
+"""Faster forms of a frozen network's layers on a CPU: the same weights and the same results, to rounding.
 
 Two things cost more on a CPU than the arithmetic itself:
 
@@ -260,7 +260,7 @@ def _kept_as(narrow: torch.dtype) -> AbstractContextManager[None]:
 
 
 def _widened(attention: Any, narrow: torch.dtype) -> AttentionView:
-    """Queries, keys and values come out as float32, the answer goes in `narrow`."""
+    """Queries, keys and values come out as float32, the result goes in `narrow`."""
     wide: dict[str, Callable[[Tensor], Tensor]] = {
         "to_q": lambda x: attention.to_q(x).float(),
         "to_k": lambda x: attention.to_k(x).float(),

@@ -36,7 +36,7 @@ def load(name_or_path: str, dtype: str = "float32", device: str = "cpu", quantiz
     """Load a base model, frozen and in eval mode.
 
     Args:
-        name_or_path: `toyworld`, a diffusers folder, or a hub id.
+        name_or_path: `toyworld`, `toyworld-flow`, a diffusers folder, or a hub id.
         dtype: float32, bfloat16 or float16: what the frozen networks compute in.
         device: a torch device.
         quantization: how to pack the weights of the large networks, a name of `quantized.QUANTIZATIONS`; None: not at

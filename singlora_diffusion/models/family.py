@@ -58,18 +58,18 @@ class Geometry(NamedTuple):
 
 
 class Corrupted(NamedTuple):
-    """Latents with noise, and the answer wanted of the denoiser, both (N, C, h, w)."""
+    """Latents with noise, and what the denoiser is to predict from them, both (N, C, h, w)."""
 
     noisy: Tensor
     target: Tensor
 
 
 class NoiseProcess(Protocol):
-    """How a model is trained: from images to noise, the answers wanted on the way, and how they count."""
+    """How a model is trained: from images to noise, what is predicted on the way, and how they count."""
 
     @property
     def prediction_type(self) -> str:
-        """What the denoiser answers with: epsilon, v_prediction or flow."""
+        """What the denoiser predicts: epsilon, v_prediction or flow."""
         ...
 
     def times(self, quantiles: Tensor) -> Tensor:
@@ -84,11 +84,11 @@ class NoiseProcess(Protocol):
         ...
 
     def corrupt(self, latents: Tensor, noise: Tensor, times: Tensor) -> Corrupted:
-        """Mix noise into latents. Answering with `target` exactly would give the latents back."""
+        """Mix noise into latents. Predicting `target` exactly would give the latents back."""
         ...
 
-    def recover(self, noisy: Tensor, answer: Tensor, times: Tensor) -> Tensor:
-        """The latents that a denoiser's answer to noisy latents implies; the inverse of `corrupt`."""
+    def recover(self, noisy: Tensor, prediction: Tensor, times: Tensor) -> Tensor:
+        """The latents that a prediction for noisy latents implies; the inverse of `corrupt`."""
         ...
 
     def loss_weights(self, times: Tensor, snr_gamma: float | None) -> Tensor | None:
@@ -99,6 +99,18 @@ class NoiseProcess(Protocol):
         """
         ...
 
+    def varied(self, weighting: str | None, shift: float | None) -> NoiseProcess:
+        """The process with other times and weights than the model was trained with; None: as it was.
+
+        Args:
+            weighting: of `flow_matching.WEIGHTINGS`.
+            shift: of `flow_matching.levels`.
+
+        Raises:
+            UserError: the model is not trained by flow matching.
+        """
+        ...
+
 
 class Family(Protocol):
     """A loaded, frozen base model."""
@@ -106,11 +118,13 @@ class Family(Protocol):
     name: str
     """Of the family: `stable_diffusion`."""
     source: str
-    """What the user named: `toyworld`, a folder, a hub id."""
+    """What the user named: a packaged model, a folder, a hub id."""
     fingerprint: str
     """sha256 of samples of the denoiser's weight files (`parts.fingerprint`)."""
     networks: dict[str, NetworkSpec]
     """What can be adapted, by name, the denoiser first."""
+    vae: Any
+    """The autoencoder, in float32."""
     device: torch.device
     dtype: torch.dtype
     resolution: int
@@ -123,6 +137,8 @@ class Family(Protocol):
     """The guidance scale that the model likes."""
     steps: int
     """The number of sampling steps that it likes."""
+    learning_rate: float
+    """Peak rate that is usual for adapters of it."""
     scheduler: Any
     """The model's own sampling scheduler."""
     schedulers: Mapping[str, Any]
@@ -130,7 +146,7 @@ class Family(Protocol):
     prompt_set: str | None
     """Name of the bundled prompt set that the model gives for itself."""
     noise_process: NoiseProcess
-    """How images become noise in training, and what the denoiser answers."""
+    """How images become noise in training, and what the denoiser predicts."""
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """What the text encoders say of N prompts; differentiable."""
@@ -149,29 +165,27 @@ class Family(Protocol):
         ...
 
     def denoise(self, noisy: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
-        """The denoiser's answer (N, C, h, w) to noisy latents, in its dtype."""
+        """The denoiser's prediction (N, C, h, w) for noisy latents, in its dtype."""
         ...
 
     def pipeline(self, scheduler: str | None = None) -> Any:
         """A stock diffusers pipeline around the same modules; `scheduler` None keeps the model's own scheduler."""
         ...
 
-    def sample(
-        self,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        *,
-        steps: int | None = None,
-        guidance: float | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        negative_prompt: str = "",
-        scheduler: str | None = None,
-    ) -> list[Image.Image]:
-        """One image per prompt and seed. Each has its own generator, so it depends on its batch to rounding only.
+    def encode_negative(self, prompt: str) -> Conditioning | None:
+        """What guidance leads away from: one negative prompt, which may be empty; None: the model is not guided so.
 
-        None stands for what the model likes: `steps`, `guidance`, `resolution`.
+        Raises:
+            UserError: there is one, and the model takes none.
         """
+        ...
+
+    def embeddings(self, conditioning: Conditioning, negative: Conditioning | None) -> dict[str, Any]:
+        """Encoded prompts, and as many negative ones, as keyword arguments of the stock pipeline."""
+        ...
+
+    def decode(self, latents: Tensor, height: int, width: int) -> list[Image.Image]:
+        """Images of so many pixels from what the stock pipeline gives out as latents."""
         ...
 
 

@@ -14,13 +14,46 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from ..errors import UserError
-from ..randomness import seeded
-from . import autoencoder, flow_matching, network, parts
-from .family import Conditioning, Geometry, Latents, NoiseProcess, check_sides
-from .network import Part
+from . import autoencoder, flow_matching, network, parts, stock
+from .family import Conditioning, Geometry, Latents, NoiseProcess
+from .network import NetworkSpec, Part
+
+
+def transformer(name: str, module: nn.Module) -> NetworkSpec:
+    """A diffusers FluxTransformer2DModel.
+
+    `attention+mlp` are the targets of diffusers' train_dreambooth_lora_flux.py.
+    """
+    return NetworkSpec(
+        name,
+        module,
+        "denoiser",
+        network.JOINT_ATTENTION,
+        presets={"attention": network.JOINT_ATTENTION, "attention+mlp": (*network.JOINT_ATTENTION, *network.JOINT_MLP)},
+        prefixes={"kohya": "lora_unet"},
+        sample_inputs=lambda: transformer_inputs(module),
+    )
+
+
+def transformer_inputs(module: nn.Module) -> dict[str, Any]:
+    """A batch of two images of 2 x 3 patches with five tokens of text."""
+    config: Any = module.config
+    draw, device = network.normal(module), next(module.parameters()).device
+    inputs: dict[str, Any] = {
+        "hidden_states": draw(2, 6, config.in_channels),
+        "encoder_hidden_states": draw(2, 5, config.joint_attention_dim),
+        "pooled_projections": draw(2, config.pooled_projection_dim),
+        "timestep": torch.tensor([0.3, 0.8], device=device),
+        "img_ids": image_ids(2, 3).to(device),
+        "txt_ids": torch.zeros(5, 3, device=device),
+    }
+    if config.guidance_embeds:
+        inputs["guidance"] = torch.ones(2, device=device)
+    return inputs
+
 
 NETWORKS = {  # kohya's tools call T5 the third text encoder in every family
-    "transformer": Part(FluxTransformer2DModel, network.flux_transformer, large=True),
+    "transformer": Part(FluxTransformer2DModel, transformer, large=True),
     "text_encoder": Part(CLIPTextModel, partial(network.clip_text_encoder, prefix="lora_te1")),
     "text_encoder_2": Part(T5EncoderModel, partial(network.t5_encoder, prefix="lora_te3"), large=True),
 }
@@ -66,6 +99,7 @@ class Flux:
         self.guidance = float(hints.get("guidance_scale", 3.5 if self.guided else 0.0))
         self.steps = 28 if self.guided else 4
         self.prompt_length = min(tokenizer_2.model_max_length, 512 if self.guided else 256)
+        self.learning_rate = float(hints.get("learning_rate", 1e-4))  # diffusers' script
         self.prompt_set: str | None = hints.get("prompts")
 
     def encode_images(self, pixels: Tensor) -> Latents:
@@ -89,7 +123,7 @@ class Flux:
     def denoise(self, noisy: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
         height, width = noisy.shape[2:]
         text = conditioning["text"].to(self.dtype)
-        answer = self.transformer(
+        prediction = self.transformer(
             hidden_states=pack(noisy).to(self.dtype),
             timestep=times,  # a noise level: diffusers' timestep / 1000
             guidance=torch.ones(len(noisy), device=noisy.device) if self.guided else None,
@@ -98,55 +132,35 @@ class Flux:
             txt_ids=torch.zeros(text.shape[1], 3, device=noisy.device, dtype=self.dtype),
             img_ids=image_ids(height // PATCH, width // PATCH).to(noisy.device, self.dtype),
         ).sample
-        return unpack(answer, height, width)
+        return unpack(prediction, height, width)
 
     def pipeline(self, scheduler: str | None = None) -> FluxPipeline:
         """The autoencoder is in float32: with the others in half precision, ask it for `output_type="latent"`."""
-        pipe = FluxPipeline(
-            scheduler=parts.chosen_scheduler(self.scheduler, self.schedulers, scheduler),
-            vae=self.vae,
+        return stock.pipeline(
+            FluxPipeline,
+            self,
+            scheduler,
             text_encoder=self.text_encoder,
             tokenizer=self.tokenizer,
             text_encoder_2=self.text_encoder_2,
             tokenizer_2=self.tokenizer_2,
             transformer=self.transformer,
         )
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
 
-    @torch.no_grad()
-    def sample(
-        self,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        *,
-        steps: int | None = None,
-        guidance: float | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        negative_prompt: str = "",
-        scheduler: str | None = None,
-    ) -> list[Image.Image]:
-        """`guidance` is what the model is told; schnell takes none.
-
-        Raises:
-            UserError: a negative prompt, which only guidance by two answers could use.
+    def encode_negative(self, prompt: str) -> None:
         """
-        if negative_prompt:
+        Raises:
+            UserError: there is one, which only guidance by two predictions could use.
+        """
+        if prompt:
             raise UserError(f"--negative_prompt: {self.source} is a FLUX.1 model, which takes none: leave it out")
-        height, width = check_sides(self, height, width)
-        tokens = self.pipeline(scheduler)(
-            list(prompts),
-            num_inference_steps=self.steps if steps is None else steps,
-            guidance_scale=self.guidance if guidance is None else guidance,
-            height=height,
-            width=width,
-            generator=[seeded(seed) for _, seed in zip(prompts, seeds, strict=True)],
-            max_sequence_length=self.prompt_length,
-            output_type="latent",
-        ).images
+
+    def embeddings(self, conditioning: Conditioning, negative: Conditioning | None) -> dict[str, Any]:
+        return {"prompt_embeds": conditioning["text"], "pooled_prompt_embeds": conditioning["pooled"]}
+
+    def decode(self, latents: Tensor, height: int, width: int) -> list[Image.Image]:
         downsampling = autoencoder.downsampling(self.vae)
-        return autoencoder.decode(self.vae, unpack(tokens, height // downsampling, width // downsampling))
+        return autoencoder.decode(self.vae, unpack(latents, height // downsampling, width // downsampling))
 
 
 def pack(latents: Tensor) -> Tensor:

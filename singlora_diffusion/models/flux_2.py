@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from transformers import Qwen2TokenizerFast, Qwen3ForCausalLM
 
 from ..errors import UserError
-from ..randomness import seeded
-from . import autoencoder, flow_matching, network, parts
-from .family import Conditioning, Geometry, Latents, NoiseProcess, check_sides
+from . import autoencoder, flow_matching, network, parts, stock
+from .family import Conditioning, Geometry, Latents, NoiseProcess
 from .network import NetworkSpec, Part
 
 ATTENTION = (*network.ATTENTION, "to_qkv_mlp_proj", "attn.to_out")
@@ -119,6 +118,7 @@ class Flux2Klein:
         self.guidance = float(hints.get("guidance_scale", 1.0 if distilled else 4.0))
         self.steps = 4 if distilled else 50
         self.prompt_length = min(PROMPT_LENGTH, tokenizer.model_max_length)
+        self.learning_rate = float(hints.get("learning_rate", 1e-4))  # diffusers' script
         self.prompt_set: str | None = hints.get("prompts")
 
     def encode_images(self, pixels: Tensor) -> Latents:
@@ -182,48 +182,31 @@ class Flux2Klein:
 
     def pipeline(self, scheduler: str | None = None) -> Flux2KleinPipeline:
         """The autoencoder is in float32: with the others in half precision, ask it for `output_type="latent"`."""
-        pipe = Flux2KleinPipeline(
-            scheduler=parts.chosen_scheduler(self.scheduler, self.schedulers, scheduler),
-            vae=self.vae,
+        return stock.pipeline(
+            Flux2KleinPipeline,
+            self,
+            scheduler,
             text_encoder=self.text_encoder,
             tokenizer=self.tokenizer,
             transformer=self.transformer,
             is_distilled=self.distilled,
         )
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
 
-    @torch.no_grad()
-    def sample(
-        self,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        *,
-        steps: int | None = None,
-        guidance: float | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        negative_prompt: str = "",
-        scheduler: str | None = None,
-    ) -> list[Image.Image]:
+    def encode_negative(self, prompt: str) -> Conditioning:
         """
         Raises:
-            UserError: a negative prompt for a distilled model, which is not guided.
+            UserError: there is one for a distilled model, which is not guided.
         """
-        if negative_prompt and self.distilled:
+        if prompt and self.distilled:
             raise UserError(f"--negative_prompt: {self.source} is distilled and takes none: leave it out")
-        height, width = check_sides(self, height, width)
-        latents = self.pipeline(scheduler)(
-            prompt=list(prompts),
-            negative_prompt_embeds=self.encode_prompts([negative_prompt] * len(prompts))["text"],
-            num_inference_steps=self.steps if steps is None else steps,
-            guidance_scale=self.guidance if guidance is None else guidance,
-            height=height,
-            width=width,
-            generator=[seeded(seed) for _, seed in zip(prompts, seeds, strict=True)],
-            max_sequence_length=self.prompt_length,
-            output_type="latent",  # as the autoencoder decodes them: the pipeline undoes the normalization
-        ).images
+        return self.encode_prompts([prompt])
+
+    def embeddings(self, conditioning: Conditioning, negative: Conditioning | None) -> dict[str, Any]:
+        assert negative is not None
+        return {"prompt_embeds": conditioning["text"], "negative_prompt_embeds": negative["text"]}
+
+    def decode(self, latents: Tensor, height: int, width: int) -> list[Image.Image]:
+        """The stock pipeline has undone the patches and the normalization."""
         return autoencoder.to_images(self.vae, latents)
 
 

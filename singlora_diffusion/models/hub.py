@@ -1,6 +1,6 @@
 """Where a model's files are: in the package, in a folder, in the hub's local cache, or on the hub, asked in this order.
 
-A name is `toyworld`, a path, or a hub id of the form owner/name. Files are safetensors, JSON and text.
+A name is one of `PACKAGED`, a path, or a hub id of the form owner/name. Files are safetensors, JSON and text.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from ..errors import UserError
 from ..terminal import escaped
 
 WEIGHTS = Path(__file__).parent.parent / "toyworld" / "weights"
-"""Of the packaged models: `pipeline`, and the encoders `clip`, `dino`."""
-TOYWORLD = WEIGHTS / "pipeline"
+"""Of the packaged models, and of the encoders `clip`, `dino`."""
+PACKAGED = {"toyworld": WEIGHTS / "pipeline", "toyworld-flow": WEIGHTS / "pipeline-flow"}
+"""The models that come with the package, by name: a Stable Diffusion and a Stable Diffusion 3."""
 
 INDEX = "model_index.json"
 INSTEAD = "check the id and the network, or give a local folder"
@@ -104,10 +105,11 @@ def _here(name_or_path: str) -> Path | None:
     Raises:
         UserError: a path to nothing.
     """
-    if name_or_path == "toyworld":
-        if not TOYWORLD.is_dir():
-            raise UserError(f"the packaged model toyworld is not at {TOYWORLD}: install the package again")
-        return TOYWORLD
+    if name_or_path in PACKAGED:
+        packaged = PACKAGED[name_or_path]
+        if not packaged.is_dir():
+            raise UserError(f"the packaged model {name_or_path} is not at {packaged}: install the package again")
+        return packaged
     path = Path(name_or_path).expanduser()
     if os.path.isdir(path):  # unlike Path.is_dir, False for a name that is too long
         return path
@@ -117,7 +119,8 @@ def _here(name_or_path: str) -> Path | None:
             f"{shown} is a file; give a diffusers folder (convert a single checkpoint with diffusers first)"
         )
     if not is_hub_id(name_or_path):
-        raise UserError(f"no model at {shown}: give `toyworld`, a diffusers folder or a hub id like owner/name")
+        names = ", ".join(f"`{name}`" for name in PACKAGED)
+        raise UserError(f"no model at {shown}: give {names}, a diffusers folder or a hub id like owner/name")
     return None
 
 

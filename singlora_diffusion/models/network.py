@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 Role = Literal["denoiser", "text"]
+TEXT = "text_encoder"
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 JOINT_ATTENTION = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 """Of transformers that attend to image and text together: each has projections of its own."""
@@ -80,13 +81,22 @@ Networks = Mapping[str, "NetworkSpec | nn.Module"]
 
 def specs(networks: Networks) -> dict[str, NetworkSpec]:
     """Networks by name, each with its spec: a bare module gets the one that goes by its name and class."""
-    return {name: one if isinstance(one, NetworkSpec) else bare(name, one) for name, one in networks.items()}
+    texts = [name for name in networks if name.startswith(TEXT)]
+    prefixes = {name: f"lora_te{number}" if len(texts) > 1 else "lora_te" for number, name in enumerate(texts, 1)}
+    return {
+        name: one if isinstance(one, NetworkSpec) else bare(name, one, prefixes.get(name, name))
+        for name, one in networks.items()
+    }
 
 
-def bare(name: str, module: nn.Module) -> NetworkSpec:
-    """The spec of a module that comes without one: a diffusers UNet, a CLIP text encoder, or any other network."""
-    if name.startswith("text_encoder"):
-        return clip_text_encoder(name, module)
+def bare(name: str, module: nn.Module, prefix: str = "lora_te") -> NetworkSpec:
+    """The spec of a module that comes without one: a diffusers UNet, a CLIP text encoder, or any other network.
+
+    Args:
+        prefix: of a text encoder's layers in kohya's form.
+    """
+    if name.startswith(TEXT):
+        return clip_text_encoder(name, module, prefix)
     if hasattr(getattr(module, "config", None), "cross_attention_dim"):
         return unet(name, module)
     return NetworkSpec(name, module, "denoiser", ATTENTION)
@@ -102,44 +112,6 @@ def unet(name: str, module: nn.Module) -> NetworkSpec:
         presets={"attention": ATTENTION, "attention+mlp": (*ATTENTION, *MLP)},
         prefixes={"kohya": "lora_unet"},
         sample_inputs=lambda: unet_inputs(module),
-    )
-
-
-def flux_transformer(name: str, module: nn.Module) -> NetworkSpec:
-    """A diffusers FluxTransformer2DModel.
-
-    `attention+mlp` are the targets of diffusers' train_dreambooth_lora_flux.py.
-    """
-    return NetworkSpec(
-        name,
-        module,
-        "denoiser",
-        JOINT_ATTENTION,
-        presets={"attention": JOINT_ATTENTION, "attention+mlp": (*JOINT_ATTENTION, *JOINT_MLP)},
-        prefixes={"kohya": "lora_unet"},
-        sample_inputs=lambda: flux_inputs(module),
-    )
-
-
-def sd3_transformer(name: str, module: nn.Module) -> NetworkSpec:
-    """A diffusers SD3Transformer2DModel.
-
-    `attention` are the targets of diffusers' train_dreambooth_lora_sd3.py. They leave out `attn2`, the second
-    attention of some blocks of Stable Diffusion 3.5 medium; `attention+attn2` takes it in.
-    """
-    attention = tuple(f"attn.{projection}" for projection in JOINT_ATTENTION)
-    return NetworkSpec(
-        name,
-        module,
-        "denoiser",
-        attention,
-        presets={
-            "attention": attention,
-            "attention+attn2": JOINT_ATTENTION,
-            "attention+mlp": (*attention, *JOINT_MLP),
-        },
-        prefixes={"kohya": "lora_unet"},
-        sample_inputs=lambda: sd3_inputs(module),
     )
 
 
@@ -186,35 +158,6 @@ def unet_inputs(module: nn.Module) -> dict[str, Any]:
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         inputs["added_cond_kwargs"] = {"text_embeds": draw(2, pooled), "time_ids": draw(2, 6).abs()}
     return inputs
-
-
-def flux_inputs(module: nn.Module) -> dict[str, Any]:
-    """A batch of two images of 2 x 3 patches with five tokens of text, as a FluxTransformer2DModel takes them."""
-    config: Any = module.config
-    draw, device = normal(module), next(module.parameters()).device
-    inputs: dict[str, Any] = {
-        "hidden_states": draw(2, 6, config.in_channels),
-        "encoder_hidden_states": draw(2, 5, config.joint_attention_dim),
-        "pooled_projections": draw(2, config.pooled_projection_dim),
-        "timestep": torch.tensor([0.3, 0.8], device=device),
-        "img_ids": torch.cartesian_prod(torch.zeros(1), torch.arange(2.0), torch.arange(3.0)).to(device),
-        "txt_ids": torch.zeros(5, 3, device=device),
-    }
-    if config.guidance_embeds:
-        inputs["guidance"] = torch.ones(2, device=device)
-    return inputs
-
-
-def sd3_inputs(module: nn.Module) -> dict[str, Any]:
-    """A batch of two images of 2 x 3 patches with five tokens of text, as an SD3Transformer2DModel takes them."""
-    config: Any = module.config
-    draw = normal(module)
-    return {
-        "hidden_states": draw(2, config.in_channels, 2 * config.patch_size, 3 * config.patch_size),
-        "encoder_hidden_states": draw(2, 5, config.joint_attention_dim),
-        "pooled_projections": draw(2, config.pooled_projection_dim),
-        "timestep": torch.tensor([300.0, 800.0], device=next(module.parameters()).device),
-    }
 
 
 def text_inputs(module: nn.Module) -> dict[str, Any]:

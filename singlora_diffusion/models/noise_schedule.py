@@ -1,6 +1,6 @@
 """Diffusion in discrete time: x_t = sqrt(a_t) x0 + sqrt(1 - a_t) noise (arXiv 2006.11239).
 
-The a_t are the `alphas_cumprod` of a DDPMScheduler. Times are integer timesteps. The answer wanted is the noise or,
+The a_t are the `alphas_cumprod` of a DDPMScheduler. Times are integer timesteps. What is predicted is the noise or,
 where the schedule says so, the velocity sqrt(a_t) noise - sqrt(1 - a_t) x0 (arXiv 2202.00512).
 """
 
@@ -12,6 +12,7 @@ from typing import Any
 from diffusers import DDPMScheduler
 from torch import Tensor
 
+from ..errors import UserError
 from .family import Corrupted
 
 PREDICTIONS = ("epsilon", "v_prediction")
@@ -31,11 +32,11 @@ class NoiseSchedule:
         target = self.scheduler.get_velocity(latents, noise, times) if self._velocity else noise
         return Corrupted(self.scheduler.add_noise(latents, noise, times), target)
 
-    def recover(self, noisy: Tensor, answer: Tensor, times: Tensor) -> Tensor:
+    def recover(self, noisy: Tensor, prediction: Tensor, times: Tensor) -> Tensor:
         alphas = self._alphas(times).reshape(-1, 1, 1, 1)
         if self._velocity:
-            return alphas.sqrt() * noisy - (1 - alphas).sqrt() * answer
-        return (noisy - (1 - alphas).sqrt() * answer) / alphas.sqrt()
+            return alphas.sqrt() * noisy - (1 - alphas).sqrt() * prediction
+        return (noisy - (1 - alphas).sqrt() * prediction) / alphas.sqrt()
 
     def loss_weights(self, times: Tensor, snr_gamma: float | None) -> Tensor | None:
         """min(SNR, gamma) / SNR for noise, / (SNR + 1) for velocity prediction (arXiv 2303.09556)."""
@@ -44,6 +45,14 @@ class NoiseSchedule:
         alphas = self._alphas(times)
         snr = alphas / (1 - alphas)
         return snr.clamp(max=snr_gamma) / (snr + 1 if self._velocity else snr)
+
+    def varied(self, weighting: str | None, shift: float | None) -> NoiseSchedule:
+        for flag, value in {"--weighting_scheme": weighting, "--timestep_shift": shift}.items():
+            if value is not None:
+                raise UserError(
+                    f"{flag} is for models trained by flow matching, not for diffusion models: leave it out"
+                )
+        return self
 
     @property
     def prediction_type(self) -> str:
@@ -61,7 +70,7 @@ def of(scheduler: Any) -> NoiseSchedule:
     """The noise schedule that a model was trained with, from its sampling scheduler.
 
     Raises:
-        ValueError: it was trained to answer with something else.
+        ValueError: it was trained to predict something else.
     """
     kind = scheduler.config.get("prediction_type", "epsilon")
     if kind not in PREDICTIONS:

@@ -58,7 +58,10 @@ def index(path: Path) -> dict[str, Any]:
 
 
 def hints(path: Path) -> dict[str, Any]:
-    """What the folder's singlora.json says about how the model likes to be used: guidance_scale, prompts."""
+    """What the folder's singlora.json says about how the model likes to be used.
+
+    guidance_scale, learning_rate, prompts, and t5_length: how many zeros stand for an absent T5's hidden states.
+    """
     file = path / "singlora.json"
     return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
 

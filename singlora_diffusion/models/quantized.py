@@ -17,9 +17,11 @@ from ..errors import UserError
 
 
 class Quantization(NamedTuple):
-    """A way to pack a weight: the library, and a function of a linear layer and a device to a packed layer there."""
+    """A way to pack a weight: the library, what a number takes, and a function of a linear layer and a device to a
+    packed layer there."""
 
     library: str
+    bytes: float
     pack: Callable[[nn.Linear, str], nn.Linear]
 
 
@@ -44,8 +46,8 @@ def _int8(layer: nn.Linear, device: str) -> nn.Linear:
 
 
 QUANTIZATIONS: Mapping[str, Quantization] = {
-    "nf4": Quantization("bitsandbytes", _nf4),
-    "int8": Quantization("torchao", _int8),
+    "nf4": Quantization("bitsandbytes", 0.5, _nf4),
+    "int8": Quantization("torchao", 1, _int8),
 }
 """By the names that `--quantize` takes."""
 

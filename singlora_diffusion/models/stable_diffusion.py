@@ -20,9 +20,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from ..randomness import seeded
-from . import autoencoder, network, noise_schedule, parts
-from .family import Conditioning, Geometry, Latents, NoiseProcess, check_sides
+from . import autoencoder, network, noise_schedule, parts, stock
+from .family import Conditioning, Geometry, Latents, NoiseProcess
 from .network import Part
 
 NETWORKS = {
@@ -62,6 +61,7 @@ class StableDiffusion:
         self.device, self.dtype = unet.device, unet.dtype
         self.guidance = float(hints.get("guidance_scale", 7.5))
         self.steps = 25
+        self.learning_rate = float(hints.get("learning_rate", 1e-3))  # arXiv 2507.05566, section 6.2
         self.prompt_set: str | None = hints.get("prompts")
 
     def encode_images(self, pixels: Tensor) -> Latents:
@@ -84,43 +84,26 @@ class StableDiffusion:
 
     def pipeline(self, scheduler: str | None = None) -> StableDiffusionPipeline:
         """The autoencoder is in float32: with the others in half precision, ask it for `output_type="latent"`."""
-        pipe = StableDiffusionPipeline(
-            vae=self.vae,
+        return stock.pipeline(
+            StableDiffusionPipeline,
+            self,
+            scheduler,
             text_encoder=self.text_encoder,
             tokenizer=self.tokenizer,
             unet=self.unet,
-            scheduler=parts.chosen_scheduler(self.scheduler, self.schedulers, scheduler),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
         )
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
 
-    @torch.no_grad()
-    def sample(
-        self,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        *,
-        steps: int | None = None,
-        guidance: float | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        negative_prompt: str = "",
-        scheduler: str | None = None,
-    ) -> list[Image.Image]:
-        height, width = check_sides(self, height, width)
-        latents = self.pipeline(scheduler)(
-            list(prompts),
-            num_inference_steps=self.steps if steps is None else steps,
-            guidance_scale=self.guidance if guidance is None else guidance,
-            height=height,
-            width=width,
-            negative_prompt=[negative_prompt] * len(prompts),
-            generator=[seeded(seed) for _, seed in zip(prompts, seeds, strict=True)],
-            output_type="latent",
-        ).images
+    def encode_negative(self, prompt: str) -> Conditioning:
+        return self.encode_prompts([prompt])
+
+    def embeddings(self, conditioning: Conditioning, negative: Conditioning | None) -> dict[str, Any]:
+        assert negative is not None
+        return {"prompt_embeds": conditioning["text"], "negative_prompt_embeds": negative["text"]}
+
+    def decode(self, latents: Tensor, height: int, width: int) -> list[Image.Image]:
         return autoencoder.decode(self.vae, latents)
 
 

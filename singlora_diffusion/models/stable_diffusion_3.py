@@ -13,13 +13,47 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from ..randomness import seeded
-from . import autoencoder, flow_matching, network, parts
-from .family import Conditioning, Geometry, Latents, NoiseProcess, check_sides
-from .network import Part
+from . import autoencoder, flow_matching, network, parts, stock
+from .family import Conditioning, Geometry, Latents, NoiseProcess
+from .network import NetworkSpec, Part
+
+
+def transformer(name: str, module: nn.Module) -> NetworkSpec:
+    """A diffusers SD3Transformer2DModel.
+
+    `attention` are the targets of diffusers' train_dreambooth_lora_sd3.py. They leave out `attn2`, the second
+    attention of some blocks of Stable Diffusion 3.5 medium; `attention+attn2` takes it in.
+    """
+    attention = tuple(f"attn.{projection}" for projection in network.JOINT_ATTENTION)
+    return NetworkSpec(
+        name,
+        module,
+        "denoiser",
+        attention,
+        presets={
+            "attention": attention,
+            "attention+attn2": network.JOINT_ATTENTION,
+            "attention+mlp": (*attention, *network.JOINT_MLP),
+        },
+        prefixes={"kohya": "lora_unet"},
+        sample_inputs=lambda: transformer_inputs(module),
+    )
+
+
+def transformer_inputs(module: nn.Module) -> dict[str, Any]:
+    """A batch of two images of 2 x 3 patches with five tokens of text."""
+    config: Any = module.config
+    draw = network.normal(module)
+    return {
+        "hidden_states": draw(2, config.in_channels, 2 * config.patch_size, 3 * config.patch_size),
+        "encoder_hidden_states": draw(2, 5, config.joint_attention_dim),
+        "pooled_projections": draw(2, config.pooled_projection_dim),
+        "timestep": torch.tensor([300.0, 800.0], device=next(module.parameters()).device),
+    }
+
 
 NETWORKS = {
-    "transformer": Part(SD3Transformer2DModel, network.sd3_transformer, large=True),
+    "transformer": Part(SD3Transformer2DModel, transformer, large=True),
     "text_encoder": Part(CLIPTextModelWithProjection, partial(network.clip_text_encoder, prefix="lora_te1")),
     "text_encoder_2": Part(CLIPTextModelWithProjection, partial(network.clip_text_encoder, prefix="lora_te2")),
     "text_encoder_3": Part(T5EncoderModel, partial(network.t5_encoder, prefix="lora_te3"), large=True),
@@ -58,7 +92,7 @@ class StableDiffusion3:
         self.text_encoder, self.text_encoder_2, self.text_encoder_3 = text_encoder, text_encoder_2, text_encoder_3
         self.tokenizer, self.tokenizer_2, self.tokenizer_3 = tokenizer, tokenizer_2, tokenizer_3
         self.schedulers: Mapping[str, Any] = flow_matching.SCHEDULERS
-        self.noise_process: NoiseProcess = flow_matching.of(scheduler, flow_matching.logit_normal)
+        self.noise_process: NoiseProcess = flow_matching.of(scheduler, "logit_normal")
         self.source, self.fingerprint = source, fingerprint
         self.networks = network.specs_of(NETWORKS, self)
         downsampling = autoencoder.downsampling(vae)
@@ -67,7 +101,9 @@ class StableDiffusion3:
         self.largest: int | None = int(transformer.config.pos_embed_max_size) * self.multiple  # positions learned
         self.device, self.dtype = transformer.device, transformer.dtype
         self.guidance, self.steps = float(hints.get("guidance_scale", 7.0)), 28  # the stock pipeline's
-        self.prompt_length = T5_LENGTH if tokenizer_3 is None else min(T5_LENGTH, tokenizer_3.model_max_length)
+        length = int(hints.get("t5_length", T5_LENGTH))
+        self.prompt_length = length if tokenizer_3 is None else min(length, tokenizer_3.model_max_length)
+        self.learning_rate = float(hints.get("learning_rate", 1e-4))  # diffusers' script
         self.prompt_set: str | None = hints.get("prompts")
 
     def encode_images(self, pixels: Tensor) -> Latents:
@@ -113,10 +149,11 @@ class StableDiffusion3:
 
     def pipeline(self, scheduler: str | None = None) -> StableDiffusion3Pipeline:
         """The autoencoder is in float32: with the others in half precision, ask it for `output_type="latent"`."""
-        pipe = StableDiffusion3Pipeline(
+        return stock.pipeline(
+            StableDiffusion3Pipeline,
+            self,
+            scheduler,
             transformer=self.transformer,
-            scheduler=parts.chosen_scheduler(self.scheduler, self.schedulers, scheduler),
-            vae=self.vae,
             text_encoder=self.text_encoder,
             tokenizer=self.tokenizer,
             text_encoder_2=self.text_encoder_2,
@@ -124,34 +161,20 @@ class StableDiffusion3:
             text_encoder_3=self.text_encoder_3,
             tokenizer_3=self.tokenizer_3,
         )
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
 
-    @torch.no_grad()
-    def sample(
-        self,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        *,
-        steps: int | None = None,
-        guidance: float | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        negative_prompt: str = "",
-        scheduler: str | None = None,
-    ) -> list[Image.Image]:
-        height, width = check_sides(self, height, width)
-        latents = self.pipeline(scheduler)(
-            list(prompts),
-            num_inference_steps=self.steps if steps is None else steps,
-            guidance_scale=self.guidance if guidance is None else guidance,
-            height=height,
-            width=width,
-            negative_prompt=[negative_prompt] * len(prompts),
-            generator=[seeded(seed) for _, seed in zip(prompts, seeds, strict=True)],
-            max_sequence_length=self.prompt_length,
-            output_type="latent",
-        ).images
+    def encode_negative(self, prompt: str) -> Conditioning:
+        return self.encode_prompts([prompt])
+
+    def embeddings(self, conditioning: Conditioning, negative: Conditioning | None) -> dict[str, Any]:
+        assert negative is not None
+        return {
+            "prompt_embeds": conditioning["text"],
+            "pooled_prompt_embeds": conditioning["pooled"],
+            "negative_prompt_embeds": negative["text"],
+            "negative_pooled_prompt_embeds": negative["pooled"],
+        }
+
+    def decode(self, latents: Tensor, height: int, width: int) -> list[Image.Image]:
         return autoencoder.decode(self.vae, latents)
 
 

@@ -15,10 +15,9 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ..errors import UserError
-from ..randomness import seeded
 from ..terminal import escaped
-from . import autoencoder, network, noise_schedule, parts
-from .family import Conditioning, Geometry, Latents, NoiseProcess, check_sides
+from . import autoencoder, network, noise_schedule, parts, stock
+from .family import Conditioning, Geometry, Latents, NoiseProcess
 from .network import Part
 from .stable_diffusion import SCHEDULERS
 
@@ -63,6 +62,7 @@ class StableDiffusionXL:
         self.device, self.dtype = unet.device, unet.dtype
         self.guidance = float(hints.get("guidance_scale", 5.0))  # the stock pipeline's
         self.steps = 30
+        self.learning_rate = float(hints.get("learning_rate", 1e-4))  # diffusers' train_dreambooth_lora_sdxl.py
         self.prompt_set: str | None = hints.get("prompts")
 
     def encode_images(self, pixels: Tensor) -> Latents:
@@ -105,45 +105,36 @@ class StableDiffusionXL:
 
     def pipeline(self, scheduler: str | None = None) -> StableDiffusionXLPipeline:
         """The autoencoder is in float32: with the others in half precision, ask it for `output_type="latent"`."""
-        pipe = StableDiffusionXLPipeline(
-            vae=self.vae,
+        return stock.pipeline(
+            StableDiffusionXLPipeline,
+            self,
+            scheduler,
             text_encoder=self.text_encoder,
             text_encoder_2=self.text_encoder_2,
             tokenizer=self.tokenizer,
             tokenizer_2=self.tokenizer_2,
             unet=self.unet,
-            scheduler=parts.chosen_scheduler(self.scheduler, self.schedulers, scheduler),
             force_zeros_for_empty_prompt=self.force_zeros_for_empty_prompt,
             add_watermarker=False,
         )
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
 
-    @torch.no_grad()
-    def sample(
-        self,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        *,
-        steps: int | None = None,
-        guidance: float | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        negative_prompt: str = "",
-        scheduler: str | None = None,
-    ) -> list[Image.Image]:
-        """An empty negative prompt is zeros where the model says so, else an encoded empty text."""
-        height, width = check_sides(self, height, width)
-        latents = self.pipeline(scheduler)(
-            list(prompts),
-            num_inference_steps=self.steps if steps is None else steps,
-            guidance_scale=self.guidance if guidance is None else guidance,
-            height=height,
-            width=width,
-            negative_prompt=[negative_prompt] * len(prompts) if negative_prompt else None,
-            generator=[seeded(seed) for _, seed in zip(prompts, seeds, strict=True)],
-            output_type="latent",
-        ).images
+    def encode_negative(self, prompt: str) -> Conditioning:
+        """Of an empty one: zeros where the model says so, else an encoded empty text."""
+        encoded = self.encode_prompts([prompt])
+        if prompt or not self.force_zeros_for_empty_prompt:
+            return encoded
+        return Conditioning({name: torch.zeros_like(tensor) for name, tensor in encoded.tensors.items()})
+
+    def embeddings(self, conditioning: Conditioning, negative: Conditioning | None) -> dict[str, Any]:
+        assert negative is not None
+        return {
+            "prompt_embeds": conditioning["text"],
+            "pooled_prompt_embeds": conditioning["pooled"],
+            "negative_prompt_embeds": negative["text"],
+            "negative_pooled_prompt_embeds": negative["pooled"],
+        }
+
+    def decode(self, latents: Tensor, height: int, width: int) -> list[Image.Image]:
         return autoencoder.decode(self.vae, latents)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from .. import device, files
+from .. import device, files, models
 from ..errors import UserError
 from ..terminal import escaped, note
 from . import gallery, memory, records, sources
@@ -21,11 +22,12 @@ if TYPE_CHECKING:
     from .sources import AdapterSource
 
 
-def generate(settings: GenerateSettings, *, quiet: bool = False) -> list[Record]:
+def generate(settings: GenerateSettings, *, quiet: bool = False, family: Family | None = None) -> list[Record]:
     """Make what is missing of prompts x seeds, PNG by PNG, then the contact sheet.
 
     Args:
         quiet: print nothing but notes.
+        family: the base model, for those who sample from it many times. It is left as it was. None: it is loaded.
 
     Returns:
         The manifest's records for these prompts and seeds, prompt by prompt.
@@ -35,15 +37,15 @@ def generate(settings: GenerateSettings, *, quiet: bool = False) -> list[Record]
     """
     check(settings)
     adapters = [sources.read_adapter(path) for path in settings.adapters.adapter]
-    family = _load(settings, adapters)
+    family = family or _load(settings, adapters)
     plan = records.plan(settings, family, adapters)
     _require_memory(family, plan[0], min(settings.sampling.batch_size, len(plan)))
     records.note_cut_prompts(family, plan)
-    if adapters:
-        sources.attach(adapters, family, settings.adapters)  # an adapter for another model leaves no folder behind
-
     folder = settings.output.output_dir
-    with files.locked(folder, "singlora generate"):
+    with ExitStack() as stack:
+        if adapters:  # one for another model leaves no folder behind
+            stack.callback(sources.attach(adapters, family, settings.adapters).detach)
+        stack.enter_context(files.locked(folder, "singlora generate"))
         files.remove_leftovers(folder)
         todo = gallery.missing(folder, plan, settings.output.overwrite)
         began = time.monotonic()
@@ -61,7 +63,7 @@ def _load(settings: GenerateSettings, adapters: Sequence[AdapterSource]) -> Fami
     """The base model, on the device and in the dtype that are asked for."""
     import torch
 
-    from .. import models
+    from ..models.quantized import QUANTIZATIONS
 
     named = settings.model.pretrained_model_name_or_path
     wanted = sources.base_model(named, adapters)
@@ -71,7 +73,8 @@ def _load(settings: GenerateSettings, adapters: Sequence[AdapterSource]) -> Fami
     if slow:
         note(slow)
     try:
-        needed = memory.of_weights(models.folder(wanted), getattr(torch, dtype).itemsize)
+        packed = QUANTIZATIONS[settings.model.quantize].bytes if settings.model.quantize else None
+        needed = memory.of_weights(models.folder(wanted), packed or getattr(torch, dtype).itemsize)
         device.require(needed, where, f"{escaped(wanted)} in {dtype}")
         family = models.load(wanted, dtype, where, settings.model.quantize)
     except UserError as error:
@@ -106,7 +109,8 @@ def _sampled(
             batch = todo[start : start + size]
             first = batch[0]
             try:
-                images = family.sample(
+                images = models.sample(
+                    family,
                     [record["prompt"] for record in batch],
                     [record["seed"] for record in batch],
                     steps=first["steps"],

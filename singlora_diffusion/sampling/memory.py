@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 TENSORS_DECODING = 6
 """Feature maps at full size that live at once in the autoencoder's last block: input, normalised, activated, the
-convolution's workspace and answer, skip connection. Measured on Stable Diffusion 1.5: 4 to 5.5."""
+convolution's workspace and output, skip connection. Measured on Stable Diffusion 1.5: 4 to 5.5."""
 TENSORS_DENOISING = 48
 """The same for the denoiser, in its first block's size and width: hidden states, skip connections that wait for the way
-up, query, key, value and answer of attention, the wide layers of its feed-forward part, workspaces. Measured: 43."""
+up, query, key, value and output of attention, the wide layers of its feed-forward part, workspaces. Measured: 43."""
 BYTES_PER_RESULT = 32  # of a pixel: three channels as float32 twice over while a batch is put together, then as bytes
 
 
@@ -35,7 +35,7 @@ def of_sampling(family: Family, height: int, width: int, batch_size: int) -> int
     return max(decoder, denoising) + BYTES_PER_RESULT * pixels * batch_size
 
 
-def of_weights(folder: Path, itemsize: int) -> int:
+def of_weights(folder: Path, itemsize: float) -> int:
     """Bytes of a diffusers folder's weights once they are loaded: numbers in `itemsize` bytes, the autoencoder's in 4.
 
     What cannot be read counts as nothing: loading says better what is wrong with it.
@@ -46,7 +46,7 @@ def of_weights(folder: Path, itemsize: int) -> int:
     for part in folder.iterdir():
         if part.name not in hub.UNUSED:
             numbers = sum(_numbers(file) for file in parts.weights(part)[0])
-            total += numbers * (4 if part.name == "vae" else itemsize)
+            total += int(numbers * (4 if part.name == "vae" else itemsize))
     return total
 
 

@@ -14,6 +14,7 @@ from .settings import AdapterSettings, scales
 
 if TYPE_CHECKING:
     from ..formats import Header
+    from ..formats.importing import Attached
     from ..models import Family
 
 
@@ -101,13 +102,14 @@ def check_base(adapters: Sequence[AdapterSource], family: Family, *, asked_for: 
             )
 
 
-def attach(adapters: Sequence[AdapterSource], family: Family, wanted: AdapterSettings) -> None:
-    """Put the adapters into the family's networks for good."""
+def attach(adapters: Sequence[AdapterSource], family: Family, wanted: AdapterSettings) -> Attached:
+    """Put the adapters into the family's networks."""
     from .. import formats
 
     attached = formats.attach_files([one.path for one in adapters], family.networks, scales(wanted))
     if wanted.merge:
         attached.merge()
+    return attached
 
 
 def _shown(adapter: AdapterSource) -> str:

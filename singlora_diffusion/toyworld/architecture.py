@@ -8,9 +8,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        UNet2DConditionModel,
+    )
     from torch import nn
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 RESOLUTION = 64
 LATENT_CHANNELS = 8
@@ -122,6 +128,51 @@ def scheduler() -> DDIMScheduler:
         steps_offset=1,
         timestep_spacing="leading",
     )
+
+
+def transformer() -> SD3Transformer2DModel:
+    """Latents (N, 8, 16, 16) as 64 image tokens beside the text's; two text encoders side by side are its context."""
+    from diffusers import SD3Transformer2DModel
+    from torch import nn
+
+    model = SD3Transformer2DModel(
+        sample_size=RESOLUTION // 4,
+        patch_size=2,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        num_layers=6,
+        num_attention_heads=2,
+        attention_head_dim=64,
+        joint_attention_dim=2 * TEXT_WIDTH,
+        pooled_projection_dim=2 * TEXT_WIDTH,
+        caption_projection_dim=128,
+        pos_embed_max_size=16,  # up to 128 pixels
+        qk_norm="rms_norm",
+    )
+    # As DiT starts (arXiv 2212.09748): every block is the identity and the answer is zero.
+    modulations = [module for name, module in model.named_modules() if name.endswith(".linear")]
+    for module in (*modulations, model.proj_out):
+        nn.init.zeros_(module.weight)
+        nn.init.zeros_(module.bias)
+    return model
+
+
+def projected(text_encoder: CLIPTextModel) -> CLIPTextModelWithProjection:
+    """The same text encoder as the class that Stable Diffusion 3 reads; its projection is the identity."""
+    from torch import nn
+    from transformers import CLIPTextModelWithProjection
+
+    model = CLIPTextModelWithProjection(text_encoder.config)
+    model.text_model.load_state_dict(text_encoder.state_dict())
+    nn.init.eye_(model.text_projection.weight)
+    return model
+
+
+def flow_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    """Straight paths from noise to latents, without a shift of the times: the latents are small."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return FlowMatchEulerDiscreteScheduler(shift=1.0)
 
 
 def clip(vocabulary: int) -> nn.Module:

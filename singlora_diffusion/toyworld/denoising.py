@@ -6,12 +6,11 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
-from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from . import architecture
-from .fitting import fit
+from .fitting import fit, sheet
 
 
 class TextToLatents(nn.Module):
@@ -82,10 +81,7 @@ def train(
             guidance_scale=3.0,
             generator=[torch.Generator().manual_seed(i) for i in range(len(prompts))],
         ).images
-        sheet = Image.new("RGB", (8 * 128, 3 * 128))
-        for i, one in enumerate(images):
-            sheet.paste(one.resize((128, 128), Image.Resampling.NEAREST), (i % 8 * 128, i // 8 * 128))
-        sheet.save(folder / f"denoiser-{step:06d}.png")
+        sheet(images, folder / f"denoiser-{step:06d}.png")
 
     fit("denoiser", model, loss, steps=steps, lr=1.2e-3, folder=folder, ema=0.9993, preview=preview)
     return model

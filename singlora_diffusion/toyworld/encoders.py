@@ -1,4 +1,4 @@
-"""Stage 3: the encoders that score images (CLIP, DINO) and the attribute reader, trained apart from the pipeline."""
+"""Stage 4: the encoders that score images (CLIP, DINO) and the attribute reader, trained apart from the pipeline."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from rich.table import Table
 from safetensors.torch import load_file
 
 from .. import models
-from ..models.hub import WEIGHTS
+from ..models.hub import PACKAGED, WEIGHTS
 from . import autoencoding, world
 from .captions import PATTERN_WORDS
 from .reader import Reader
@@ -47,7 +47,11 @@ def main(argv: list[str] | None = None) -> None:
         **reader(settings.images),
         **clip(),
         **dino(),
-        **prompt_following(settings.images, settings.guidance_scale),
+        **{
+            f"{model}, {name}": value
+            for model in PACKAGED
+            for name, value in prompt_following(settings.images, settings.guidance_scale, model=model).items()
+        },
     }
     table = Table("figure", "value")
     for name, value in figures.items():
@@ -78,7 +82,7 @@ def reader(n: int) -> dict[str, float]:
     return {f"reader on renders, {name}": float((read[name] == truth).mean()) for name, truth in seen["labels"].items()}
 
 
-def prompt_following(n: int, guidance: float, seed: int = 0) -> dict[str, float]:
+def prompt_following(n: int, guidance: float, seed: int = 0, model: str = "toyworld") -> dict[str, float]:
     """Share of n generated images that show the class, place and colour of their prompt; seconds per image."""
     rng = np.random.default_rng(seed)
     truth = {
@@ -95,11 +99,11 @@ def prompt_following(n: int, guidance: float, seed: int = 0) -> dict[str, float]
         )
         for i in range(n)
     ]
-    family = models.load("toyworld")
+    family = models.load(model)
     images, begun = [], time.perf_counter()
     for i in range(0, n, 20):
         chunk = prompts[i : i + 20]
-        images += family.sample(chunk, range(i, i + len(chunk)), steps=25, guidance=guidance)
+        images += models.sample(family, chunk, range(i, i + len(chunk)), steps=25, guidance=guidance)
     seconds = (time.perf_counter() - begun) / n
     read = _read(np.stack([np.asarray(image) for image in images]))
     right = {f"prompt following, {name}": float((read[name] == value).mean()) for name, value in truth.items()}

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -84,6 +85,15 @@ def fit(
         for key, p in parameters.items():
             p.copy_(average[key])
     module.eval()
+
+
+def sheet(images: Sequence[Image.Image], path: Path) -> None:
+    """Save images in rows of eight, twice as large as they are at 64 pixels."""
+    rows = -(-len(images) // 8)
+    whole = Image.new("RGB", (8 * 128, rows * 128))
+    for i, one in enumerate(images):
+        whole.paste(one.resize((128, 128), Image.Resampling.NEAREST), (i % 8 * 128, i // 8 * 128))
+    whole.save(path)
 
 
 class _averaged:

@@ -1,8 +1,9 @@
 """Rebuilds toyworld's weights from nothing: `python -m singlora_diffusion.toyworld.pretrain --work_dir runs/toyworld`.
 
-Stages: images, autoencoder, denoiser, reader, clip, dino, package. Each writes its progress into the work folder; the
-same command run again goes on where it was. Stages may run side by side once the images stand. On a CPU the
-denoiser takes some 70 minutes on one core.
+Stages: images, autoencoder, denoiser, flow, reader, clip, dino, package. Each writes its progress into the work
+folder; the same command run again goes on where it was. Stages may run side by side once the images stand, but for
+flow, which builds on the denoiser's text encoder: the work folder's, or the shipped one. On a CPU the denoiser takes
+some 70 minutes on one core, flow 25 where the processor has bfloat16.
 """
 
 from __future__ import annotations
@@ -12,19 +13,24 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 import tyro
 from safetensors.torch import save_file
 
-from ..models.hub import WEIGHTS
-from . import architecture, autoencoding, denoising, encoders, world
+from ..models.hub import PACKAGED, WEIGHTS
+from . import architecture, autoencoding, denoising, encoders, flow, world
 from .fitting import console
 
-Stage = Literal["images", "autoencoder", "denoiser", "reader", "clip", "dino", "package"]
+Stage = Literal["images", "autoencoder", "denoiser", "flow", "reader", "clip", "dino", "package"]
 HELD_OUT = 900_000  # image seeds from here on are never trained on
+HINTS: dict[str, dict[str, Any]] = {
+    "pipeline": {"guidance_scale": 3.0, "prompts": "toyworld"},
+    "pipeline-flow": {"guidance_scale": 3.0, "prompts": "toyworld", "t5_length": 0, "learning_rate": 3e-3},
+}
+"""The pipelines by folder, and what is written beside each: `models.parts.hints`."""
 
 
 @dataclass(frozen=True)
@@ -36,18 +42,21 @@ class Pretraining:
     output_dir: Path = WEIGHTS
     """Where the finished weights are put."""
     stages: tuple[Stage, ...] = get_args(Stage)
-    """What to do, of: images autoencoder denoiser reader clip dino package."""
+    """What to do, of: images autoencoder denoiser flow reader clip dino package."""
     images: int = 40_000
     """Rendered for the pipeline, the reader and CLIP."""
     subjects: int = 5_000
     """Rendered four times each for DINO."""
     autoencoder_steps: int = 7_600
     denoiser_steps: int = 7_200
+    flow_steps: int = 6_600
     reader_steps: int = 6_000
     clip_steps: int = 1_000
     dino_steps: int = 320
     batch: int = 24
     """Of the denoiser."""
+    flow_batch: int = 32
+    """Of flow."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -122,6 +131,32 @@ def make_denoiser(settings: Pretraining) -> None:
     denoising.pipeline(model, vae, tokenizer).save_pretrained(settings.work_dir / "pipeline")
 
 
+def make_flow(settings: Pretraining) -> None:
+    """The transformer, on the work folder's autoencoder and text encoder, or on the shipped ones where it has none."""
+    from diffusers import StableDiffusionPipeline
+    from safetensors.torch import load_file
+
+    folder = settings.work_dir
+    images, captions, _ = read(settings)
+    base = folder / "pipeline" if (folder / "pipeline").exists() else PACKAGED["toyworld"]
+    parts = StableDiffusionPipeline.from_pretrained(base, dtype=torch.float32, local_files_only=True)
+    parts.to(settings.device)
+    kept = folder / "flow-latents.safetensors"
+    if not kept.exists():
+        save_file({"latents": autoencoding.encode(parts.vae, images)}, kept)
+    pipe = flow.pipeline(architecture.transformer(), parts.vae, parts.text_encoder, parts.tokenizer)
+    flow.train(
+        pipe,
+        load_file(kept)["latents"],
+        captions,
+        steps=settings.flow_steps,
+        batch=settings.flow_batch,
+        folder=folder,
+        device=settings.device,
+    )
+    pipe.save_pretrained(folder / "pipeline-flow")
+
+
 def make_reader(settings: Pretraining) -> None:
     images, _, labels = read(settings)
     sizes = {name: int(values.max()) + 1 for name, values in labels.items()}
@@ -168,23 +203,20 @@ def make_dino(settings: Pretraining) -> None:
 
 def make_package(settings: Pretraining) -> None:
     """Copy what is finished to the output folder, in half precision."""
-    from diffusers import StableDiffusionPipeline
     from safetensors.torch import load_file
 
     out = settings.output_dir
-    source = settings.work_dir / "pipeline"
-    if source.exists():
-        pipe = StableDiffusionPipeline.from_pretrained(source, local_files_only=True)
-        pipe.to(dtype=torch.float16).save_pretrained(out / "pipeline")
-        hints = {"guidance_scale": 3.0, "prompts": "toyworld"}
-        (out / "pipeline" / "singlora.json").write_text(json.dumps(hints) + "\n")
-    for name in ("reader", "clip", "dino"):
-        for file in sorted((settings.work_dir / name).glob("*")):
-            (out / name).mkdir(parents=True, exist_ok=True)
+    for name in (*HINTS, "reader", "clip", "dino"):
+        for file in sorted((settings.work_dir / name).rglob("*.*")):
+            copy = out / file.relative_to(settings.work_dir)
+            copy.parent.mkdir(parents=True, exist_ok=True)
             if file.suffix == ".safetensors":
-                save_file({k: _half(t) for k, t in load_file(file).items()}, out / name / file.name, {"format": "pt"})
+                save_file({k: _half(t) for k, t in load_file(file).items()}, copy, {"format": "pt"})
             else:
-                (out / name / file.name).write_bytes(file.read_bytes())
+                copy.write_bytes(file.read_bytes())
+    for name, hints in HINTS.items():
+        if (out / name).exists():
+            (out / name / "singlora.json").write_text(json.dumps(hints) + "\n")
     size = sum(file.stat().st_size for file in out.rglob("*.safetensors"))
     console.print(f"{out}: {size / 1e6:.1f} MB of weights")
 
@@ -205,6 +237,7 @@ STAGES: dict[Stage, Callable[[Pretraining], None]] = {
     "images": make_images,
     "autoencoder": make_autoencoder,
     "denoiser": make_denoiser,
+    "flow": make_flow,
     "reader": make_reader,
     "clip": make_clip,
     "dino": make_dino,

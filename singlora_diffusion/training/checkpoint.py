@@ -1,4 +1,4 @@
-"""Resumable training state: `checkpoint-N/` with the adapter, the optimizer's moments and the step. No pickle.
+"""Resumable training state: `checkpoint-N/` with the adapter, the optimizer's state and the step. No pickle.
 
 The loop draws all its randomness from (seed, position), so these are the whole state: a run resumed from a checkpoint
 ends with the same bits as one that was never interrupted. `state.json` holds the digests of the other two files.
@@ -22,14 +22,17 @@ from .. import files, formats
 from ..adapters import Adapter
 from ..errors import UserError
 from ..terminal import escaped
+from . import averaging, optimizer_state, run_folder
 from . import identity as identities
-from . import run_folder
+from .averaging import Average
 
 if TYPE_CHECKING:
     from ..adapters.config import AdapterConfig
 
 ADAPTER, OPTIMIZER, STATE = "adapter.safetensors", "optimizer.safetensors", "state.json"
 VERSION = 2
+LIVE = "live"
+"""In the optimizer's file, the weights that are trained, where the adapter's file holds their average."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class State:
     """None: written before there were identities."""
     scaler: Mapping[str, float] = field(default_factory=dict)
     """fp16's loss scaling; empty without."""
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+    """What the optimizer keeps beside tensors (`optimizer_state.of`)."""
 
 
 def save(
@@ -59,6 +64,7 @@ def save(
     about: Mapping[str, Any] | None = None,
     identity: Mapping[str, Any] | None = None,
     scaler: Mapping[str, float] | None = None,
+    average: Average | None = None,
     limit: int | None = None,
 ) -> Path:
     """Write `run/checkpoint-{step}`, complete or not at all, then drop the oldest beyond `limit`.
@@ -73,11 +79,15 @@ def save(
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        formats.save(adapter, part / ADAPTER, about={**(about or {}), "step": step})
+        tensors, numbers = optimizer_state.of(adapter, optimizer)
+        if average is not None:
+            tensors |= {f"{name}/{LIVE}": value.cpu() for name, value in averaging.live(adapter).items()}
+        with averaging.in_use(adapter, average):
+            formats.save(adapter, part / ADAPTER, about={**(about or {}), "step": step})
         with files.replacing(part / OPTIMIZER) as path:
-            save_file(_moments(adapter, optimizer), path)
+            save_file(tensors, path)
         written = {name: files.sha256(part / name) for name in (ADAPTER, OPTIMIZER)}
-        state = {"version": VERSION, "step": step, "recipe": dict(recipe), "files": written}
+        state = {"version": VERSION, "step": step, "recipe": dict(recipe), "files": written, "optimizer": numbers}
         files.write_json(part / STATE, {**state, "identity": identity, "scaler": dict(scaler or {})})
         _put_in_place(part, final)
     except UserError as error:  # the user knows the name that the file would have had
@@ -140,8 +150,9 @@ def _read(path: Path) -> State:
     if type(step) is not int or step < 0:
         raise ValueError(f"{STATE} has an impossible step")
     identity, scaler, digests = raw.get("identity"), raw.get("scaler") or {}, raw.get("files") or {}
-    if not all(isinstance(part, dict) for part in (recipe, scaler, digests)):
-        raise ValueError(f"{STATE} has an impossible recipe, scaler or list of files")
+    numbers = raw.get("optimizer") or {}
+    if not all(isinstance(part, dict) for part in (recipe, scaler, digests, numbers)):
+        raise ValueError(f"{STATE} has an impossible recipe, scaler, optimizer or list of files")
     if identity is not None and not identities.is_one(identity):
         raise ValueError(f"{STATE} has an impossible identity")
     for name, digest in digests.items():
@@ -153,10 +164,10 @@ def _read(path: Path) -> State:
     moments = load_file(path / OPTIMIZER)
     if step and not moments:
         raise ValueError(f"{OPTIMIZER} is empty")
-    return State(path, step, recipe, header.config, tensors, moments, identity, scaler)
+    return State(path, step, recipe, header.config, tensors, moments, identity, scaler, numbers)
 
 
-def restore(state: State, adapter: Adapter, optimizer: torch.optim.Optimizer) -> None:
+def restore(state: State, adapter: Adapter, optimizer: torch.optim.Optimizer, average: Average | None = None) -> None:
     """Put a checkpoint's state into a freshly attached adapter and its fresh optimizer.
 
     Raises:
@@ -169,36 +180,17 @@ def restore(state: State, adapter: Adapter, optimizer: torch.optim.Optimizer) ->
                 f"{escaped(state.path, 1000)} was made with --{key} {escaped(before)}, now it is {escaped(now)}: "
                 f"resume with the same"
             )
-    parameters = {p.data_ptr(): p for group in optimizer.param_groups for p in group["params"]}
-    found: dict[str, dict[str, Tensor]] = {name: {} for name in adapter.state_dict()}
-    for key, value in state.moments.items():
-        name, _, moment = key.rpartition("/")
-        if name not in found:
-            raise UserError(f"{escaped(state.path, 1000)} is damaged: {escaped(name)} is no tensor of this adapter")
-        found[name][moment] = value
-    for name, tensor in adapter.state_dict().items():
-        parameter = parameters.get(tensor.data_ptr())
-        if parameter is None or not found[name]:
-            continue
-        if any(value.ndim and value.shape != parameter.shape for value in found[name].values()):
-            raise UserError(f"{escaped(state.path, 1000)} is damaged: moments of {escaped(name)} have another shape")
-        # AdamW keeps its step count on the CPU; the moments live beside the parameter.
-        optimizer.state[parameter] = {
-            key: value if value.ndim == 0 and not optimizer.defaults.get("fused") else value.to(parameter.device)
-            for key, value in found[name].items()
-        }
+    live = {key.removesuffix(f"/{LIVE}"): value for key, value in state.moments.items() if key.endswith(f"/{LIVE}")}
+    moments = {key: value for key, value in state.moments.items() if not key.endswith(f"/{LIVE}")}
+    try:
+        optimizer_state.restore(adapter, optimizer, moments, state.numbers)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise UserError(f"{escaped(state.path, 1000)} is damaged: {escaped(error, 300)}") from error
     adapter.load_state_dict(state.tensors)
+    if average is not None:
+        average.restore(state.tensors)
+        adapter.load_state_dict(live)
     adapter.set_step(state.step)  # there may be no step left that would
-
-
-def _moments(adapter: Adapter, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state by the names of the parameters in files, found by identity, never by order."""
-    names = {tensor.data_ptr(): name for name, tensor in adapter.state_dict().items()}
-    return {
-        f"{names[p.data_ptr()]}/{key}": torch.as_tensor(value).detach().cpu().contiguous()
-        for p, state in optimizer.state.items()
-        for key, value in state.items()
-    }
 
 
 def _put_in_place(part: Path, final: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .. import models
 from ..data import png
 from ..data.folders import FolderReport, read_folder
 from ..errors import UserError
@@ -50,8 +51,8 @@ def prepare(recipe: Recipe, family: Family, prompt: str, resolution: int) -> Gen
         yield Progress(what, start, len(missing))
         some = missing[start : start + size]
         seeds = [seed_of(recipe.optimization.seed, number) for number in some]
-        images = family.sample(
-            [prompt] * len(some), seeds, guidance=family.guidance, height=resolution, width=resolution
+        images = models.sample(
+            family, [prompt] * len(some), seeds, guidance=family.guidance, height=resolution, width=resolution
         )
         for number, image in zip(some, images, strict=True):
             png.write(image, folder / name_of(recipe.optimization.seed, number), **about)

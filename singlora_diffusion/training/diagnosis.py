@@ -21,5 +21,5 @@ def cause(error: NotFinite, recipe: Recipe) -> str:
     if recipe.model.mixed_precision == "fp16":
         return "fp16 overflows; --mixed_precision bf16 does not"
     if error.step == 1:
-        return "the base model gives no finite answer to these images; try --mixed_precision no, or another base model"
+        return "the base model gives no finite numbers here; try --mixed_precision no, or another base model"
     return f"--learning_rate {recipe.optimization.learning_rate:g} is likely too high; try a third of it"

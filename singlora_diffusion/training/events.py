@@ -36,6 +36,8 @@ class Loaded:
     layers: int
     parameters: int
     resolution: int
+    dtype: str
+    """What the base model computes in: float32, bfloat16 or float16."""
 
 
 @dataclass(frozen=True)
@@ -88,13 +90,24 @@ class Step:
     """From 1 on."""
     loss: float
     lr: float
-    """Of the first group of parameters."""
+    """Of the first group of parameters, with what the optimizer finds by itself."""
     u: float
     """The ramp's value."""
     grad_norm: float
     """Before clipping; infinite in a step that fp16's loss scaling skipped."""
     seconds: float
     """Since this process began its first step."""
+    validation_loss: float | None = None
+    """On held-out images, of the weights after the step; None: it was not asked for, or not after this step."""
+
+
+@dataclass(frozen=True)
+class Best:
+    """The loss on held-out images was lower than ever; the adapter was saved beside the last one."""
+
+    path: Path
+    step: int
+    loss: float
 
 
 @dataclass(frozen=True)
@@ -123,6 +136,22 @@ class Interrupted:
 
 
 @dataclass(frozen=True)
+class Exported:
+    """The adapter was written once more, as an ordinary LoRA."""
+
+    path: Path
+    readers: str
+    """The programs that take it."""
+
+
+@dataclass(frozen=True)
+class Uploaded:
+    """The run folder is on the hub."""
+
+    url: str
+
+
+@dataclass(frozen=True)
 class Saved:
     """The adapter was written, read back and compared with the live model. The last event."""
 
@@ -141,9 +170,12 @@ Event = (
     | Resumed
     | Started
     | Step
+    | Best
     | Preview
     | Checkpoint
     | Interrupted
+    | Exported
+    | Uploaded
     | Saved
 )
 

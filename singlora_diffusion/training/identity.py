@@ -54,9 +54,14 @@ def difference_of_old(before: Mapping[str, Any], recipe: Recipe) -> str | None:
 
 
 def _of_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    before = {**_defaults(), **before}  # what a run did not know yet was as it is by default
     differing = [key for key in now if before.get(key) != now[key]]
     said = ", ".join(f"--{key} {escaped(before.get(key))} (now {escaped(now[key])})" for key in differing)
     return f"with {said}" if said else None
+
+
+def _defaults() -> dict[str, Any]:
+    return settings.as_json(settings.build(Recipe, instance_data_dir=Path(), instance_prompt=""))
 
 
 def _of_images(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:

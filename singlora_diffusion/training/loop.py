@@ -9,6 +9,7 @@ it is trained on are known by their contracts only, those of `models.Family` and
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, suppress
@@ -23,13 +24,30 @@ from ..errors import UserError
 from ..terminal import escaped
 from . import run_folder
 from .diagnosis import NotFinite, cause
-from .events import Checkpoint, Event, Images, Interrupted, Loaded, Preview, PutAway, Resumed, Saved, Started, Step
+from .events import (
+    Best,
+    Checkpoint,
+    Event,
+    Exported,
+    Images,
+    Interrupted,
+    Loaded,
+    Preview,
+    PutAway,
+    Remark,
+    Resumed,
+    Saved,
+    Started,
+    Step,
+    Uploaded,
+)
 from .recipe import Recipe, adapter_config, check, recorded
 
 if TYPE_CHECKING:  # torch and what needs it are imported once the recipe's own mistakes are named
     from accelerate import Accelerator
 
     from ..adapters import Adapter
+    from ..data.latents import EncodedImages
     from ..models import Family
     from .step import Stepper
 
@@ -39,16 +57,17 @@ class Job:
     """Everything that the steps need."""
 
     recipe: Recipe
-    accelerator: Accelerator
-    family: Family
-    adapter: Adapter
     stepper: Stepper
+    held_out: EncodedImages | None
+    """Images that are not trained on."""
     identity: dict[str, Any]
     about: dict[str, Any]
     """For the header of adapter files."""
     resolution: int
     start: int
     """Steps that are done already."""
+    repository: str | None
+    """On the hub, where the result goes too."""
 
     @property
     def out(self) -> Path:
@@ -57,14 +76,15 @@ class Job:
     @property
     def writes(self) -> bool:
         """Of several processes, the first one writes."""
-        return self.accelerator.is_main_process
+        return self.stepper.accelerator.is_main_process
 
 
-def run(recipe: Recipe, stop: Callable[[], bool] = lambda: False) -> Iterator[Event]:
+def run(recipe: Recipe, stop: Callable[[], bool] = lambda: False, family: Family | None = None) -> Iterator[Event]:
     """Train an adapter; the last event is `Saved`, or `Interrupted`.
 
     Args:
         stop: asked after every step; once it says yes, the state is saved and the run ends.
+        family: the recipe's base model, for those who train on it many times. It is left as it was. None: it is loaded.
 
     Raises:
         UserError: something in the recipe or its files must be mended first, the training diverged, or a file cannot be
@@ -78,23 +98,25 @@ def run(recipe: Recipe, stop: Callable[[], bool] = lambda: False) -> Iterator[Ev
     yield Images(instance)
 
     from .. import adapters
-    from . import identity, memory, preparation, result
+    from . import hub, identity, memory, preparation, result
     from .step import Stepper
 
+    recipe = preparation.on_this_machine(recipe)
     state = yield from preparation.checkpoint_to_resume(recipe)
-    accelerator, family, resolution = yield from preparation.load(recipe)
+    accelerator, family, resolution = yield from preparation.load(recipe, family)
+    recipe = preparation.for_model(recipe, family)
     config = adapter_config(recipe, state.config.ramp_steps if state else None)
     memory.require(family, config, recipe, resolution)
     with ExitStack() as stack:
         if accelerator.is_main_process:
             stack.enter_context(files.locked(recipe.output.output_dir, "a training"))
             yield from _clear(recipe)
-        texts = [recipe.data.instance_prompt, recipe.validation.validation_prompt or recipe.data.instance_prompt]
-        if recipe.prior.with_prior_preservation:
-            texts.append(class_prompt)
-        yield from preparation.cut_prompts(family, texts)
+        pushes = recipe.output.push_to_hub and accelerator.is_main_process
+        repository = hub.repository(recipe.output) if pushes else None
+        yield from preparation.cut_prompts(recipe, family, class_prompt)
         classes = yield from preparation.class_images(recipe, accelerator, family, class_prompt, resolution)
         streams = yield from preparation.encoded(recipe, family, resolution, instance.images, classes, class_prompt)
+        held_out = yield from preparation.held_out(recipe, family, resolution)
         adapter = adapters.attach(family.networks, config, recipe.optimization.seed)
         stack.callback(adapter.detach)
         yield _loaded(family, adapter, resolution)
@@ -103,14 +125,14 @@ def run(recipe: Recipe, stop: Callable[[], bool] = lambda: False) -> Iterator[Ev
         if state is not None:
             preparation.restore(state, recipe, identified, stepper)
             yield Resumed(state.path, state.step)
+        stack.callback(stepper.release)
         stepper.prepare()
         about = result.about(recipe, family, subject, resolution, len(instance.images))
-        start = state.step if state else 0
-        job = Job(recipe, accelerator, family, adapter, stepper, identified, about, resolution, start)
+        job = Job(recipe, stepper, held_out, identified, about, resolution, state.step if state else 0, repository)
         yield from _begin(job)
         finished = yield from _steps(job, stop)
         if finished and job.writes:
-            yield _saved(job)
+            yield from _saved(job)
 
 
 def _clear(recipe: Recipe) -> Iterator[Event]:
@@ -124,9 +146,14 @@ def _clear(recipe: Recipe) -> Iterator[Event]:
 
 
 def _begin(job: Job) -> Iterator[Event]:
-    job.accelerator.wait_for_everyone()  # all have read the checkpoint that they go on from
+    job.stepper.accelerator.wait_for_everyone()  # all have read the checkpoint that they go on from
     if job.writes:
+        from . import best
+
         later = [path for path in run_folder.checkpoints(job.out) if run_folder.step_of(path) > job.start]
+        kept = best.find(job.out)
+        if kept is None or kept.step > job.start:  # the same steps find it again
+            later += run_folder.best(job.out)
         yield from _put_away(job.out, later)  # or `latest` would mean one of these, and the limit keep them
         files.write_json(job.out / run_folder.RECIPE, recorded(job.recipe))
     yield Started(job.start, job.recipe.optimization.max_train_steps)
@@ -147,6 +174,7 @@ def _loaded(family: Family, adapter: Adapter, resolution: int) -> Loaded:
         layers=len(adapter.layers()),
         parameters=adapter.num_parameters(),
         resolution=resolution,
+        dtype=str(family.dtype).removeprefix("torch."),
     )
 
 
@@ -158,14 +186,37 @@ def _steps(job: Job, stop: Callable[[], bool]) -> Generator[Event, None, bool]:
             figures = job.stepper.advance(step)
         except NotFinite as error:
             raise UserError(_diagnosis(job, error)) from error
-        yield Step(step, *figures, seconds=time.monotonic() - began)
-        if _anyone(job.accelerator, stop()) and step < last:
+        validation_loss = _validation_loss(job, step)
+        yield Step(step, *figures, seconds=time.monotonic() - began, validation_loss=validation_loss)
+        if validation_loss is not None:
+            yield from _keep_best(job, step, validation_loss)
+        if _anyone(job.stepper.accelerator, stop()) and step < last:
             yield Interrupted(step, _save_checkpoint(job, step) if job.writes else None)
             return False
         if job.writes:
             yield from _outputs(job, step)
-    job.accelerator.wait_for_everyone()
+    job.stepper.accelerator.wait_for_everyone()
     return True
+
+
+def _validation_loss(job: Job, step: int) -> float | None:
+    """The loss on held-out images, where it is due."""
+    if job.held_out is None or not job.writes or not _is_due(step, job.recipe.validation.validation_steps):
+        return None
+    from . import held_out
+
+    size = job.recipe.optimization.train_batch_size
+    return job.stepper.loss_on(held_out.batches(job.stepper.examples, job.held_out, size))
+
+
+def _keep_best(job: Job, step: int, loss: float) -> Iterator[Event]:
+    from . import best
+
+    kept = best.find(job.out)
+    if math.isfinite(loss) and (kept is None or loss < kept.loss):
+        with job.stepper.in_use():
+            path = best.save(job.out, job.stepper.adapter, best.Kept(step, loss), job.about)
+        yield Best(path, step, loss)
 
 
 def _anyone(accelerator: Accelerator, asked: bool) -> bool:
@@ -184,7 +235,9 @@ def _outputs(job: Job, step: int) -> Iterator[Event]:
     if _is_due(step, job.recipe.validation.validation_steps):
         from . import validation
 
-        yield Preview(validation.preview(job.family, job.recipe, step, job.resolution), step)
+        with job.stepper.in_use(), job.stepper.resting.interrupted():
+            path = validation.preview(job.stepper.family, job.recipe, step, job.resolution)
+        yield Preview(path, step)
 
 
 def _is_due(step: int, every: int) -> bool:
@@ -194,32 +247,44 @@ def _is_due(step: int, every: int) -> bool:
 def _save_checkpoint(job: Job, step: int) -> Path:
     from . import checkpoint
 
-    scaler = job.accelerator.scaler
+    scaler = job.stepper.accelerator.scaler
     try:
         return checkpoint.save(
             job.out,
             step,
-            job.adapter,
+            job.stepper.adapter,
             job.stepper.raw_optimizer,
             recorded(job.recipe),
             about=job.about,
             identity=job.identity,
             scaler=None if scaler is None else scaler.state_dict(),
+            average=job.stepper.average,
             limit=job.recipe.output.checkpoints_total_limit,
         )
     except UserError as error:
         raise UserError(f"{error}{_kept(job)}") from error
 
 
-def _saved(job: Job) -> Saved:
-    from . import result
+def _saved(job: Job) -> Iterator[Event]:
+    """The adapter, proved by reading it back, then what others can do with it."""
+    from . import hub, model_card, portable, result
 
-    path = job.out / run_folder.ADAPTER
+    path, header = job.out / run_folder.ADAPTER, {**job.about, "step": job.recipe.optimization.max_train_steps}
     try:
-        result.save(job.family, job.adapter, path, {**job.about, "step": job.recipe.optimization.max_train_steps})
+        with job.stepper.in_use():
+            result.save(job.stepper.family, job.stepper.adapter, path, header)
     except UserError as error:
         raise UserError(f"{error}{_kept(job)}") from error
-    return Saved(path, path.stat().st_size)
+    (job.out / run_folder.LORA).unlink(missing_ok=True)  # of fewer steps
+    if job.recipe.output.portable:
+        try:
+            yield Exported(*portable.write(path, job.stepper.family))
+        except UserError as error:
+            yield Remark(f"no {run_folder.LORA}: {error}")
+    model_card.write(job.recipe, job.stepper.family, job.about)
+    if job.repository is not None:
+        yield Uploaded(hub.upload(job.out, job.repository))
+    yield Saved(path, path.stat().st_size)
 
 
 def _diagnosis(job: Job, error: NotFinite) -> str:

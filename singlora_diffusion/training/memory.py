@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,24 +24,54 @@ CHECKPOINTED = 8
 Diffusion 1.5's widest block holds a sixth of the whole; meant to let pass what might fit."""
 
 
+class Need(NamedTuple):
+    """Memory that a training takes beside the base model."""
+
+    flags: str
+    """What asks for it."""
+    size: int
+    """Bytes."""
+
+
+def needs(family: Family, config: AdapterConfig, recipe: Recipe, resolution: int) -> Iterator[Need]:
+    """What the adapter takes, sampling previews or class images, and a step: each is safe to ask for if the last fits.
+
+    An adapter is attached on the way, and taken out again.
+
+    Raises:
+        UserError: the adapter cannot be attached.
+    """
+    settings = recipe.optimization
+    yield Need(f"--rank {config.rank}", of_adapter(family, config))
+    together = _sampled_at_once(recipe)
+    also = f" and --sample_batch_size {recipe.prior.sample_batch_size}" if together > 1 else ""
+    sampling = sampling_memory.of_sampling(family, resolution, resolution, together)
+    yield Need(f"--resolution {resolution}{also}", sampling)
+    examples = settings.train_batch_size * (2 if recipe.prior.with_prior_preservation else 1)
+    adapter = adapters.attach(family.networks, config)
+    step = of_step(family, resolution, examples) // (CHECKPOINTED if settings.gradient_checkpointing else 1)
+    adapter.detach()
+    yield Need(f"--resolution {resolution} and --train_batch_size {settings.train_batch_size}", step)
+
+
 def require(family: Family, config: AdapterConfig, recipe: Recipe, resolution: int) -> None:
-    """Refuse what cannot fit. An adapter is attached on the way, and taken out again.
+    """Refuse what cannot fit.
 
     Raises:
         UserError: the adapter, a batch, or a batch of previews or class images needs more than is free; or the adapter
             cannot be attached.
     """
-    where, settings = str(family.device), recipe.optimization
-    device.require(of_adapter(family, config), where, f"--rank {config.rank}")
-    together = _sampled_at_once(recipe)
-    also = f" and --sample_batch_size {recipe.prior.sample_batch_size}" if together > 1 else ""
-    needed = sampling_memory.of_sampling(family, resolution, resolution, together)
-    device.require(needed, where, f"--resolution {resolution}{also}")
-    examples = settings.train_batch_size * (2 if recipe.prior.with_prior_preservation else 1)
-    adapter = adapters.attach(family.networks, config)
-    needed = of_step(family, resolution, examples) // (CHECKPOINTED if settings.gradient_checkpointing else 1)
-    adapter.detach()
-    device.require(needed, where, f"--resolution {resolution} and --train_batch_size {settings.train_batch_size}")
+    for need in needs(family, config, recipe, resolution):
+        device.require(need.size, str(family.device), need.flags)
+
+
+def of_base(family: Family) -> int:
+    """Bytes of the base model's weights, all parts of it."""
+    from torch import nn
+
+    parts = (part for part in family.pipeline().components.values() if isinstance(part, nn.Module))
+    tensors = {tensor.data_ptr(): tensor for part in parts for tensor in (*part.parameters(), *part.buffers())}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def of_adapter(family: Family, config: AdapterConfig) -> int:
@@ -49,12 +80,23 @@ def of_adapter(family: Family, config: AdapterConfig) -> int:
     Raises:
         UserError: targets that the model does not have.
     """
+    return BYTES_PER_PARAMETER * sum(sum(layers.values()) for layers in parameters(family, config).values())
+
+
+def parameters(family: Family, config: AdapterConfig) -> dict[str, dict[str, int]]:
+    """Network -> adapted layer -> trained numbers, before anything is attached.
+
+    Raises:
+        UserError: targets that the model does not have.
+    """
     method, resolved = METHODS[config.method], targets.resolved(config, family.networks)
-    count = 0
+    counts: dict[str, dict[str, int]] = {}
     for name, layers in targets.chosen(family.networks, resolved).items():
         rank = resolved.for_role(family.networks[name].role)[0]
-        count += sum(method.count(resolved, rank, *layer.weight.shape) for layer in layers.values())
-    return count * BYTES_PER_PARAMETER
+        counts[name] = {
+            path: method.count(resolved, rank, layer.out_features, layer.in_features) for path, layer in layers.items()
+        }
+    return counts
 
 
 def of_step(family: Family, resolution: int, examples: int) -> int:
@@ -64,17 +106,23 @@ def of_step(family: Family, resolution: int, examples: int) -> int:
     """
     network = denoiser(family)
     inputs = network.sample_inputs()
-    own = {parameter.untyped_storage().data_ptr() for parameter in network.module.parameters()}
+    own = {tensor.untyped_storage().data_ptr() for tensor in network.module.parameters() if _is_plain(tensor)}
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
+        if _is_plain(tensor):
+            kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        answer = network.module(**inputs)[0]
+        prediction = network.module(**inputs)[0]
     total = sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in own)
-    return round(total * examples * _latents(family, resolution) / answer.numel())
+    return round(total * examples * _latents(family, resolution) / prediction.numel())
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor has memory of its own; torchao's packed weights consist of others."""
+    return type(tensor.data) is Tensor
 
 
 def _latents(family: Family, resolution: int) -> int:
@@ -86,7 +134,7 @@ def _latents(family: Family, resolution: int) -> int:
 def _sampled_at_once(recipe: Recipe) -> int:
     """Images that are sampled together, for previews or of the class; at least the one that is encoded."""
     counts = [1]
-    if recipe.prior.with_prior_preservation:
+    if recipe.prior.with_prior_preservation and recipe.prior.num_class_images:
         counts.append(recipe.prior.num_class_images)
     if 0 < recipe.validation.validation_steps <= recipe.optimization.max_train_steps:
         counts.append(recipe.validation.num_validation_images)

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from .. import device, models
+from .. import device, models, settings
 from ..data import latents
+from ..data.folders import read_folder
 from ..data.latents import EncodedImages
 from ..errors import UserError
 from ..models import Family
@@ -19,11 +20,35 @@ from ..terminal import escaped
 from . import checkpoint, identity
 from . import class_images as generating
 from .checkpoint import State
-from .events import Encoded, Event, Progress, Remark
-from .recipe import Recipe
-from .step import Stepper, Streams
+from .events import Encoded, Event, Images, Progress, Remark
+from .examples import Streams, process_of
+from .optimizers import OPTIMIZERS
+from .recipe import Recipe, check
+from .step import Stepper
 
 DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def on_this_machine(recipe: Recipe) -> Recipe:
+    """The recipe with a precision that suits the device, where it names none."""
+    if recipe.model.mixed_precision is not None:
+        return recipe
+    dtype = device.compute_dtype(device.choose(recipe.model.device), None)
+    return settings.replaced(recipe, mixed_precision=next(name for name, one in DTYPES.items() if one == dtype))
+
+
+def for_model(recipe: Recipe, family: Family) -> Recipe:
+    """The recipe with the rate that is usual for the base model and the optimizer, where it names none.
+
+    Raises:
+        UserError: it cannot be combined with other settings.
+    """
+    if recipe.optimization.learning_rate is None:
+        optimizer = OPTIMIZERS[recipe.optimization.optimizer]
+        usual = 1.0 if optimizer.finds_rate else optimizer.rate * family.learning_rate
+        recipe = settings.replaced(recipe, learning_rate=usual)
+        check(recipe)
+    return recipe
 
 
 def checkpoint_to_resume(recipe: Recipe) -> Generator[Event, None, State | None]:
@@ -47,12 +72,18 @@ def checkpoint_to_resume(recipe: Recipe) -> Generator[Event, None, State | None]
     return state
 
 
-def load(recipe: Recipe) -> Generator[Event, None, tuple[Accelerator, Family, int]]:
-    """Processes, base model, and the side of the images in pixels."""
+def load(recipe: Recipe, family: Family | None = None) -> Generator[Event, None, tuple[Accelerator, Family, int]]:
+    """Processes, base model (unless it is there already), and the side of the images in pixels.
+
+    Args:
+        recipe: of `on_this_machine`.
+    """
     where, precision = recipe.model.device, recipe.model.mixed_precision
     chosen = device.choose(where)
     if precision == "fp16" and torch.device(chosen).type == "cpu":
         raise UserError("--mixed_precision fp16 needs a GPU: take bf16 or no on the CPU")
+    if recipe.optimization.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     accelerator = Accelerator(
         mixed_precision="fp16" if precision == "fp16" else "no",
         gradient_accumulation_steps=recipe.optimization.gradient_accumulation_steps,
@@ -61,20 +92,23 @@ def load(recipe: Recipe) -> Generator[Event, None, tuple[Accelerator, Family, in
     )
     if accelerator.num_processes > 1 and torch.device(chosen).index is None:
         chosen = str(accelerator.device)  # `cuda` alone would put all of them on the first GPU
-    dtype = device.compute_dtype(chosen, DTYPES[precision])
+    dtype = DTYPES[precision or "no"]
     slow = device.slow_bfloat16(chosen, dtype)
     if slow:
         yield Remark(slow)
-    family = models.load(recipe.model.pretrained_model_name_or_path, dtype, chosen, recipe.model.quantize)
+    if family is None:
+        family = models.load(recipe.model.pretrained_model_name_or_path, dtype, chosen, recipe.model.quantize)
     side = recipe.data.resolution
     resolution, _ = check_sides(family, side, side, ("--resolution", "--resolution"))
-    process = family.noise_process
-    process.loss_weights(process.times(torch.tensor([0.5], dtype=torch.float64)), recipe.optimization.snr_gamma)
+    process_of(family, recipe)
     return accelerator, family, resolution
 
 
-def cut_prompts(family: Family, prompts: Sequence[str]) -> Iterator[Remark]:
+def cut_prompts(recipe: Recipe, family: Family, class_prompt: str) -> Iterator[Remark]:
     """A remark for each prompt that the model cuts off."""
+    prompts = [recipe.data.instance_prompt, recipe.validation.validation_prompt or recipe.data.instance_prompt]
+    if recipe.prior.with_prior_preservation:
+        prompts.append(class_prompt)
     for prompt in dict.fromkeys(prompts):
         if count := family.prompt_overflow(prompt):
             source = escaped(family.source, 1000)
@@ -84,7 +118,7 @@ def cut_prompts(family: Family, prompts: Sequence[str]) -> Iterator[Remark]:
 def class_images(
     recipe: Recipe, accelerator: Accelerator, family: Family, prompt: str, resolution: int
 ) -> Generator[Event, None, Sequence[Path]]:
-    if not recipe.prior.with_prior_preservation:
+    if not recipe.prior.with_prior_preservation or not recipe.prior.num_class_images:
         return ()
     if accelerator.is_main_process:
         yield from generating.prepare(recipe, family, prompt, resolution)
@@ -105,17 +139,34 @@ def encoded(
     streams: list[EncodedImages] = []
     texts: list[str] = []
     for what, (paths, prompt) in kinds.items():
-        if not paths:
-            continue
-        encoded = []
-        for number, path in enumerate(paths):
-            yield Progress(f"encoding {what}", number, len(paths))
-            encoded.append(latents.encode(family, path, resolution, recipe.data.random_flip))
-        yield Progress(f"encoding {what}", len(paths), len(paths))
-        streams.append(latents.together(encoded))
-        texts.append(prompt)
-        yield Encoded(what, len(paths))
+        if paths:
+            streams.append((yield from _as_latents(family, what, paths, resolution, recipe.data.random_flip)))
+            texts.append(prompt)
+    if recipe.prior.with_prior_preservation and not others:
+        texts.append(class_prompt)
     return Streams(streams, texts)
+
+
+def held_out(recipe: Recipe, family: Family, resolution: int) -> Generator[Event, None, EncodedImages | None]:
+    """The images that are not trained on; None: there are none."""
+    folder = recipe.validation.held_out_data_dir
+    if folder is None or not recipe.validation.validation_steps:
+        return None
+    report = read_folder(folder, strict=recipe.data.strict, resolution=recipe.data.resolution)
+    yield Images(report)
+    return (yield from _as_latents(family, "held-out images", report.images, resolution, flip=False))
+
+
+def _as_latents(
+    family: Family, what: str, paths: Sequence[Path], resolution: int, flip: bool
+) -> Generator[Event, None, EncodedImages]:
+    found = []
+    for number, path in enumerate(paths):
+        yield Progress(f"encoding {what}", number, len(paths))
+        found.append(latents.encode(family, path, resolution, flip))
+    yield Progress(f"encoding {what}", len(paths), len(paths))
+    yield Encoded(what, len(paths))
+    return latents.together(found)
 
 
 def restore(state: State, recipe: Recipe, who: dict[str, Any], stepper: Stepper) -> None:
@@ -129,6 +180,6 @@ def restore(state: State, recipe: Recipe, who: dict[str, Any], stepper: Stepper)
         words = identity.difference(state.identity, who)
     if words:
         raise UserError(f"{escaped(state.path, 1000)} was made {words}: resume with the same")
-    checkpoint.restore(state, stepper.adapter, stepper.raw_optimizer)
+    checkpoint.restore(state, stepper.adapter, stepper.raw_optimizer, stepper.average)
     if stepper.accelerator.scaler is not None and state.scaler:
         stepper.accelerator.scaler.load_state_dict(dict(state.scaler))

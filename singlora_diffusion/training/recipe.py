@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 from annotated_types import Interval
 from tyro.conf import arg
@@ -15,7 +15,12 @@ from ..adapters.methods import METHODS
 from ..errors import UserError
 from ..settings import Count, CountOrZero, Decay, NotNegative, Positive, Seed, Side
 from ..terminal import escaped
+from .optimizers import OPTIMIZERS
 
+if TYPE_CHECKING:
+    OptimizerName = str
+else:
+    OptimizerName = Literal[tuple(OPTIMIZERS)]
 POLYNOMIAL_END = 1e-7
 """Where diffusers' polynomial schedule ends."""
 
@@ -47,9 +52,10 @@ class ModelSettings:
     """The base model."""
 
     pretrained_model_name_or_path: str = "toyworld"
-    """`toyworld` (comes with the package), a diffusers folder, or a hub id."""
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """What the frozen base computes in. The adapter stays in float32."""
+    """`toyworld` or `toyworld-flow` (they come with the package), a diffusers folder, or a hub id."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """What the frozen base computes in; no: float32. The adapter stays in float32. None: what suits the machine, which
+    is bf16 on a GPU that has it, fp16 on an older one, no on a CPU."""
     quantize: Literal["nf4", "int8"] | None = None
     """Keep the frozen base in 4 bits (nf4, by bitsandbytes) or 8 (int8, by torchao), to fit a smaller GPU."""
     device: Annotated[str | None, MayDiffer] = None
@@ -66,8 +72,9 @@ class PriorSettings:
     """Folder with class images. What is missing is generated. None: OUTPUT_DIR/class_images."""
     class_prompt: str | None = None
     """What the class images show. None: the instance prompt without its identifier."""
-    num_class_images: Annotated[int, Interval(ge=1, le=100_000)] = 100
-    """How many class images there are to be."""
+    num_class_images: Annotated[int, Interval(ge=0, le=100_000)] = 100
+    """How many class images there are to be. 0: none; what the base model predicts for the instance images with the
+    class prompt is preserved."""
     prior_loss_weight: NotNegative = 1.0
     """Weight of the class images in the loss."""
     sample_batch_size: Annotated[Count, MayDiffer] = 4
@@ -76,7 +83,7 @@ class PriorSettings:
 
 @dataclass(frozen=True)
 class OptimizationSettings:
-    """The optimization: AdamW on a denoising loss."""
+    """The optimization of a denoising loss."""
 
     max_train_steps: Annotated[Count, MayDiffer] = 400
     """Optimizer steps."""
@@ -86,8 +93,8 @@ class OptimizationSettings:
     """Forward passes per optimizer step."""
     gradient_checkpointing: bool = False
     """Compute activations twice to save memory."""
-    learning_rate: Annotated[Positive, arg(aliases=["--unet_lr"])] = 1e-3
-    """Peak learning rate."""
+    learning_rate: Annotated[Positive | None, arg(aliases=["--unet_lr"])] = None
+    """Peak learning rate. None: what is usual for the base model (docs/families.md) and the optimizer."""
     train_text_encoder: bool = False
     """Adapt the text encoders too."""
     text_encoder_lr: Positive | None = None
@@ -98,18 +105,41 @@ class OptimizationSettings:
     """How the learning rate goes over the steps."""
     lr_warmup_steps: CountOrZero = 0
     """Steps over which the learning rate rises from zero; not with `constant`."""
+    lr_num_cycles: Count = 1
+    """cosine_with_restarts: how often the rate falls."""
+    lr_power: Positive = 1.0
+    """polynomial: the power."""
+    optimizer: OptimizerName = "adamw"
+    """adamw8bit needs the extra `bitsandbytes`, prodigy and schedule_free the extras `prodigyopt` and
+    `schedulefree`. prodigy finds the rate itself: give --learning_rate 1."""
     adam_beta1: Decay = 0.9
-    """First-moment decay of AdamW."""
+    """First-moment decay of AdamW and its kin."""
     adam_beta2: Decay = 0.999
-    """Second-moment decay of AdamW."""
+    """Second-moment decay of AdamW and its kin."""
     adam_weight_decay: NotNegative = 1e-2
-    """Decoupled weight decay of AdamW."""
+    """Decoupled weight decay."""
     adam_epsilon: Positive = 1e-8
-    """Epsilon of AdamW."""
+    """Epsilon of AdamW and its kin."""
+    ema_decay: Annotated[float, Interval(gt=0, lt=1)] | None = None
+    """Use the moving average of the adapter with this decay, as 0.99, in files and previews. None: no average."""
     max_grad_norm: Positive = 1.0
     """Gradients are clipped to this norm."""
     snr_gamma: Annotated[Positive | None, arg(aliases=["--min_snr_gamma"])] = None
     """Min-SNR weighting of the loss; 5 is usual. None: off."""
+    noise_offset: Annotated[float, Interval(ge=0, le=1)] = 0.0
+    """Offset noise: so much noise is the same all over a channel, for darker and brighter images; 0.05 is usual."""
+    min_timestep: Annotated[int, Interval(ge=0, le=999)] = 0
+    """Train on no less noise than at this of 1000 timesteps."""
+    max_timestep: Annotated[int, Interval(ge=1, le=1000)] = 1000
+    """Train on less noise than at this of 1000 timesteps."""
+    weighting_scheme: Literal["none", "logit_normal", "mode", "sigma_sqrt", "cosmap"] | None = None
+    """How often and how much noise levels count, in flow matching. None: as the model was trained."""
+    timestep_shift: Annotated[Positive | None, arg(aliases=["--discrete_flow_shift"])] = None
+    """Shift of the noise levels, in flow matching; above 1 towards more noise. None: the model's own."""
+    compile: Annotated[bool, arg(aliases=["--torch_compile"])] = False
+    """Compile the denoiser's blocks: the first steps take long, all others less. On GPUs."""
+    allow_tf32: bool = False
+    """Multiply float32 matrices in TF32: faster on newer GPUs, and less exact."""
     seed: Seed = 0
     """All randomness follows from it."""
 
@@ -123,7 +153,10 @@ class ValidationSettings:
     num_validation_images: Annotated[int, Interval(ge=1, le=1000), MayDiffer] = 4
     """Images per preview."""
     validation_steps: Annotated[CountOrZero, MayDiffer] = 100
-    """A preview every so many steps. 0: none."""
+    """A preview every so many steps, and with held-out images a validation. 0: none."""
+    held_out_data_dir: Annotated[Path | None, MayDiffer] = None
+    """Folder with images of the subject that are not trained on. The adapter of the step with the lowest loss on them,
+    with fixed noise at fixed times, is kept in OUTPUT_DIR/best."""
 
 
 @dataclass(frozen=True)
@@ -140,8 +173,15 @@ class OutputSettings:
     """Go on from `latest`, or from a checkpoint folder."""
     overwrite: Annotated[bool, MayDiffer] = False
     """Begin anew where there is a run already. Its files are put away into OUTPUT_DIR/.old-1, .old-2, ..."""
-    report_to: Annotated[Literal["tensorboard", "none"], MayDiffer] = "tensorboard"
-    """Where curves go besides log.jsonl."""
+    report_to: Annotated[Literal["tensorboard", "wandb", "none"], MayDiffer] = "tensorboard"
+    """Where curves and previews go besides log.jsonl; wandb has to be installed. none: nor is progress.png drawn."""
+    portable: Annotated[bool, MayDiffer] = True
+    """Also write pytorch_lora_weights.safetensors, an ordinary LoRA for diffusers, ComfyUI, A1111 and others."""
+    push_to_hub: Annotated[bool, MayDiffer] = False
+    """Upload adapter, model card and previews to the Hugging Face hub, into a private repository if there is none
+    yet."""
+    hub_model_id: Annotated[str | None, MayDiffer] = None
+    """The repository on the hub, as owner/name. None: the last part of OUTPUT_DIR, yours."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +199,8 @@ class Recipe:
 
 NEEDED = {
     "train_text_encoder": ("text_encoder_lr", "text_rank", "text_alpha", "text_targets"),
-    "with_prior_preservation": ("class_data_dir", "class_prompt", "num_class_images"),
+    "push_to_hub": ("hub_model_id",),
+    "with_prior_preservation": ("class_data_dir", "class_prompt", "num_class_images", "prior_loss_weight"),
 }
 """A setting -> those that mean nothing without it."""
 
@@ -184,11 +225,33 @@ def check(recipe: Recipe) -> None:
             f"--lr_warmup_steps {optimization.lr_warmup_steps}: is more than --max_train_steps "
             f"{optimization.max_train_steps}"
         )
-    if optimization.lr_scheduler == "polynomial" and optimization.learning_rate <= POLYNOMIAL_END:
+    if optimization.lr_scheduler == "polynomial" and (optimization.learning_rate or 1) <= POLYNOMIAL_END:
         raise UserError(
             f"--learning_rate {optimization.learning_rate:g}: --lr_scheduler polynomial ends at {POLYNOMIAL_END:g}, so "
             f"it must begin above that"
         )
+    for name, scheduler in {"lr_num_cycles": "cosine_with_restarts", "lr_power": "polynomial"}.items():
+        if name in changed and optimization.lr_scheduler != scheduler:
+            raise UserError(f"--{name}: only with --lr_scheduler {scheduler}")
+    optimizer = OPTIMIZERS[optimization.optimizer]
+    if optimizer.finds_rate and (optimization.learning_rate or 1) < 0.1:
+        raise UserError(
+            f"--learning_rate {optimization.learning_rate:g}: --optimizer {optimization.optimizer} finds the rate "
+            f"itself, this is a factor of it: give --learning_rate 1"
+        )
+    if optimizer.averages and not optimization.lr_scheduler.startswith("constant"):
+        raise UserError(
+            f"--lr_scheduler {optimization.lr_scheduler}: --optimizer {optimization.optimizer} needs none: take "
+            f"constant or constant_with_warmup"
+        )
+    if optimizer.averages and optimization.ema_decay is not None:
+        raise UserError(f"--ema_decay: --optimizer {optimization.optimizer} averages already: leave it out")
+    if optimization.min_timestep >= optimization.max_timestep:
+        raise UserError(
+            f"--min_timestep {optimization.min_timestep}: must be less than --max_timestep {optimization.max_timestep}"
+        )
+    if recipe.prior.class_data_dir is not None and not recipe.prior.num_class_images:
+        raise UserError("--class_data_dir: with --num_class_images 0 there are no class images: use one of them")
     if output.overwrite and output.resume_from_checkpoint:
         raise UserError("--overwrite begins anew and --resume_from_checkpoint goes on: use one of them")
     for name, value in settings.as_json(recipe).items():

@@ -14,6 +14,7 @@ from ..adapters import Adapter
 from ..data.prompts import InstancePrompt
 from ..errors import UserError
 from ..models import Family
+from ..models.network import NetworkSpec
 from .recipe import Recipe, recorded
 
 
@@ -38,23 +39,26 @@ def about(recipe: Recipe, family: Family, subject: InstancePrompt, resolution: i
 
 
 def save(family: Family, adapter: Adapter, path: Path, header: Mapping[str, Any]) -> None:
-    """Write the adapter's file and prove that it answers as the live model does; the adapter is detached.
+    """Write the adapter's file and prove that a model made from it computes what the live one does.
+
+    The adapter is detached.
 
     Raises:
-        UserError: the file cannot be written, or a model made from it answers differently.
+        UserError: the file cannot be written, or a model made from it computes something else.
     """
     formats.save(adapter, path, about=header)
-    live = answers(family)
+    adapted = adapter.networks
+    live = outputs(adapted)
     adapter.detach()
     read_back = formats.load(path, family.networks)
-    same = torch.equal(live, answers(family))
+    same = torch.equal(live, outputs(adapted))
     read_back.detach()
     if not same:
-        raise UserError(f"{path} does not answer like the model it was saved from: do not use it")
+        raise UserError(f"{path} does not compute what the model did that it was saved from: do not use it")
 
 
-def answers(family: Family) -> Tensor:
-    """What all networks answer to their sample inputs, flat, float32."""
+def outputs(networks: Mapping[str, NetworkSpec]) -> Tensor:
+    """What networks make of their sample inputs, flat, float32."""
     with torch.inference_mode():
-        outputs = [network.module(**network.sample_inputs())[0] for network in family.networks.values()]
+        outputs = [network.module(**network.sample_inputs())[0] for network in networks.values()]
         return torch.cat([output.float().flatten().cpu() for output in outputs])

@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
 from ..adapters import Adapter
-from ..data import draws, latents
-from ..data.latents import EncodedImages
 from ..models.family import Conditioning, Family, Geometry, denoiser
-from . import objective
+from . import averaging, objective, optimizers
+from .averaging import Average
+from .compiling import Compiled
 from .diagnosis import NotFinite
+from .examples import Batch, Examples, Streams, again, joined
 from .recipe import OptimizationSettings, Recipe
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-
-class Streams(NamedTuple):
-    """What is trained on: the subject, and with prior preservation its class; each has a prompt of its own."""
-
-    images: Sequence[EncodedImages]
-    prompts: Sequence[str]
+from .resting import Resting
 
 
 class Figures(NamedTuple):
@@ -40,7 +32,7 @@ class Figures(NamedTuple):
 
 
 class Denoiser(nn.Module):
-    """What a step calls, and what accelerate wraps: all networks, so that gradients of all of them are averaged.
+    """What a step calls, and what accelerate wraps: every network in it, so that gradients of all are averaged.
 
     Args:
         text: of the streams' prompts, where nothing that encodes them is trained; None: encoded at every call.
@@ -48,11 +40,12 @@ class Denoiser(nn.Module):
 
     def __init__(self, family: Family, prompts: Sequence[str], text: Conditioning | None) -> None:
         super().__init__()
-        self.networks = nn.ModuleDict({name: network.module for name, network in family.networks.items()})
+        called = {name: one.module for name, one in family.networks.items() if text is None or one.role == "denoiser"}
+        self.networks = nn.ModuleDict(called)
         self.family, self.prompts, self.text = family, list(prompts), text
 
     def forward(self, noisy: Tensor, times: Tensor, stream: Sequence[int], geometry: Geometry) -> Tensor:
-        """The family's answer to noisy latents (N, C, h, w); `stream` says whose prompt each example has."""
+        """The family's prediction for noisy latents (N, C, h, w); `stream` says whose prompt each example has."""
         text = self.family.encode_prompts(self.prompts) if self.text is None else self.text
         conditioning = self.family.with_geometry(text.select(stream), geometry)
         return self.family.denoise(noisy, times, conditioning)
@@ -60,6 +53,8 @@ class Denoiser(nn.Module):
 
 class Stepper:
     """The optimization of an attached adapter.
+
+    From `prepare` to `release`, the base model is arranged for steps: what they do not call rests, blocks are compiled.
 
     Args:
         resolution: side of the images in pixels.
@@ -74,25 +69,31 @@ class Stepper:
         streams: Streams,
         resolution: int,
     ) -> None:
-        self.accelerator, self.family, self.adapter, self.streams = accelerator, family, adapter, streams
+        self.accelerator, self.family, self.adapter = accelerator, family, adapter
         self.settings: OptimizationSettings = recipe.optimization
         self.prior_weight = recipe.prior.prior_loss_weight
-        self.resolution = resolution
+        self.examples = Examples(family, streams, recipe, resolution)
+        self.taught = len(streams.prompts) > len(streams.images)  # of the class, by the base model itself
         text = None
         if not self.settings.train_text_encoder:
             with torch.no_grad():
                 text = family.encode_prompts(streams.prompts)
-        self.raw_optimizer = adamw(adapter, self.settings)
+        assert self.settings.learning_rate is not None  # see `preparation.for_model`
+        groups = adapter.param_groups(self.settings.learning_rate, self.settings.text_encoder_lr)
+        self.raw_optimizer = optimizers.make(groups, self.settings)
         self.peaks = [group["lr"] for group in self.raw_optimizer.param_groups]
-        schedule = get_scheduler(
-            self.settings.lr_scheduler,
-            self.raw_optimizer,
-            num_warmup_steps=self.settings.lr_warmup_steps,
-            num_training_steps=self.settings.max_train_steps,
-        )
-        self.rate = schedule.lr_lambdas[0]  # a function of the step, so there is no state to keep
+        self.rate = optimizers.schedule(self.raw_optimizer, self.settings)
+        self.average = self._averaged()
         self.denoiser = Denoiser(family, streams.prompts, text)
+        self.compiled = Compiled(denoiser(family).module, family.device) if self.settings.compile else None
+        self.resting = Resting(family, text=text is not None)
         self.optimizer: Any = None
+
+    def _averaged(self) -> Average | None:
+        if optimizers.OPTIMIZERS[self.settings.optimizer].averages:
+            return averaging.ScheduleFree(self.adapter, self.raw_optimizer)
+        decay = self.settings.ema_decay
+        return None if decay is None else averaging.Moving(self.adapter, decay)
 
     def prepare(self) -> None:
         """Hand denoiser and optimizer to accelerate: after a checkpoint was restored, before the first step."""
@@ -100,7 +101,37 @@ class Stepper:
             network: Any = denoiser(self.family).module
             network.enable_gradient_checkpointing()
             network.train()  # diffusers checkpoints in train mode only
+        if self.compiled is not None:
+            self.compiled.begin()
         self.denoiser, self.optimizer = self.accelerator.prepare(self.denoiser, self.raw_optimizer)
+        self.resting.begin()
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Inside, the model is as its users have it: with the weights to use, and not compiled."""
+        with averaging.in_use(self.adapter, self.average), self._uncompiled():
+            yield
+
+    def _uncompiled(self) -> AbstractContextManager[None]:
+        """Without gradients it would be compiled once more, and in every size."""
+        return nullcontext() if self.compiled is None else self.compiled.interrupted()
+
+    @torch.no_grad()
+    def loss_on(self, batches: Iterable[Batch]) -> float:
+        """The mean loss of examples, with the weights to use. Nothing is learned."""
+        ask, losses, counts = self.accelerator.unwrap_model(self.denoiser), [], []
+        with self.in_use():
+            for batch in batches:
+                predicted = ask(batch.noisy, batch.times, batch.stream, batch.geometry)
+                losses.append(objective.loss(predicted, batch.target, weights=self._weights(batch)))
+                counts.append(len(batch.stream))
+        return sum(loss.item() * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
+
+    def release(self) -> None:
+        """Leave the base model as it was, but for the adapter."""
+        self.resting.end()
+        if self.compiled is not None:
+            self.compiled.end()
 
     def advance(self, step: int) -> Figures:
         """Do one step.
@@ -117,7 +148,7 @@ class Stepper:
         total = torch.zeros((), device=self.family.device)
         for positions in self._positions(step):
             with self.accelerator.accumulate(self.denoiser):
-                loss = self._loss(positions)
+                loss = self._loss(self._batch(positions), prior=len(positions))
                 self.accelerator.backward(loss)
                 total += loss.detach() / self.settings.gradient_accumulation_steps
         norm = self.accelerator.clip_grad_norm_(self.adapter.parameters(), self.settings.max_grad_norm)
@@ -131,7 +162,9 @@ class Stepper:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.adapter.settle()
-        return Figures(loss_now, self.raw_optimizer.param_groups[0]["lr"], self.adapter.u, norm_now)
+        if self.average is not None:
+            self.average.follow(step)
+        return Figures(loss_now, optimizers.rate(self.raw_optimizer), self.adapter.u, norm_now)
 
     def _is_sound(self, loss: float, norm: float) -> bool:
         """fp16's scaler skips steps whose gradients overflow, and lowers its scale, until that cannot help any more."""
@@ -147,33 +180,30 @@ class Stepper:
             first += self.accelerator.process_index * size
             yield range(first, first + size)
 
-    def _loss(self, positions: range) -> Tensor:
-        size, kinds = len(positions), (draws.INSTANCE, draws.PRIOR)
-        parts = [
-            latents.batch(images, self.settings.seed, positions, kind)
-            for images, kind in zip(self.streams.images, kinds, strict=False)
-        ]
-        examples, there = latents.joined(parts), self.family.device
-        stream = [number for number in range(len(parts)) for _ in range(size)]
-        process = self.family.noise_process
-        times = process.times(examples.quantile).to(there)
-        noisy, target = process.corrupt(examples.latents.to(there), examples.noise.to(there), times)
-        geometry = Geometry(examples.original, examples.crop, torch.full_like(examples.crop, self.resolution))
+    def _batch(self, positions: range) -> Batch:
+        batch = self.examples.at(positions)
+        return joined(batch, self._lesson(batch)) if self.taught else batch
+
+    @torch.no_grad()
+    def _lesson(self, batch: Batch) -> Batch:
+        """The same noisy latents with the class prompt, and what the base model predicts of them."""
+        asked = again(batch, 1)
+        self.adapter.set_scale(0.0)
+        try:
+            base = self.accelerator.unwrap_model(self.denoiser)
+            with self._uncompiled():
+                return asked._replace(target=base(asked.noisy, asked.times, asked.stream, asked.geometry))
+        finally:
+            self.adapter.set_scale(1.0)
+
+    def _loss(self, batch: Batch, prior: int) -> Tensor:
         return objective.loss(
-            self.denoiser(noisy, times, stream, geometry),
-            target,
-            prior=size * (len(parts) - 1),
+            self.denoiser(batch.noisy, batch.times, batch.stream, batch.geometry),
+            batch.target,
+            prior=prior if len(batch.stream) > prior else 0,
             prior_weight=self.prior_weight,
-            weights=process.loss_weights(times, self.settings.snr_gamma),
+            weights=self._weights(batch),
         )
 
-
-def adamw(adapter: Adapter, settings: OptimizationSettings) -> torch.optim.AdamW:
-    """The optimizer of an adapter's parameters, each group with the rate that the adapter gives it."""
-    return torch.optim.AdamW(
-        adapter.param_groups(settings.learning_rate, settings.text_encoder_lr),
-        lr=settings.learning_rate,  # the polynomial schedule reads it, to end at `recipe.POLYNOMIAL_END`
-        betas=(settings.adam_beta1, settings.adam_beta2),
-        weight_decay=settings.adam_weight_decay,
-        eps=settings.adam_epsilon,
-    )
+    def _weights(self, batch: Batch) -> Tensor | None:
+        return self.examples.process.loss_weights(batch.times, self.settings.snr_gamma)

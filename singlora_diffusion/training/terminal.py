@@ -11,7 +11,9 @@ from ..data import prompts
 from ..progress import bar
 from ..terminal import escaped
 from .events import (
+    Best,
     Event,
+    Exported,
     Images,
     Interrupted,
     Loaded,
@@ -22,6 +24,7 @@ from .events import (
     Saved,
     Started,
     Step,
+    Uploaded,
 )
 from .recipe import Recipe
 
@@ -41,7 +44,7 @@ class Terminal:
         self.prompts: str | None = None
         self.bars: Any = None
         self.task: Any = None
-        self.what = ""
+        self.what = self.best = ""
 
     def __call__(self, event: Event) -> None:
         match event:
@@ -60,15 +63,23 @@ class Terminal:
                 self.advance(what, done, total)
             case Started(step, total):
                 self.advance("training", step, total)
+            case Best(path, step, loss):
+                self.best = f"best by the loss on held-out images: step {step} ({loss:.4g}), {shown(path)}"
             case Step(step):
                 self.advance("training", step)
             case Interrupted(step, path):
                 self.close()
                 self.say(f"stopped after step {step}" + (f", saved in {shown(path)}" if path else ""))
                 self.say(f"to go on: {self.command_to_go_on()}")
+            case Exported(path, readers):
+                self.say(f"{shown(path)}: the same as an ordinary LoRA, for {readers}")
+            case Uploaded(url):
+                self.say(f"uploaded to {escaped(url, 1000)}")
             case Saved(path, size):
                 self.close()
                 self.say(f"{shown(path)}, {size / 1e6:.2f} MB, read back and verified")
+                if self.best:
+                    self.say(self.best)
                 if self.hint:
                     self.say(f"next: {self.command_to_generate()}")
             case _:
@@ -85,6 +96,7 @@ class Terminal:
             f"{loaded.method} rank {loaded.rank} on {loaded.layers} layers of {escaped(loaded.base_model, 1000)}: "
             f"{loaded.parameters:,} trained parameters\n"
             f"{optimization.max_train_steps} steps of {optimization.train_batch_size} images at {loaded.resolution} px"
+            f", the base in {loaded.dtype}"
         )
 
     def command_to_go_on(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .. import models
 from ..data import png
 from . import run_folder
 from .recipe import Recipe
@@ -26,7 +27,9 @@ def preview(family: Family, recipe: Recipe, step: int, resolution: int) -> Path:
     row = []
     for start in range(0, len(seeds), recipe.prior.sample_batch_size):
         some = seeds[start : start + recipe.prior.sample_batch_size]
-        row += family.sample([prompt] * len(some), some, guidance=family.guidance, height=resolution, width=resolution)
+        row += models.sample(
+            family, [prompt] * len(some), some, guidance=family.guidance, height=resolution, width=resolution
+        )
     path = recipe.output.output_dir / run_folder.PREVIEWS / f"step-{step:06d}.png"
     png.write(contact_sheet.grid([row], [prompt], [f"seed {seed}" for seed in seeds]), path, prompt=prompt)
     return path

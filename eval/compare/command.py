@@ -1,0 +1,88 @@
+"""What `singlora compare` does: tune, compare, report; what is done already is not done again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+
+from singlora_diffusion import files
+from singlora_diffusion.settings import command_line, replaced
+from singlora_diffusion.terminal import escaped
+
+from . import cell as cells
+from . import engines, grid, page, results, scoring, subjects, tuning, verdicts
+from .grid import Cell, Plan
+from .results import Results
+from .settings import CompareSettings, check
+
+
+def compare(settings: CompareSettings) -> None:
+    """Run what is missing of the comparison and write its report.
+
+    Raises:
+        UserError: settings, subjects or models that do not work, or a folder of another comparison.
+    """
+    check(settings)
+    out = settings.run.output_dir
+    files.check_writable(out, "--output_dir")
+    with nullcontext() if settings.run.report_only else files.locked(out, "a comparison"):
+        known = subjects.read(settings.who, out / "subjects")
+        plan = grid.plan(settings, known)
+        for method, size in plan.sizes.items():
+            print(f"{method:<14} rank {size.rank:<4} {size.parameters:,} parameters ({size.deviation:+.1%})")
+        scoring.check(plan)
+        bases = list(grid.base_cells((*known.tuning, *known.test)))
+        tune = list(grid.tuning_cells(settings, known.tuning))
+        _run(plan, [*bases, *tune], "base model and tuning")
+        choices = {}
+        if all(cells.is_decided(plan, cell) for cell in tune):
+            choices = tuning.choose(settings, (cells.known(plan, cell) for cell in tune))
+        for method, choice in choices.items():
+            edge = ", at the edge of its grid" if choice.at_the_edge else ""
+            print(f"{method:<14} learning rate {choice.rate:g}{edge}")
+        test = list(grid.test_cells(settings, known.test, choices))
+        again = list(grid.noise_cells(settings, test)) if choices else []
+        if choices:
+            _run(plan, [*test, *again], "comparison")
+        _report(results.gather(plan, bases, tune, test, again, choices))
+
+
+def _report(found: Results) -> None:
+    for row in found.rows:
+        if row.adjusted is not None:
+            print(verdicts.sentence(row, results.label, found.methods[0]))
+    print(results.state(found))
+    settings = found.plan.settings
+    model = settings.training.pretrained_model_name_or_path
+    title = f"{len(found.methods)} adapters at one budget, on {model}"
+    for path in page.write(found, title, [command_line("compare", replaced(settings, report_only=False))]):
+        print(f"written: {escaped(path, 4096)}")
+
+
+def _missing(plan: Plan, todo: Iterable[Cell]) -> list[Cell]:
+    return [cell for cell in todo if not cells.is_done(plan, cell)]
+
+
+def _run(plan: Plan, todo: Sequence[Cell], what: str) -> None:
+    """Run those that are not done."""
+    missing = _missing(plan, todo)
+    print(f"{what}: {len(todo)} cells, {len(todo) - len(missing)} of them there already", flush=True)
+    if plan.settings.run.report_only:
+        return
+    began = time.monotonic()
+    for number, cell in enumerate(engines.engine(plan)(plan, missing), start=1):
+        left = (time.monotonic() - began) / number * (len(missing) - number)
+        print(f"{number}/{len(missing)} {_told(plan, cell)}, {_clock(left)} left", flush=True)
+
+
+def _told(plan: Plan, cell: Cell) -> str:
+    record = cells.known(plan, cell)
+    scores = " ".join(f"{name} {record['scores'][name]:.3f}" for name in plan.settings.decision.primary)
+    diverged = " (diverged)" if record["diverged"] else ""
+    return escaped(f"{cell.subject} {cell.method} {cell.name}{diverged}: {scores}", 400)
+
+
+def _clock(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"

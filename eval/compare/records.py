@@ -1,0 +1,66 @@
+"""Scores of cells as tables: by method, subject and seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import cell as cells
+from .grid import Cell, Plan
+from .scores import SCORES
+
+
+@dataclass(frozen=True)
+class Done:
+    """A cell that is done, and what is known of it."""
+
+    cell: Cell
+    record: Mapping[str, Any]
+
+    @property
+    def scores(self) -> Mapping[str, float | None]:
+        found: Mapping[str, float | None] = self.record["scores"]
+        return found
+
+
+def done(plan: Plan, todo: Iterable[Cell]) -> list[Done]:
+    """Those of the cells that have the scores that decide, in their order."""
+    return [Done(cell, cells.known(plan, cell)) for cell in todo if cells.is_decided(plan, cell)]
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What the methods scored on the same subjects with the same seeds, so that every difference is paired."""
+
+    subjects: tuple[str, ...]
+    seeds: tuple[int, ...]
+    scores: Mapping[str, Mapping[str, NDArray[np.float64]]]
+    """Metric -> method -> (subjects, seeds)."""
+
+
+def tables(methods: Sequence[str], found: Sequence[Done]) -> Tables:
+    """The largest complete table: seeds in order, as long as at least two subjects have all methods with all of them.
+
+    A subject counts once every method is done on it. Metrics that some cell lacks are left out.
+    """
+    by_place = {(one.cell.method, one.cell.subject, one.cell.seed): one for one in found}
+    names = tuple(dict.fromkeys(one.cell.subject for one in found))
+    seeds: tuple[int, ...] = ()
+    subjects: tuple[str, ...] = ()
+    for seed in sorted({one.cell.seed for one in found}):
+        more = (*seeds, seed)
+        whole = tuple(n for n in names if all((method, n, s) in by_place for method in methods for s in more))
+        if seeds and len(whole) < len(subjects):  # subjects are worth more than seeds
+            break
+        seeds, subjects = more, whole
+    scores: dict[str, dict[str, NDArray[np.float64]]] = {}
+    for metric in SCORES:
+        cells_ = [by_place[method, n, s].scores.get(metric) for method in methods for n in subjects for s in seeds]
+        if cells_ and all(value is not None for value in cells_):
+            values = np.array(cells_, dtype=np.float64).reshape(len(methods), len(subjects), len(seeds))
+            scores[metric] = dict(zip(methods, values, strict=True))
+    return Tables(subjects, seeds, scores)

@@ -1,0 +1,101 @@
+"""Everything that a comparison has found so far."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from singlora_diffusion.adapters import budget
+from singlora_diffusion.adapters.methods import METHODS
+
+from . import records, robustness, verdicts
+from .grid import BASE, Cell, Plan
+from .records import Done, Tables
+from .robustness import Curve
+from .settings import learning_rates
+from .tuning import Choice
+from .verdicts import Row
+
+
+@dataclass(frozen=True)
+class Results:
+    """What is known so far."""
+
+    plan: Plan
+    choices: dict[str, Choice]
+    """Empty as long as the tuning is not done."""
+    tuned: list[Done]
+    tested: list[Done]
+    bases: list[Done]
+    tables: Tables
+    rows: list[Row]
+    curves: list[Curve]
+    noise: dict[str, float]
+    planned: int
+    """Cells of a method, all in all."""
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        return self.plan.settings.what.methods
+
+    @property
+    def is_whole(self) -> bool:
+        return len(self.tuned) + len(self.tested) == self.planned
+
+
+def label(method: str) -> str:
+    """As in "SingLoRA offset"."""
+    if method == BASE:
+        return "base model"
+    name = budget.rows()[method].method
+    return METHODS[name].label if method == name else f"{METHODS[name].label} {method.removeprefix(f'{name}+')}"
+
+
+def state(found: Results) -> str:
+    """How much of the comparison there is."""
+    done, n, seeds = len(found.tuned) + len(found.tested), len(found.tables.subjects), len(found.tables.seeds)
+    partial = "" if found.is_whole else "Partial: "
+    over = f"n = {n} subjects, {seeds} training seed{'s' * (seeds != 1)}"
+    tuned = len({one.cell.subject for one in found.tuned})
+    return f"{partial}{done} of {found.planned} trainings are done. {over}; learning rates tuned on {tuned} others."
+
+
+def base_mean(found: Results, metric: str) -> float | None:
+    """Of the base model on the subjects that the methods are compared on; None where it is not known."""
+    values = [one.scores.get(metric) for one in found.bases if one.cell.subject in found.tables.subjects]
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def gather(
+    plan: Plan,
+    bases: Sequence[Cell],
+    tune: Sequence[Cell],
+    test: Sequence[Cell],
+    again: Sequence[Cell],
+    choices: dict[str, Choice],
+) -> Results:
+    """Read the cells that are done.
+
+    Args:
+        again: cells of the test with another number of threads.
+        choices: empty as long as the tuning is not done.
+    """
+    settings, methods = plan.settings, plan.settings.what.methods
+    tuned, tested = records.done(plan, tune), records.done(plan, test) if choices else []
+    tables = records.tables(methods, tested)
+    curves = robustness.curves(learning_rates(settings.what), settings.decision.primary, tuned)
+    return Results(
+        plan=plan,
+        choices=choices,
+        tuned=tuned,
+        tested=tested,
+        bases=records.done(plan, bases),
+        tables=tables,
+        rows=verdicts.rows(tables, settings.decision.bound, settings.decision.primary),
+        curves=curves,
+        noise=verdicts.noise(tested, records.done(plan, again)),
+        planned=len(tune) + len(test),
+    )

@@ -1,0 +1,116 @@
+"""What the denoiser is asked in a step and what it should predict, by position in the stream of examples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..data import draws, latents
+from ..data.latents import EncodedImages
+from ..models.family import Family, Geometry, NoiseProcess
+from .recipe import Recipe
+
+KINDS = (draws.INSTANCE, draws.PRIOR)
+
+
+class Streams(NamedTuple):
+    """What is trained on: the subject, and with prior preservation its class; each has a prompt of its own.
+
+    A last prompt without images is the class of a preservation without class images: the instance images' noisy latents
+    are asked about once more with it, and the base model's own prediction is wanted.
+    """
+
+    images: Sequence[EncodedImages]
+    prompts: Sequence[str]
+
+
+class Batch(NamedTuple):
+    """Of N examples, on the family's device; those of the class come last."""
+
+    noisy: Tensor
+    """(N, C, h, w)."""
+    target: Tensor
+    """(N, C, h, w)."""
+    times: Tensor
+    """(N,)."""
+    stream: Sequence[int]
+    """Whose prompt each example has."""
+    geometry: Geometry
+
+
+class Examples:
+    """Batches by position. Equal positions give equal batches, whatever came before.
+
+    Args:
+        resolution: side of the images in pixels.
+    """
+
+    def __init__(self, family: Family, streams: Streams, recipe: Recipe, resolution: int) -> None:
+        self.streams, self.device, self.process = streams, family.device, process_of(family, recipe)
+        self.seed, self.noise_offset = recipe.optimization.seed, recipe.optimization.noise_offset
+        self.resolution = resolution
+        steps = recipe.optimization.min_timestep, recipe.optimization.max_timestep
+        self.lowest, self.highest = (quantile_of(self.process, step / 1000) for step in steps)
+
+    def at(self, positions: range) -> Batch:
+        parts = [
+            latents.batch(images, self.seed, positions, kind, self.noise_offset)
+            for images, kind in zip(self.streams.images, KINDS, strict=False)
+        ]
+        return self.batch(latents.joined(parts), [number for number in range(len(parts)) for _ in positions])
+
+    def batch(self, examples: latents.Examples, stream: Sequence[int]) -> Batch:
+        """What the denoiser is asked of examples, and what it should predict."""
+        quantile = self.lowest + examples.quantile * (self.highest - self.lowest)
+        times = self.process.times(quantile).to(self.device)
+        clean, noise = examples.latents.to(self.device), examples.noise.to(self.device)
+        noisy, target = self.process.corrupt(clean, noise, times)
+        target_size = torch.full_like(examples.crop, self.resolution)
+        return Batch(noisy, target, times, stream, Geometry(examples.original, examples.crop, target_size))
+
+
+def process_of(family: Family, recipe: Recipe) -> NoiseProcess:
+    """How the model is trained, as the recipe has it.
+
+    Raises:
+        UserError: the recipe asks for what is not for models of this kind.
+    """
+    settings = recipe.optimization
+    process = family.noise_process.varied(settings.weighting_scheme, settings.timestep_shift)
+    process.loss_weights(process.times(torch.tensor([0.5], dtype=torch.float64)), settings.snr_gamma)
+    return process
+
+
+def again(batch: Batch, stream: int) -> Batch:
+    """The same noisy latents with another stream's prompt."""
+    return batch._replace(stream=[stream] * len(batch.stream))
+
+
+def joined(first: Batch, last: Batch) -> Batch:
+    """Two batches as one."""
+    return Batch(
+        noisy=torch.cat([first.noisy, last.noisy]),
+        target=torch.cat([first.target, last.target.to(first.target)]),
+        times=torch.cat([first.times, last.times]),
+        stream=[*first.stream, *last.stream],
+        geometry=Geometry(*(torch.cat(column) for column in zip(first.geometry, last.geometry, strict=True))),
+    )
+
+
+def quantile_of(process: NoiseProcess, share: float) -> float:
+    """The lowest quantile whose time has gone this share of the way from image to noise; 0.0 and 1.0 are the ends.
+
+    Times rise with their quantiles: a bisection, to the last bit of a float64.
+    """
+    if share in (0.0, 1.0):
+        return share
+    last = process.times(torch.tensor([1.0 - 2.0**-53], dtype=torch.float64))
+    bound = share if last.is_floating_point() else share * (int(last) + 1)
+    low, high = 0.0, 1.0
+    while low < (middle := (low + high) / 2) < high:
+        reached = float(process.times(torch.tensor([middle], dtype=torch.float64))) >= bound
+        low, high = (low, middle) if reached else (middle, high)
+    return high
