@@ -4,8 +4,8 @@
 
 Flags make a recipe, singlora_diffusion/training/loop.py runs it, and listeners are told what happens. A run leaves in
 OUTPUT_DIR: adapter.safetensors (read back and compared with the live model), pytorch_lora_weights.safetensors (the same
-for other programs), README.md (a model card), recipe.json, log.jsonl, logs/ for TensorBoard, previews/ and
-checkpoint-N/. Ctrl-C ends it after the step, with a checkpoint to go on from.
+for other programs), README.md (a model card), recipe.json, log.jsonl, progress.png, logs/ for TensorBoard, previews/
+and checkpoint-N/. Ctrl-C ends it after the step, with a checkpoint to go on from.
 """
 
 from __future__ import annotations
@@ -64,16 +64,16 @@ def main(recipe: Recipe, *, hint: bool = True) -> Path:
 
 
 def listeners(recipe: Recipe, hint: bool) -> list[Listener]:
-    """The terminal, the log file and, unless it is not wanted, TensorBoard."""
+    """The terminal, the log file and, unless it is not wanted, a tracker and a figure of the losses."""
     from rich.console import Console
 
-    from singlora_diffusion.training import log_file, run_folder, tensorboard, terminal
+    from singlora_diffusion.training import log_file, progress_figure, terminal, tracking
 
     out = recipe.output.output_dir
     console = Console(highlight=False, soft_wrap=True)
     told: list[Listener] = [log_file.LogFile(out / log_file.NAME), terminal.Terminal(recipe, console, hint=hint)]
-    if recipe.output.report_to == "tensorboard":
-        told.append(tensorboard.TensorBoard(out / run_folder.CURVES))
+    if recipe.output.report_to != "none":
+        told += [tracking.Tracker(recipe), progress_figure.ProgressFigure(out)]
     return told
 
 

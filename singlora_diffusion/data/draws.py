@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..randomness import seeded
 
-INSTANCE, PRIOR = 0, 1  # two streams: images of the subject, images of its class
+INSTANCE, PRIOR, HELD_OUT = 0, 1, 2  # streams: images of the subject, of its class, and those not trained on
 
 
 class Draw(NamedTuple):

@@ -90,13 +90,24 @@ class Step:
     """From 1 on."""
     loss: float
     lr: float
-    """Of the first group of parameters."""
+    """Of the first group of parameters, with what the optimizer finds by itself."""
     u: float
     """The ramp's value."""
     grad_norm: float
     """Before clipping; infinite in a step that fp16's loss scaling skipped."""
     seconds: float
     """Since this process began its first step."""
+    validation_loss: float | None = None
+    """On held-out images, of the weights after the step; None: it was not asked for, or not after this step."""
+
+
+@dataclass(frozen=True)
+class Best:
+    """The loss on held-out images was lower than ever; the adapter was saved beside the last one."""
+
+    path: Path
+    step: int
+    loss: float
 
 
 @dataclass(frozen=True)
@@ -159,6 +170,7 @@ Event = (
     | Resumed
     | Started
     | Step
+    | Best
     | Preview
     | Checkpoint
     | Interrupted

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..data import draws, latents
 from ..data.latents import EncodedImages
-from ..models.family import Family, Geometry, NoiseProcess
+from ..models.family import Family, Geometry, NoiseProcess, noise_process
 from .recipe import Recipe
 
 KINDS = (draws.INSTANCE, draws.PRIOR)
@@ -60,8 +60,10 @@ class Examples:
             latents.batch(images, self.seed, positions, kind, self.noise_offset)
             for images, kind in zip(self.streams.images, KINDS, strict=False)
         ]
-        examples = latents.joined(parts)
-        stream = [number for number in range(len(parts)) for _ in positions]
+        return self.batch(latents.joined(parts), [number for number in range(len(parts)) for _ in positions])
+
+    def batch(self, examples: latents.Examples, stream: Sequence[int]) -> Batch:
+        """What the denoiser is asked of examples, and what it should predict."""
         quantile = self.lowest + examples.quantile * (self.highest - self.lowest)
         times = self.process.times(quantile).to(self.device)
         clean, noise = examples.latents.to(self.device), examples.noise.to(self.device)
@@ -76,9 +78,8 @@ def process_of(family: Family, recipe: Recipe) -> NoiseProcess:
     Raises:
         UserError: the recipe asks for what is not for models of this kind.
     """
-    settings = recipe.optimization
-    process = family.noise_process.varied(settings.weighting_scheme, settings.timestep_shift)
-    process.loss_weights(process.times(torch.tensor([0.5], dtype=torch.float64)), settings.snr_gamma)
+    process = noise_process(family, recipe.times, recipe.data.resolution or family.resolution)
+    process.loss_weights(process.times(torch.tensor([0.5], dtype=torch.float64)), recipe.optimization.snr_gamma)
     return process
 
 

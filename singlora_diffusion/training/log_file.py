@@ -45,6 +45,8 @@ class LogFile:
     def write(self, step: Step) -> None:
         assert self.file is not None, "steps come after Started"
         row = {**vars(step), "seconds": self.before + step.seconds}
+        if step.validation_loss is None:
+            del row["validation_loss"]
         self.file.write(json.dumps({key: _plain(value) for key, value in row.items()}) + "\n")
         self.file.flush()
 
@@ -72,6 +74,11 @@ def cut(path: Path, step: int) -> list[dict[str, Any]]:
     else:
         files.write_bytes(path, kept)
     return rows
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    """What the file says, a line a step."""
+    return [row for line in path.read_bytes().splitlines(keepends=True) if (row := parsed(line)) is not None]
 
 
 def parsed(line: bytes) -> dict[str, Any] | None:

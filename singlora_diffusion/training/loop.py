@@ -9,6 +9,7 @@ it is trained on are known by their contracts only, those of `models.Family` and
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, suppress
@@ -24,6 +25,7 @@ from ..terminal import escaped
 from . import run_folder
 from .diagnosis import NotFinite, cause
 from .events import (
+    Best,
     Checkpoint,
     Event,
     Exported,
@@ -45,8 +47,8 @@ if TYPE_CHECKING:  # torch and what needs it are imported once the recipe's own 
     from accelerate import Accelerator
 
     from ..adapters import Adapter
+    from ..data.latents import EncodedImages
     from ..models import Family
-    from .resting import Resting
     from .step import Stepper
 
 
@@ -56,7 +58,8 @@ class Job:
 
     recipe: Recipe
     stepper: Stepper
-    resting: Resting
+    held_out: EncodedImages | None
+    """Images that are not trained on."""
     identity: dict[str, Any]
     about: dict[str, Any]
     """For the header of adapter files."""
@@ -96,7 +99,6 @@ def run(recipe: Recipe, stop: Callable[[], bool] = lambda: False, family: Family
 
     from .. import adapters
     from . import hub, identity, memory, preparation, result
-    from .resting import Resting
     from .step import Stepper
 
     recipe = preparation.on_this_machine(recipe)
@@ -114,6 +116,7 @@ def run(recipe: Recipe, stop: Callable[[], bool] = lambda: False, family: Family
         yield from preparation.cut_prompts(recipe, family, class_prompt)
         classes = yield from preparation.class_images(recipe, accelerator, family, class_prompt, resolution)
         streams = yield from preparation.encoded(recipe, family, resolution, instance.images, classes, class_prompt)
+        held_out = yield from preparation.held_out(recipe, family, resolution)
         adapter = adapters.attach(family.networks, config, recipe.optimization.seed)
         stack.callback(adapter.detach)
         yield _loaded(family, adapter, resolution)
@@ -124,15 +127,10 @@ def run(recipe: Recipe, stop: Callable[[], bool] = lambda: False, family: Family
             yield Resumed(state.path, state.step)
         stack.callback(stepper.release)
         stepper.prepare()
-        resting = Resting(family, text=not recipe.optimization.train_text_encoder)
-        stack.callback(resting.end)
-        resting.begin()
         about = result.about(recipe, family, subject, resolution, len(instance.images))
-        start = state.step if state else 0
-        job = Job(recipe, stepper, resting, identified, about, resolution, start, repository)
+        job = Job(recipe, stepper, held_out, identified, about, resolution, state.step if state else 0, repository)
         yield from _begin(job)
-        finished = yield from _steps(job, stop)
-        if finished and job.writes:
+        if (yield from _steps(job, stop)) and job.writes:
             yield from _saved(job)
 
 
@@ -149,7 +147,12 @@ def _clear(recipe: Recipe) -> Iterator[Event]:
 def _begin(job: Job) -> Iterator[Event]:
     job.stepper.accelerator.wait_for_everyone()  # all have read the checkpoint that they go on from
     if job.writes:
+        from . import best
+
         later = [path for path in run_folder.checkpoints(job.out) if run_folder.step_of(path) > job.start]
+        kept = best.find(job.out)
+        if kept is None or kept.step > job.start:  # the same steps find it again
+            later += run_folder.best(job.out)
         yield from _put_away(job.out, later)  # or `latest` would mean one of these, and the limit keep them
         files.write_json(job.out / run_folder.RECIPE, recorded(job.recipe))
     yield Started(job.start, job.recipe.optimization.max_train_steps)
@@ -182,7 +185,10 @@ def _steps(job: Job, stop: Callable[[], bool]) -> Generator[Event, None, bool]:
             figures = job.stepper.advance(step)
         except NotFinite as error:
             raise UserError(_diagnosis(job, error)) from error
-        yield Step(step, *figures, seconds=time.monotonic() - began)
+        validation_loss = _validation_loss(job, step)
+        yield Step(step, *figures, seconds=time.monotonic() - began, validation_loss=validation_loss)
+        if validation_loss is not None:
+            yield from _keep_best(job, step, validation_loss)
         if _anyone(job.stepper.accelerator, stop()) and step < last:
             yield Interrupted(step, _save_checkpoint(job, step) if job.writes else None)
             return False
@@ -190,6 +196,26 @@ def _steps(job: Job, stop: Callable[[], bool]) -> Generator[Event, None, bool]:
             yield from _outputs(job, step)
     job.stepper.accelerator.wait_for_everyone()
     return True
+
+
+def _validation_loss(job: Job, step: int) -> float | None:
+    """The loss on held-out images, where it is due."""
+    if job.held_out is None or not job.writes or not _is_due(step, job.recipe.validation.validation_steps):
+        return None
+    from . import held_out
+
+    size = job.recipe.optimization.train_batch_size
+    return job.stepper.loss_on(held_out.batches(job.stepper.examples, job.held_out, size))
+
+
+def _keep_best(job: Job, step: int, loss: float) -> Iterator[Event]:
+    from . import best
+
+    kept = best.find(job.out)
+    if math.isfinite(loss) and (kept is None or loss < kept.loss):
+        with job.stepper.in_use():
+            path = best.save(job.out, job.stepper.adapter, best.Kept(step, loss), job.about)
+        yield Best(path, step, loss)
 
 
 def _anyone(accelerator: Accelerator, asked: bool) -> bool:
@@ -208,7 +234,7 @@ def _outputs(job: Job, step: int) -> Iterator[Event]:
     if _is_due(step, job.recipe.validation.validation_steps):
         from . import validation
 
-        with job.resting.interrupted(), job.stepper.in_use():
+        with job.stepper.in_use(), job.stepper.resting.interrupted():
             path = validation.preview(job.stepper.family, job.recipe, step, job.resolution)
         yield Preview(path, step)
 

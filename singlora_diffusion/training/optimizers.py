@@ -32,6 +32,8 @@ class Optimizer:
     """Its arguments beside groups and rate, of the settings and whether all is on a CUDA GPU."""
     package: str = ""
     """What has to be installed, and the name of our extra that does; empty: it is there."""
+    rate: float = 1.0
+    """Its usual learning rate, as a multiple of AdamW's."""
     finds_rate: bool = False
     """Whether it finds the rate by itself and --learning_rate is a factor of that, best 1."""
     averages: bool = False
@@ -62,6 +64,7 @@ OPTIMIZERS: Mapping[str, Optimizer] = {
     "lion": Optimizer(
         "timm.optim:Lion",
         lambda s, cuda: {"betas": (s.adam_beta1, s.adam_beta2), "weight_decay": s.adam_weight_decay},
+        rate=0.1,  # its steps are all of one size: 3 to 10 times less (arXiv 2302.06675, section 5)
     ),
     "schedule_free": Optimizer(
         "schedulefree:AdamWScheduleFree", lambda s, cuda: _adam(s), package="schedulefree", averages=True
@@ -95,6 +98,12 @@ def make(groups: Groups, settings: OptimizationSettings) -> torch.optim.Optimize
     if row.averages:
         optimizer.train()  # type: ignore[attr-defined]
     return optimizer
+
+
+def rate(optimizer: torch.optim.Optimizer) -> float:
+    """What the first group of parameters learns with: the rate given, times what the optimizer finds by itself."""
+    group = optimizer.param_groups[0]
+    return float(group["lr"] * group.get("d", 1.0))
 
 
 def schedule(optimizer: torch.optim.Optimizer, settings: OptimizationSettings) -> Callable[[int], float]:

@@ -13,9 +13,11 @@ from typing import NamedTuple
 RENAMED = {
     "checkpoint_step_interval": "checkpointing_steps",
     "config_file": "config",
+    "discrete_flow_shift": "timestep_shift",
     "final_validation_prompt": "validation_prompt",
     "flip_aug": "random_flip",
     "huggingface_repo_id": "hub_model_id",
+    "log_with": "report_to",
     "lora_layers": "targets",
     "lr_scheduler_num_cycles": "lr_num_cycles",
     "lr_scheduler_power": "lr_power",
@@ -128,14 +130,15 @@ REFUSED = _by_flag(
         "give --noise_offset 0.1": "offset_noise",
         "noise is drawn as the base model's family has it, with --noise_offset": "adaptive_noise_scale "
         "multires_noise_iterations multires_noise_discount ip_noise_gamma zero_terminal_snr do_edm_style_training",
-        "times are drawn as --weighting_scheme says": "logit_mean logit_std mode_scale precondition_outputs",
+        "times are drawn as --weighting_scheme and --timestep_shift say": "timestep_sampling precondition_outputs",
         "a base model that was distilled with guidance is told 1 in training": "guidance_scale",
         "--compile takes inductor": "dynamo_backend",
         # previews, files and logs
         "--validation_prompt takes the prompt itself": "sample_prompts",
         "--checkpointing_steps says how often a checkpoint is written": "save_every_n_epochs",
         "--checkpoints_total_limit says how many checkpoints are kept": "save_last_n_epochs save_last_n_steps",
-        "--report_to tensorboard or none; log.jsonl has every figure": "log_with wandb_api_key wandb_run_name",
+        "log in once with `wandb login`; a command line is no place for a key": "wandb_api_key",
+        "the run is named as OUTPUT_DIR": "wandb_run_name",
     }
 )
 """What would change the result, or what somebody waits for in vain -> what to do instead."""
@@ -143,9 +146,6 @@ REFUSED = _by_flag(
 FINE = {
     "guidance_scale": "1",
     "image_interpolation_mode": "lanczos",
-    "log_with": "tensorboard",
-    "logit_mean": "0",
-    "logit_std": "1",
     "lora_dropout": "0",
     "loss_type": "l2",
     "network_dropout": "0",

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 
 from .. import device, models, settings
 from ..data import latents
+from ..data.folders import read_folder
 from ..data.latents import EncodedImages
 from ..errors import UserError
 from ..models import Family
@@ -19,7 +20,7 @@ from ..terminal import escaped
 from . import checkpoint, identity
 from . import class_images as generating
 from .checkpoint import State
-from .events import Encoded, Event, Progress, Remark
+from .events import Encoded, Event, Images, Progress, Remark
 from .examples import Streams, process_of
 from .optimizers import OPTIMIZERS
 from .recipe import Recipe, check
@@ -37,14 +38,15 @@ def on_this_machine(recipe: Recipe) -> Recipe:
 
 
 def for_model(recipe: Recipe, family: Family) -> Recipe:
-    """The recipe with the rate that is usual for the base model, where it names none.
+    """The recipe with the rate that is usual for the base model and the optimizer, where it names none.
 
     Raises:
         UserError: it cannot be combined with other settings.
     """
     if recipe.optimization.learning_rate is None:
-        finds = OPTIMIZERS[recipe.optimization.optimizer].finds_rate
-        recipe = settings.replaced(recipe, learning_rate=1.0 if finds else family.learning_rate)
+        optimizer = OPTIMIZERS[recipe.optimization.optimizer]
+        usual = 1.0 if optimizer.finds_rate else optimizer.rate * family.learning_rate
+        recipe = settings.replaced(recipe, learning_rate=usual)
         check(recipe)
     return recipe
 
@@ -137,19 +139,34 @@ def encoded(
     streams: list[EncodedImages] = []
     texts: list[str] = []
     for what, (paths, prompt) in kinds.items():
-        if not paths:
-            continue
-        encoded = []
-        for number, path in enumerate(paths):
-            yield Progress(f"encoding {what}", number, len(paths))
-            encoded.append(latents.encode(family, path, resolution, recipe.data.random_flip))
-        yield Progress(f"encoding {what}", len(paths), len(paths))
-        streams.append(latents.together(encoded))
-        texts.append(prompt)
-        yield Encoded(what, len(paths))
+        if paths:
+            streams.append((yield from _as_latents(family, what, paths, resolution, recipe.data.random_flip)))
+            texts.append(prompt)
     if recipe.prior.with_prior_preservation and not others:
         texts.append(class_prompt)
     return Streams(streams, texts)
+
+
+def held_out(recipe: Recipe, family: Family, resolution: int) -> Generator[Event, None, EncodedImages | None]:
+    """The images that are not trained on; None: there are none."""
+    folder = recipe.validation.held_out_data_dir
+    if folder is None or not recipe.validation.validation_steps:
+        return None
+    report = read_folder(folder, strict=recipe.data.strict, resolution=recipe.data.resolution)
+    yield Images(report)
+    return (yield from _as_latents(family, "held-out images", report.images, resolution, flip=False))
+
+
+def _as_latents(
+    family: Family, what: str, paths: Sequence[Path], resolution: int, flip: bool
+) -> Generator[Event, None, EncodedImages]:
+    found = []
+    for number, path in enumerate(paths):
+        yield Progress(f"encoding {what}", number, len(paths))
+        found.append(latents.encode(family, path, resolution, flip))
+    yield Progress(f"encoding {what}", len(paths), len(paths))
+    yield Encoded(what, len(paths))
+    return latents.together(found)
 
 
 def restore(state: State, recipe: Recipe, who: dict[str, Any], stepper: Stepper) -> None:

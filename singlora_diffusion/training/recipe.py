@@ -13,6 +13,8 @@ from .. import settings
 from ..adapters.config import AdapterConfig, check_options
 from ..adapters.methods import METHODS
 from ..errors import UserError
+from ..models import times
+from ..models.times import TimeSettings
 from ..settings import Count, CountOrZero, Decay, NotNegative, Positive, Seed, Side
 from ..terminal import escaped
 from .optimizers import OPTIMIZERS
@@ -94,7 +96,7 @@ class OptimizationSettings:
     gradient_checkpointing: bool = False
     """Compute activations twice to save memory."""
     learning_rate: Annotated[Positive | None, arg(aliases=["--unet_lr"])] = None
-    """Peak learning rate. None: what is usual for the base model (docs/families.md)."""
+    """Peak learning rate. None: what is usual for the base model (docs/families.md) and the optimizer."""
     train_text_encoder: bool = False
     """Adapt the text encoders too."""
     text_encoder_lr: Positive | None = None
@@ -132,10 +134,6 @@ class OptimizationSettings:
     """Train on no less noise than at this of 1000 timesteps."""
     max_timestep: Annotated[int, Interval(ge=1, le=1000)] = 1000
     """Train on less noise than at this of 1000 timesteps."""
-    weighting_scheme: Literal["none", "logit_normal", "mode", "sigma_sqrt", "cosmap"] | None = None
-    """How often and how much noise levels count, in flow matching. None: as the model was trained."""
-    timestep_shift: Annotated[Positive | None, arg(aliases=["--discrete_flow_shift"])] = None
-    """Shift of the noise levels, in flow matching; above 1 towards more noise. None: the model's own."""
     compile: Annotated[bool, arg(aliases=["--torch_compile"])] = False
     """Compile the denoiser's blocks: the first steps take long, all others less. On GPUs."""
     allow_tf32: bool = False
@@ -153,7 +151,10 @@ class ValidationSettings:
     num_validation_images: Annotated[int, Interval(ge=1, le=1000), MayDiffer] = 4
     """Images per preview."""
     validation_steps: Annotated[CountOrZero, MayDiffer] = 100
-    """A preview every so many steps. 0: none."""
+    """A preview every so many steps, and with held-out images a validation. 0: none."""
+    held_out_data_dir: Annotated[Path | None, MayDiffer] = None
+    """Folder with images of the subject that are not trained on. The adapter of the step with the lowest loss on them,
+    with fixed noise at fixed times, is kept in OUTPUT_DIR/best."""
 
 
 @dataclass(frozen=True)
@@ -170,8 +171,8 @@ class OutputSettings:
     """Go on from `latest`, or from a checkpoint folder."""
     overwrite: Annotated[bool, MayDiffer] = False
     """Begin anew where there is a run already. Its files are put away into OUTPUT_DIR/.old-1, .old-2, ..."""
-    report_to: Annotated[Literal["tensorboard", "none"], MayDiffer] = "tensorboard"
-    """Where curves go besides log.jsonl."""
+    report_to: Annotated[Literal["tensorboard", "wandb", "none"], MayDiffer] = "tensorboard"
+    """Where curves and previews go besides log.jsonl; wandb has to be installed. none: nor is progress.png drawn."""
     portable: Annotated[bool, MayDiffer] = True
     """Also write pytorch_lora_weights.safetensors, an ordinary LoRA for diffusers, ComfyUI, A1111 and others."""
     push_to_hub: Annotated[bool, MayDiffer] = False
@@ -190,6 +191,7 @@ class Recipe:
     prior: PriorSettings = field(default_factory=PriorSettings)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     optimization: OptimizationSettings = field(default_factory=OptimizationSettings)
+    times: TimeSettings = field(default_factory=TimeSettings)
     validation: ValidationSettings = field(default_factory=ValidationSettings)
     output: OutputSettings = field(default_factory=OutputSettings)
 
@@ -210,6 +212,7 @@ def check(recipe: Recipe) -> None:
     """
     settings.check(recipe)
     check_options(recipe.adapter)
+    times.check(recipe.times)
     optimization, output = recipe.optimization, recipe.output
     changed = settings.changed(recipe)
     for needed, names in NEEDED.items():

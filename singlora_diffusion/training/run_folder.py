@@ -19,6 +19,8 @@ from .recipe import OutputSettings
 ADAPTER, RECIPE, PREVIEWS, CURVES = "adapter.safetensors", "recipe.json", "previews", "logs"
 LORA = "pytorch_lora_weights.safetensors"
 """The adapter as an ordinary LoRA, under the name that diffusers' scripts give it."""
+BEST, VALIDATION, PROGRESS = "best", "validation.json", "progress.png"
+"""The adapter of the best step, in a folder with what was best about it; the losses, drawn."""
 CARD, CARD_MARK = "README.md", "<!-- Written by singlora train, which replaces this file. -->"
 CLASS_IMAGES = ("class_images", "class_pictures")
 """Where generated class images go; the second is the first's former name."""
@@ -97,6 +99,11 @@ def foreign(out: Path) -> list[Path]:
     return [path for path in _used(out) if not _is_ours(out, path)]
 
 
+def best(out: Path) -> list[Path]:
+    """The adapter of the best step, and what is said of it."""
+    return [path for name in (ADAPTER, VALIDATION) if (path := out / BEST / name).exists()]
+
+
 def class_images(out: Path) -> Path:
     """The folder of generated class images."""
     return next((out / name for name in CLASS_IMAGES if (out / name).is_dir()), out / CLASS_IMAGES[0])
@@ -138,10 +145,10 @@ def clean(out: Path) -> None:
 
 def _used(out: Path) -> list[Path]:
     """Everything in a folder that stands where a run writes."""
-    found = [path for name in (ADAPTER, RECIPE, log_file.NAME, LORA, CARD) if (path := out / name).exists()]
+    found = [path for name in (ADAPTER, RECIPE, log_file.NAME, LORA, CARD, PROGRESS) if (path := out / name).exists()]
     previews = [path for path in _entries(out / PREVIEWS) if re.fullmatch(r"step-\d{6,}\.png", path.name)]
     curves = [path for path in _entries(out / CURVES) if path.name.startswith("events.out.tfevents.")]
-    return [*found, *_numbered(out), *previews, *curves]
+    return [*found, *best(out), *_numbered(out), *previews, *curves]
 
 
 def _is_ours(out: Path, path: Path) -> bool:
@@ -151,6 +158,10 @@ def _is_ours(out: Path, path: Path) -> bool:
         return _is_checkpoint(path)
     if not path.is_file():
         return False
+    if path.name == VALIDATION:
+        return _is_validation(path)
+    if path == out / BEST / ADAPTER:
+        return _is_validation(path.with_name(VALIDATION))
     if path.name == ADAPTER:  # guarded for itself
         return True
     if path.name in (RECIPE, LORA, CARD):
@@ -163,6 +174,13 @@ def _is_ours(out: Path, path: Path) -> bool:
 def _is_recipe(path: Path) -> bool:
     try:
         return set(files.read_json(path)) >= RECIPE_KEYS
+    except UserError:
+        return False
+
+
+def _is_validation(path: Path) -> bool:
+    try:
+        return "validation_loss" in files.read_json(path)
     except UserError:
         return False
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from .compiling import Compiled
 from .diagnosis import NotFinite
 from .examples import Batch, Examples, Streams, again, joined
 from .recipe import OptimizationSettings, Recipe
+from .resting import Resting
 
 
 class Figures(NamedTuple):
@@ -53,6 +54,8 @@ class Denoiser(nn.Module):
 class Stepper:
     """The optimization of an attached adapter.
 
+    From `prepare` to `release`, the base model is arranged for steps: what they do not call rests, blocks are compiled.
+
     Args:
         resolution: side of the images in pixels.
     """
@@ -83,6 +86,7 @@ class Stepper:
         self.average = self._averaged()
         self.denoiser = Denoiser(family, streams.prompts, text)
         self.compiled = Compiled(denoiser(family).module, family.device) if self.settings.compile else None
+        self.resting = Resting(family, text=text is not None)
         self.optimizer: Any = None
 
     def _averaged(self) -> Average | None:
@@ -100,6 +104,7 @@ class Stepper:
         if self.compiled is not None:
             self.compiled.begin()
         self.denoiser, self.optimizer = self.accelerator.prepare(self.denoiser, self.raw_optimizer)
+        self.resting.begin()
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -111,8 +116,20 @@ class Stepper:
         """Without gradients it would be compiled once more, and in every size."""
         return nullcontext() if self.compiled is None else self.compiled.interrupted()
 
+    @torch.no_grad()
+    def loss_on(self, batches: Iterable[Batch]) -> float:
+        """The mean loss of examples, with the weights to use. Nothing is learned."""
+        ask, losses, counts = self.accelerator.unwrap_model(self.denoiser), [], []
+        with self.in_use():
+            for batch in batches:
+                predicted = ask(batch.noisy, batch.times, batch.stream, batch.geometry)
+                losses.append(objective.loss(predicted, batch.target, weights=self._weights(batch)))
+                counts.append(len(batch.stream))
+        return sum(loss.item() * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
+
     def release(self) -> None:
-        """Leave the base model as it was."""
+        """Leave the base model as it was, but for the adapter."""
+        self.resting.end()
         if self.compiled is not None:
             self.compiled.end()
 
@@ -147,7 +164,7 @@ class Stepper:
         self.adapter.settle()
         if self.average is not None:
             self.average.follow(step)
-        return Figures(loss_now, self.raw_optimizer.param_groups[0]["lr"], self.adapter.u, norm_now)
+        return Figures(loss_now, optimizers.rate(self.raw_optimizer), self.adapter.u, norm_now)
 
     def _is_sound(self, loss: float, norm: float) -> bool:
         """fp16's scaler skips steps whose gradients overflow, and lowers its scale, until that cannot help any more."""
@@ -185,5 +202,8 @@ class Stepper:
             batch.target,
             prior=prior if len(batch.stream) > prior else 0,
             prior_weight=self.prior_weight,
-            weights=self.examples.process.loss_weights(batch.times, self.settings.snr_gamma),
+            weights=self._weights(batch),
         )
+
+    def _weights(self, batch: Batch) -> Tensor | None:
+        return self.examples.process.loss_weights(batch.times, self.settings.snr_gamma)

@@ -11,6 +11,7 @@ from ..data import prompts
 from ..progress import bar
 from ..terminal import escaped
 from .events import (
+    Best,
     Event,
     Exported,
     Images,
@@ -43,7 +44,7 @@ class Terminal:
         self.prompts: str | None = None
         self.bars: Any = None
         self.task: Any = None
-        self.what = ""
+        self.what = self.best = ""
 
     def __call__(self, event: Event) -> None:
         match event:
@@ -62,6 +63,8 @@ class Terminal:
                 self.advance(what, done, total)
             case Started(step, total):
                 self.advance("training", step, total)
+            case Best(path, step, loss):
+                self.best = f"best by the loss on held-out images: step {step} ({loss:.4g}), {shown(path)}"
             case Step(step):
                 self.advance("training", step)
             case Interrupted(step, path):
@@ -76,6 +79,8 @@ class Terminal:
             case Saved(path, size):
                 self.close()
                 self.say(f"{shown(path)}, {size / 1e6:.2f} MB, read back and verified")
+                if self.best:
+                    self.say(self.best)
                 if self.hint:
                     self.say(f"next: {self.command_to_generate()}")
             case _:
