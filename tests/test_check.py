@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageFilter
+from safetensors.torch import load_file
 
+import train_dreambooth
 from singlora_diffusion import cli
-from singlora_diffusion.data import captions
+from singlora_diffusion.data import captions, draws
 from singlora_diffusion.data.checking import check_folder, difference_hash, sharpness
 from singlora_diffusion.errors import UserError
+from singlora_diffusion.settings import replaced
+from singlora_diffusion.training.recipe import Recipe
 
 
 def scene(seed: int, size: tuple[int, int] = (96, 96)) -> Image.Image:
@@ -101,3 +107,53 @@ def test_captions_belong_to_images_by_name(tmp_path: Path) -> None:
 def test_a_note_is_no_caption(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("bought in 2019")
     assert captions.read(tmp_path, ["a.png"]) == ({}, {}, ())
+
+
+# --- captions in training --------------------------------------------------------------------------------------------
+
+
+def test_a_caption_follows_its_image_wherever_it_stands() -> None:
+    names = ["a.png", "b.png", "c.png"]
+    texts = captions.texts(names, {"a.png": "first", "c.png": "third"}, "otherwise", seed=3)
+    positions = range(50)
+    images = draws.examples(3, positions, 3)
+    said = [texts.table[place] for place in texts.drawn(3, positions, images, 0.0)]
+    assert said == [["first", "otherwise", "third"][image] for image in images]
+
+
+def test_tags_are_shuffled_but_for_the_kept_and_dropped_at_their_rate() -> None:
+    texts = captions.texts(
+        ["a"], {"a": "sks dog, grass, sun, sky"}, "", seed=0, shuffle=True, keep_tokens=1, dropout=0.3
+    )
+    drawn = texts.drawn(0, range(2000), [0] * 2000, 0.3)
+    assert drawn[700:900] == texts.drawn(0, range(700, 900), [0] * 200, 0.3)  # by position alone
+    forms = [texts.table[place] for place in drawn]
+    assert abs(forms.count("") - 600) < 5 * (2000 * 0.3 * 0.7) ** 0.5  # five standard deviations
+    assert {tuple(sorted(form.split(", "))) for form in forms if form} == {("grass", "sks dog", "sky", "sun")}
+    assert all(form.startswith("sks dog, ") for form in forms if form) and len(set(forms)) > 3
+
+
+def test_training_with_captions_resumes_bit_for_bit(recipe: Recipe, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    shutil.copytree(recipe.data.instance_data_dir, folder)
+    for number in range(2):
+        (folder / f"{number}.txt").write_text(f"a photo of sks dog, grass, {number}")
+    plain = load_file(train_dreambooth.main(recipe))
+    recipe = replaced(
+        recipe,
+        instance_data_dir=folder,
+        shuffle_caption=True,
+        keep_tokens=1,
+        caption_dropout=0.2,
+        checkpointing_steps=2,
+    )
+    recipe = replaced(recipe, output_dir=tmp_path / "captioned")
+    unbroken = load_file(train_dreambooth.main(recipe))
+    assert any(not torch.equal(unbroken[key], plain[key]) for key in plain)
+    cut = replaced(recipe, output_dir=tmp_path / "cut", resume_from_checkpoint="latest")
+    shutil.copytree(recipe.output.output_dir / "checkpoint-2", cut.output.output_dir / "checkpoint-2")
+    resumed = load_file(train_dreambooth.main(cut))
+    assert all(torch.equal(unbroken[key], resumed[key]) for key in unbroken)
+    (folder / "1.txt").write_text("something else")
+    with pytest.raises(UserError, match="other captions"):
+        train_dreambooth.main(replaced(cut, max_train_steps=5))

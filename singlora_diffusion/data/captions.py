@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from ..errors import UserError
 from ..files import reason
 from ..terminal import escaped
 from .images import IMAGE_SUFFIX
+
+ORDERS = 8
+"""In how many orders a caption with shuffled tags is learnt: few enough to be encoded before the first step."""
 
 METADATA = "metadata.jsonl"
 """What Hugging Face's imagefolder calls its table: one JSON object a line, with `file_name` and `text`."""
@@ -47,6 +52,66 @@ def read(folder: Path, images: Sequence[str]) -> Captions:
     lonely = [path.name for stem, path in beside.items() if stem not in stems]
     captioned = any(stem in stems for stem in beside)
     return Captions(texts, sources, (*(lonely if captioned else ()), *(name for name in table if name not in images)))
+
+
+class Texts(NamedTuple):
+    """What the images of a stream say, as places in a table of distinct texts, which are encoded once."""
+
+    table: tuple[str, ...]
+    of_image: tuple[tuple[int, ...], ...]
+    """Of each image: places of its caption in the table, one for each order of its tags."""
+    empty: int | None
+    """Place of the empty text, where captions are dropped at random."""
+
+    def drawn(self, seed: int, positions: Sequence[int], images: Sequence[int], dropout: float) -> list[int]:
+        """Places of the texts of the examples at these positions of the stream.
+
+        Args:
+            images: which image stands at each position, from `draws.examples`.
+            dropout: probability that a text is the empty one.
+        """
+        from . import draws  # needs torch, which reading captions does not
+
+        found = []
+        for position, image in zip(positions, images, strict=True):
+            dropped, order = draws.caption(seed, position)
+            own = self.of_image[image]
+            found.append(self.empty if self.empty is not None and dropped < dropout else own[int(order * len(own))])
+        return found
+
+
+def texts(
+    names: Sequence[str],
+    captions: Mapping[str, str],
+    otherwise: str,
+    *,
+    seed: int,
+    shuffle: bool = False,
+    keep_tokens: int = 0,
+    dropout: float = 0.0,
+) -> Texts:
+    """The texts of these images, in order.
+
+    Args:
+        otherwise: of images without a caption.
+        shuffle: the comma-separated tags of a caption change places, but for the first `keep_tokens`.
+    """
+    table: dict[str, int] = {}
+    of_image = []
+    for number, name in enumerate(names):
+        caption = captions.get(name, otherwise)
+        forms = [caption] if not shuffle else _orders(caption, keep_tokens, np.random.default_rng((seed, number, 1)))
+        of_image.append(tuple(table.setdefault(form, len(table)) for form in forms))
+    empty = table.setdefault("", len(table)) if dropout else None
+    return Texts(tuple(table), tuple(of_image), empty)
+
+
+def _orders(caption: str, keep: int, rng: np.random.Generator) -> list[str]:
+    tags = [tag.strip() for tag in caption.split(",") if tag.strip()]
+    if len(tags) - keep < 2:
+        return [caption]
+    kept, free = tags[:keep], tags[keep:]
+    return [", ".join([*kept, *(free[place] for place in rng.permutation(len(free)))]) for _ in range(ORDERS)]
 
 
 def _line(path: Path) -> str:

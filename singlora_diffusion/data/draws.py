@@ -45,6 +45,15 @@ def examples(seed: int, positions: Sequence[int], count: int, stream: int = INST
     return chosen
 
 
+def caption(seed: int, position: int, stream: int = INSTANCE) -> tuple[float, float]:
+    """Of one example, both in [0, 1): whether its caption is dropped, and the order of its tags.
+
+    They have a generator of their own, so that noise and times are the same with captions and without.
+    """
+    dropped, order = np.random.default_rng((seed, stream, position, 1)).random(2)
+    return float(dropped), float(order)
+
+
 def draw(seed: int, positions: Sequence[int], shape: tuple[int, ...], stream: int = INSTANCE) -> Draw:
     """Noise, quantiles of the time and flips for the examples at these positions.
 

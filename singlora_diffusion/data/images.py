@@ -186,6 +186,7 @@ def _register_heif() -> None:
         heif = importlib.import_module("pillow_heif")
     except ImportError as error:
         raise Unusable(
-            "is a HEIC image, which needs one more package: pip install pillow-heif, or save it as JPEG"
+            "is a HEIC image, which needs one more package: pip install pillow-heif (the extra [heic] of this one has "
+            "it), or save it as JPEG"
         ) from error
     heif.register_heif_opener()

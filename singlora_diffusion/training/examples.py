@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..data import draws, latents
+from ..data.captions import Texts
 from ..data.latents import EncodedImages
 from ..models.family import Family, Geometry, NoiseProcess, noise_process
 from .recipe import Recipe
@@ -25,6 +26,13 @@ class Streams(NamedTuple):
 
     images: Sequence[EncodedImages]
     prompts: Sequence[str]
+    captions: Texts | None = None
+    """Of the instance images, in place of the first prompt."""
+
+    @property
+    def texts(self) -> list[str]:
+        """All that is to be encoded: the prompts, then the captions. `Batch.stream` holds places in it."""
+        return [*self.prompts, *(self.captions.table if self.captions is not None else ())]
 
 
 class Batch(NamedTuple):
@@ -37,7 +45,7 @@ class Batch(NamedTuple):
     times: Tensor
     """(N,)."""
     stream: Sequence[int]
-    """Whose prompt each example has."""
+    """Which of `Streams.texts` each example has."""
     geometry: Geometry
 
 
@@ -51,7 +59,7 @@ class Examples:
     def __init__(self, family: Family, streams: Streams, recipe: Recipe, resolution: int) -> None:
         self.streams, self.device, self.process = streams, family.device, process_of(family, recipe)
         self.seed, self.noise_offset = recipe.optimization.seed, recipe.optimization.noise_offset
-        self.resolution = resolution
+        self.resolution, self.caption_dropout = resolution, recipe.data.caption_dropout
         steps = recipe.optimization.min_timestep, recipe.optimization.max_timestep
         self.lowest, self.highest = (quantile_of(self.process, step / 1000) for step in steps)
 
@@ -60,7 +68,12 @@ class Examples:
             latents.batch(images, self.seed, positions, kind, self.noise_offset)
             for images, kind in zip(self.streams.images, KINDS, strict=False)
         ]
-        return self.batch(latents.joined(parts), [number for number in range(len(parts)) for _ in positions])
+        places = [number for number in range(len(parts)) for _ in positions]
+        if (captions := self.streams.captions) is not None:
+            images = draws.examples(self.seed, positions, len(self.streams.images[0].mean))  # by image, never by step
+            drawn = captions.drawn(self.seed, positions, images, self.caption_dropout)
+            places[: len(positions)] = [len(self.streams.prompts) + place for place in drawn]
+        return self.batch(latents.joined(parts), places)
 
     def batch(self, examples: latents.Examples, stream: Sequence[int]) -> Batch:
         """What the denoiser is asked of examples, and what it should predict."""

@@ -14,18 +14,26 @@ FOLDERS = ("instance_data_dir", "class_data_dir")
 """Must be the same where a checkpoint does not know the images themselves."""
 
 
-def of(recipe: Recipe, base: str, instance: Sequence[Path], class_images: Sequence[Path]) -> dict[str, Any]:
+def of(
+    recipe: Recipe,
+    base: str,
+    instance: Sequence[Path],
+    class_images: Sequence[Path],
+    captions: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """The identity of a run, as JSON knows it.
 
     Args:
         base: fingerprint of the base model.
         instance, class_images: in the order that training takes them.
+        captions: of instance images, by name.
     """
     return {
         "settings": to_be_shared(recipe),
         "base": base,
         "instance_images": {path.name: files.sha256(path) for path in instance},
         "class_images": {path.name: files.sha256(path) for path in class_images},
+        "captions": [(captions or {}).get(path.name) for path in instance] if captions else [],
     }
 
 
@@ -44,6 +52,8 @@ def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     for key, kind in (("instance_images", "instance"), ("class_images", "class")):
         if words := _of_images(before[key], now[key]):
             return f"with other {kind} images ({words})"
+    if before.get("captions", []) != now["captions"]:
+        return "with other captions"
     return None
 
 

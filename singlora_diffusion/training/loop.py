@@ -101,6 +101,8 @@ def run(recipe: Recipe, stop: Callable[[], bool] = lambda: False, family: Family
     from . import hub, identity, memory, preparation, result
     from .step import Stepper
 
+    captions = preparation.captions_of(recipe, instance.images)
+    yield from preparation.caption_remarks(recipe, captions, len(instance.images))
     recipe = preparation.on_this_machine(recipe)
     state = yield from preparation.checkpoint_to_resume(recipe)
     accelerator, family, resolution = yield from preparation.load(recipe, family)
@@ -113,15 +115,17 @@ def run(recipe: Recipe, stop: Callable[[], bool] = lambda: False, family: Family
             yield from _clear(recipe)
         pushes = recipe.output.push_to_hub and accelerator.is_main_process
         repository = hub.repository(recipe.output) if pushes else None
-        yield from preparation.cut_prompts(recipe, family, class_prompt)
+        yield from preparation.cut_prompts(recipe, family, class_prompt, captions)
         classes = yield from preparation.class_images(recipe, accelerator, family, class_prompt, resolution)
-        streams = yield from preparation.encoded(recipe, family, resolution, instance.images, classes, class_prompt)
+        streams = yield from preparation.encoded(
+            recipe, family, resolution, instance.images, classes, class_prompt, captions
+        )
         held_out = yield from preparation.held_out(recipe, family, resolution)
         adapter = adapters.attach(family.networks, config, recipe.optimization.seed)
         stack.callback(adapter.detach)
         yield _loaded(family, adapter, resolution)
         stepper = Stepper(accelerator, family, adapter, recipe, streams, resolution)
-        identified = identity.of(recipe, family.fingerprint, instance.images, classes)
+        identified = identity.of(recipe, family.fingerprint, instance.images, classes, captions.texts)
         if state is not None:
             preparation.restore(state, recipe, identified, stepper)
             yield Resumed(state.path, state.step)

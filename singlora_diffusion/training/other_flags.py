@@ -102,8 +102,8 @@ REFUSED = _by_flag(
         # images and captions
         "save the images into a folder and give it as --instance_data_dir": "dataset_name dataset_config_name "
         "dataset_config image_column in_json",
-        "all images have the prompt --instance_prompt": "caption_column caption_extension caption_dropout_rate "
-        "caption_tag_dropout_rate caption_prefix shuffle_caption keep_tokens",
+        "captions are .txt files beside the images, or metadata.jsonl with file_name and text": "caption_column "
+        "caption_extension caption_tag_dropout_rate caption_prefix",
         "brackets in prompts are plain text": "weighted_captions",
         "images are cropped to squares, so there are no buckets": "aspect_ratio_buckets enable_bucket min_bucket_reso "
         "max_bucket_reso bucket_reso_steps bucket_no_upscale",

@@ -110,11 +110,13 @@ def _make(recipe: Recipe) -> Generator[Event, None, Plan]:
     from .. import device
     from . import memory, preparation
 
+    captions = preparation.captions_of(recipe, instance.images)
+    yield from preparation.caption_remarks(recipe, captions, len(instance.images))
     recipe = preparation.on_this_machine(recipe)
     accelerator, family, resolution = yield from preparation.load(recipe)
     recipe = preparation.for_model(recipe, family)
     config = adapter_config(recipe)
-    yield from preparation.cut_prompts(recipe, family, class_prompt)
+    yield from preparation.cut_prompts(recipe, family, class_prompt, captions)
     free = device.free_memory(str(family.device))
     needs: list[int] = []
     for need in memory.needs(family, config, recipe, resolution):
@@ -175,7 +177,13 @@ def _measured(
     prior = recipe.prior.with_prior_preservation and recipe.prior.num_class_images
     began = time.perf_counter()
     streams = yield from preparation.encoded(
-        recipe, family, resolution, [image], [image] if prior else [], class_prompt
+        recipe,
+        family,
+        resolution,
+        [image],
+        [image] if prior else [],
+        class_prompt,
+        preparation.captions_of(recipe, [image]),
     )
     encoding = (time.perf_counter() - began) / len(streams.images)
     counts = family.device.type == "cuda"

@@ -10,7 +10,8 @@ import torch
 from accelerate import Accelerator
 
 from .. import device, models, settings
-from ..data import latents
+from ..data import captions, latents
+from ..data.captions import Captions
 from ..data.folders import read_folder
 from ..data.latents import EncodedImages
 from ..errors import UserError
@@ -104,11 +105,35 @@ def load(recipe: Recipe, family: Family | None = None) -> Generator[Event, None,
     return accelerator, family, resolution
 
 
-def cut_prompts(recipe: Recipe, family: Family, class_prompt: str) -> Iterator[Remark]:
+def captions_of(recipe: Recipe, instance: Sequence[Path]) -> Captions:
+    """What the instance folder says of its images; nothing where captions are not wanted.
+
+    Raises:
+        UserError: captions cannot be read.
+    """
+    if recipe.data.captions == "none":
+        return Captions({}, {}, ())
+    return captions.read(recipe.data.instance_data_dir, [path.name for path in instance])
+
+
+def caption_remarks(recipe: Recipe, found: Captions, count: int) -> Iterator[Remark]:
+    if found.texts:
+        yield Remark(
+            f"{len(found.texts)} of {count} images have captions, which are their prompts; --captions none ignores them"
+        )
+    elif recipe.data.shuffle_caption:
+        yield Remark("--shuffle_caption: there are no captions; the tags of --instance_prompt are shuffled")
+    if found.orphans:
+        shown = ", ".join(escaped(name) for name in found.orphans[:3])
+        yield Remark(f"{len(found.orphans)} captions have no image and are left out: {shown}")
+
+
+def cut_prompts(recipe: Recipe, family: Family, class_prompt: str, found: Captions) -> Iterator[Remark]:
     """A remark for each prompt that the model cuts off."""
     prompts = [recipe.data.instance_prompt, recipe.validation.validation_prompt or recipe.data.instance_prompt]
     if recipe.prior.with_prior_preservation:
         prompts.append(class_prompt)
+    prompts += found.texts.values()
     for prompt in dict.fromkeys(prompts):
         if count := family.prompt_overflow(prompt):
             source = escaped(family.source, 1000)
@@ -133,8 +158,13 @@ def encoded(
     instance: Sequence[Path],
     others: Sequence[Path],
     class_prompt: str,
+    found: Captions,
 ) -> Generator[Event, None, Streams]:
-    """Instance images and class images as latents, with their prompts."""
+    """Instance images and class images as latents, with their prompts.
+
+    Args:
+        found: captions of instance images.
+    """
     kinds = {"instance images": (instance, recipe.data.instance_prompt), "class images": (others, class_prompt)}
     streams: list[EncodedImages] = []
     texts: list[str] = []
@@ -144,7 +174,19 @@ def encoded(
             texts.append(prompt)
     if recipe.prior.with_prior_preservation and not others:
         texts.append(class_prompt)
-    return Streams(streams, texts)
+    data = recipe.data
+    if not (found.texts or data.shuffle_caption or data.caption_dropout):
+        return Streams(streams, texts)
+    own = captions.texts(
+        [path.name for path in instance],
+        found.texts,
+        data.instance_prompt,
+        seed=recipe.optimization.seed,
+        shuffle=data.shuffle_caption,
+        keep_tokens=data.keep_tokens,
+        dropout=data.caption_dropout,
+    )
+    return Streams(streams, texts, own)
 
 
 def held_out(recipe: Recipe, family: Family, resolution: int) -> Generator[Event, None, EncodedImages | None]:

@@ -45,6 +45,15 @@ class DataSettings:
     """Side of the training images in pixels. None: the model's own."""
     random_flip: bool = False
     """Mirror images at random. Leave it off where left and right matter, as with writing."""
+    captions: Literal["auto", "none"] = "auto"
+    """auto: an image with a caption beside it (dog.txt for dog.jpg, or a row of metadata.jsonl) has it as its prompt,
+    the others have --instance_prompt; a folder without captions trains on that alone. none: captions are ignored."""
+    caption_dropout: Annotated[float, Interval(ge=0.0, le=1.0), arg(aliases=["--caption_dropout_rate"])] = 0.0
+    """Probability that an instance image is trained on without its prompt."""
+    shuffle_caption: bool = False
+    """Change the places of a caption's comma-separated tags at random, in 8 orders per image."""
+    keep_tokens: CountOrZero = 0
+    """So many tags at the beginning of a caption keep their places."""
     strict: Annotated[bool, MayDiffer] = False
     """Refuse a folder with images that cannot be used, instead of leaving these out."""
 
@@ -198,6 +207,7 @@ class Recipe:
 
 NEEDED = {
     "train_text_encoder": ("text_encoder_lr", "text_rank", "text_alpha", "text_targets"),
+    "shuffle_caption": ("keep_tokens",),
     "push_to_hub": ("hub_model_id",),
     "with_prior_preservation": ("class_data_dir", "class_prompt", "num_class_images", "prior_loss_weight"),
 }

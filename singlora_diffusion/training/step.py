@@ -46,8 +46,13 @@ class Denoiser(nn.Module):
 
     def forward(self, noisy: Tensor, times: Tensor, stream: Sequence[int], geometry: Geometry) -> Tensor:
         """The family's prediction for noisy latents (N, C, h, w); `stream` says whose prompt each example has."""
-        text = self.family.encode_prompts(self.prompts) if self.text is None else self.text
-        conditioning = self.family.with_geometry(text.select(stream), geometry)
+        if self.text is None:
+            used = sorted(set(stream))
+            text = self.family.encode_prompts([self.prompts[place] for place in used])
+            own = text.select([used.index(place) for place in stream])
+        else:
+            own = self.text.select(stream)
+        conditioning = self.family.with_geometry(own, geometry)
         return self.family.denoise(noisy, times, conditioning)
 
 
@@ -77,14 +82,14 @@ class Stepper:
         text = None
         if not self.settings.train_text_encoder:
             with torch.no_grad():
-                text = family.encode_prompts(streams.prompts)
+                text = family.encode_prompts(streams.texts)
         assert self.settings.learning_rate is not None  # see `preparation.for_model`
         groups = adapter.param_groups(self.settings.learning_rate, self.settings.text_encoder_lr)
         self.raw_optimizer = optimizers.make(groups, self.settings)
         self.peaks = [group["lr"] for group in self.raw_optimizer.param_groups]
         self.rate = optimizers.schedule(self.raw_optimizer, self.settings)
         self.average = self._averaged()
-        self.denoiser = Denoiser(family, streams.prompts, text)
+        self.denoiser = Denoiser(family, streams.texts, text)
         self.compiled = Compiled(denoiser(family).module, family.device) if self.settings.compile else None
         self.resting = Resting(family, text=text is not None)
         self.optimizer: Any = None
