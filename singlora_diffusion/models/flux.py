@@ -136,16 +136,7 @@ class Flux:
 
     def pipeline(self, scheduler: str | None = None) -> FluxPipeline:
         """The autoencoder is in float32: with the others in half precision, ask it for `output_type="latent"`."""
-        return stock.pipeline(
-            FluxPipeline,
-            self,
-            scheduler,
-            text_encoder=self.text_encoder,
-            tokenizer=self.tokenizer,
-            text_encoder_2=self.text_encoder_2,
-            tokenizer_2=self.tokenizer_2,
-            transformer=self.transformer,
-        )
+        return stock.pipeline(FluxPipeline, self, scheduler)
 
     def encode_negative(self, prompt: str) -> None:
         """
@@ -154,9 +145,6 @@ class Flux:
         """
         if prompt:
             raise UserError(f"--negative_prompt: {self.source} is a FLUX.1 model, which takes none: leave it out")
-
-    def embeddings(self, conditioning: Conditioning, negative: Conditioning | None) -> dict[str, Any]:
-        return {"prompt_embeds": conditioning["text"], "pooled_prompt_embeds": conditioning["pooled"]}
 
     def decode(self, latents: Tensor, height: int, width: int) -> list[Image.Image]:
         downsampling = autoencoder.downsampling(self.vae)

@@ -182,15 +182,7 @@ class Flux2Klein:
 
     def pipeline(self, scheduler: str | None = None) -> Flux2KleinPipeline:
         """The autoencoder is in float32: with the others in half precision, ask it for `output_type="latent"`."""
-        return stock.pipeline(
-            Flux2KleinPipeline,
-            self,
-            scheduler,
-            text_encoder=self.text_encoder,
-            tokenizer=self.tokenizer,
-            transformer=self.transformer,
-            is_distilled=self.distilled,
-        )
+        return stock.pipeline(Flux2KleinPipeline, self, scheduler, is_distilled=self.distilled)
 
     def encode_negative(self, prompt: str) -> Conditioning:
         """
@@ -200,10 +192,6 @@ class Flux2Klein:
         if prompt and self.distilled:
             raise UserError(f"--negative_prompt: {self.source} is distilled and takes none: leave it out")
         return self.encode_prompts([prompt])
-
-    def embeddings(self, conditioning: Conditioning, negative: Conditioning | None) -> dict[str, Any]:
-        assert negative is not None
-        return {"prompt_embeds": conditioning["text"], "negative_prompt_embeds": negative["text"]}
 
     def decode(self, latents: Tensor, height: int, width: int) -> list[Image.Image]:
         """The stock pipeline has undone the patches and the normalization."""

@@ -88,9 +88,6 @@ class StableDiffusion:
             StableDiffusionPipeline,
             self,
             scheduler,
-            text_encoder=self.text_encoder,
-            tokenizer=self.tokenizer,
-            unet=self.unet,
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
@@ -98,10 +95,6 @@ class StableDiffusion:
 
     def encode_negative(self, prompt: str) -> Conditioning:
         return self.encode_prompts([prompt])
-
-    def embeddings(self, conditioning: Conditioning, negative: Conditioning | None) -> dict[str, Any]:
-        assert negative is not None
-        return {"prompt_embeds": conditioning["text"], "negative_prompt_embeds": negative["text"]}
 
     def decode(self, latents: Tensor, height: int, width: int) -> list[Image.Image]:
         return autoencoder.decode(self.vae, latents)

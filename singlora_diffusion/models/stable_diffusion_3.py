@@ -149,30 +149,10 @@ class StableDiffusion3:
 
     def pipeline(self, scheduler: str | None = None) -> StableDiffusion3Pipeline:
         """The autoencoder is in float32: with the others in half precision, ask it for `output_type="latent"`."""
-        return stock.pipeline(
-            StableDiffusion3Pipeline,
-            self,
-            scheduler,
-            transformer=self.transformer,
-            text_encoder=self.text_encoder,
-            tokenizer=self.tokenizer,
-            text_encoder_2=self.text_encoder_2,
-            tokenizer_2=self.tokenizer_2,
-            text_encoder_3=self.text_encoder_3,
-            tokenizer_3=self.tokenizer_3,
-        )
+        return stock.pipeline(StableDiffusion3Pipeline, self, scheduler)
 
     def encode_negative(self, prompt: str) -> Conditioning:
         return self.encode_prompts([prompt])
-
-    def embeddings(self, conditioning: Conditioning, negative: Conditioning | None) -> dict[str, Any]:
-        assert negative is not None
-        return {
-            "prompt_embeds": conditioning["text"],
-            "pooled_prompt_embeds": conditioning["pooled"],
-            "negative_prompt_embeds": negative["text"],
-            "negative_pooled_prompt_embeds": negative["pooled"],
-        }
 
     def decode(self, latents: Tensor, height: int, width: int) -> list[Image.Image]:
         return autoencoder.decode(self.vae, latents)

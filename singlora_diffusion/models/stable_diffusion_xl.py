@@ -105,18 +105,7 @@ class StableDiffusionXL:
 
     def pipeline(self, scheduler: str | None = None) -> StableDiffusionXLPipeline:
         """The autoencoder is in float32: with the others in half precision, ask it for `output_type="latent"`."""
-        return stock.pipeline(
-            StableDiffusionXLPipeline,
-            self,
-            scheduler,
-            text_encoder=self.text_encoder,
-            text_encoder_2=self.text_encoder_2,
-            tokenizer=self.tokenizer,
-            tokenizer_2=self.tokenizer_2,
-            unet=self.unet,
-            force_zeros_for_empty_prompt=self.force_zeros_for_empty_prompt,
-            add_watermarker=False,
-        )
+        return stock.pipeline(StableDiffusionXLPipeline, self, scheduler, add_watermarker=False)
 
     def encode_negative(self, prompt: str) -> Conditioning:
         """Of an empty one: zeros where the model says so, else an encoded empty text."""
@@ -124,15 +113,6 @@ class StableDiffusionXL:
         if prompt or not self.force_zeros_for_empty_prompt:
             return encoded
         return Conditioning({name: torch.zeros_like(tensor) for name, tensor in encoded.tensors.items()})
-
-    def embeddings(self, conditioning: Conditioning, negative: Conditioning | None) -> dict[str, Any]:
-        assert negative is not None
-        return {
-            "prompt_embeds": conditioning["text"],
-            "pooled_prompt_embeds": conditioning["pooled"],
-            "negative_prompt_embeds": negative["text"],
-            "negative_pooled_prompt_embeds": negative["pooled"],
-        }
 
     def decode(self, latents: Tensor, height: int, width: int) -> list[Image.Image]:
         return autoencoder.decode(self.vae, latents)
