@@ -100,15 +100,13 @@ class Flux2Klein:
         scheduler: FlowMatchEulerDiscreteScheduler,
         *,
         distilled: bool,
-        source: str,
-        fingerprint: str,
-        hints: Mapping[str, Any],
+        origin: parts.Origin,
     ) -> None:
         self.transformer, self.text_encoder, self.vae = transformer, text_encoder, vae
         self.tokenizer, self.scheduler, self.distilled = tokenizer, scheduler, distilled
         self.schedulers: Mapping[str, Any] = flow_matching.SCHEDULERS
         self.noise_process: NoiseProcess = flow_matching.of(scheduler)
-        self.source, self.fingerprint = source, fingerprint
+        self.source, self.fingerprint, hints = origin
         self.networks = network.specs_of(NETWORKS, self)
         self.multiple = PATCH * autoencoder.downsampling(vae)
         self.resolution = int(vae.config.sample_size)  # the transformer's own config names none
@@ -221,7 +219,5 @@ def load(path: Path, source: str, dtype: str, device: str, quantization: str | N
             tokenizer=parts.tokenizer(Qwen2TokenizerFast, path / "tokenizer"),
             scheduler=flow_matching.scheduler(path / "scheduler"),
             distilled=bool(index.get("is_distilled", False)),
-            source=source,
-            fingerprint=parts.fingerprint(parts.weights(path / "transformer")[0]),
-            hints=parts.hints(path),
+            origin=parts.origin(path, source, "transformer"),
         )

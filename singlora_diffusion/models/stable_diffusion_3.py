@@ -84,16 +84,14 @@ class StableDiffusion3:
         *,
         text_encoder_3: T5EncoderModel | None = None,
         tokenizer_3: T5TokenizerFast | None = None,
-        source: str,
-        fingerprint: str,
-        hints: Mapping[str, Any],
+        origin: parts.Origin,
     ) -> None:
         self.transformer, self.vae, self.scheduler = transformer, vae, scheduler
         self.text_encoder, self.text_encoder_2, self.text_encoder_3 = text_encoder, text_encoder_2, text_encoder_3
         self.tokenizer, self.tokenizer_2, self.tokenizer_3 = tokenizer, tokenizer_2, tokenizer_3
         self.schedulers: Mapping[str, Any] = flow_matching.SCHEDULERS
         self.noise_process: NoiseProcess = flow_matching.of(scheduler, "logit_normal")
-        self.source, self.fingerprint = source, fingerprint
+        self.source, self.fingerprint, hints = origin
         self.networks = network.specs_of(NETWORKS, self)
         downsampling = autoencoder.downsampling(vae)
         self.multiple = int(transformer.config.patch_size) * downsampling
@@ -172,7 +170,5 @@ def load(path: Path, source: str, dtype: str, device: str, quantization: str | N
             tokenizer=parts.tokenizer(CLIPTokenizer, path / "tokenizer"),
             tokenizer_2=parts.tokenizer(CLIPTokenizer, path / "tokenizer_2"),
             scheduler=flow_matching.scheduler(path / "scheduler"),
-            source=source,
-            fingerprint=parts.fingerprint(parts.weights(path / "transformer")[0]),
-            hints=parts.hints(path),
+            origin=parts.origin(path, source, "transformer"),
         )

@@ -44,16 +44,14 @@ class StableDiffusionXL:
         scheduler: Any,
         *,
         force_zeros_for_empty_prompt: bool,
-        source: str,
-        fingerprint: str,
-        hints: Mapping[str, Any],
+        origin: parts.Origin,
     ) -> None:
         self.unet, self.text_encoder, self.text_encoder_2, self.vae = unet, text_encoder, text_encoder_2, vae
         self.tokenizer, self.tokenizer_2, self.scheduler = tokenizer, tokenizer_2, scheduler
         self.schedulers: Mapping[str, Any] = SCHEDULERS
         self.noise_process: NoiseProcess = noise_schedule.of(scheduler)
         self.force_zeros_for_empty_prompt = force_zeros_for_empty_prompt
-        self.source, self.fingerprint = source, fingerprint
+        self.source, self.fingerprint, hints = origin
         self.networks = network.specs_of(NETWORKS, self)
         downsampling = autoencoder.downsampling(vae)
         self.multiple = math.lcm(downsampling, 8)  # as the stock pipeline asks
@@ -142,7 +140,5 @@ def load(path: Path, source: str, dtype: str, device: str, quantization: str | N
             tokenizer_2=parts.tokenizer(CLIPTokenizer, path / "tokenizer_2"),
             scheduler=parts.scheduler(path / "scheduler"),
             force_zeros_for_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", True)),
-            source=source,
-            fingerprint=parts.fingerprint(parts.weights(path / "unet")[0]),
-            hints=parts.hints(path),
+            origin=parts.origin(path, source, "unet"),
         )
