@@ -34,6 +34,11 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "check": Command(
+        "singlora_diffusion.data.check_command:CheckSettings",
+        "singlora_diffusion.data.check_command:run",
+        "look at a folder of images before training: what is odd, and the fix",
+    ),
     "train": Command(
         "singlora_diffusion.training.command_line:Training",
         "train_dreambooth:train",

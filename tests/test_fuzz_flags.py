@@ -169,6 +169,7 @@ def right(command: str, here: Here, number: int) -> dict[str, list[str]]:
         "demo": {**model, "output_dir": out, "device": ["cpu"]},
         "toyworld": {"what": ["subject"], "name": ["dog-1"], "output_dir": out},
         "budget": model,
+        "check": {"folder": images},
         "export": {"adapter": [str(here.adapter)], "output": file},
         "import": {"file": [str(here.adapter)], "output": file, **model},
         "inspect": {"file": [str(here.adapter)]},

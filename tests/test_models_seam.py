@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
 import train_dreambooth
@@ -23,7 +26,7 @@ from singlora_diffusion.sampling.settings import (
     PromptSettings,
     SamplingSettings,
 )
-from singlora_diffusion.settings import parse
+from singlora_diffusion.settings import parse, replaced
 from singlora_diffusion.training.recipe import Recipe
 
 LAYERS = {
@@ -52,12 +55,16 @@ def test_train_save_load_generate(tiny: str, images: Path, tmp_path: Path, reque
         --instance_data_dir {images} --output_dir {run} --pretrained_model_name_or_path {base} --device cpu
         --with_prior_preservation --num_class_images 2 --gradient_checkpointing
         --max_train_steps 2 --train_batch_size 2 --rank 2
-        --validation_steps 2 --num_validation_images 1 --checkpointing_steps 0 --report_to none
+        --validation_steps 2 --num_validation_images 1 --checkpointing_steps 1 --report_to none
     """
     text = ["--train_text_encoder"] if "text_encoder" in LAYERS[tiny] else []
     recipe = parse(Recipe, ["--instance_prompt", "a photo of sks dog", *text, *flags.split()], "train", "")
     path = train_dreambooth.main(recipe, hint=False)
     assert [file.suffix for file in (run / "previews").iterdir()] == [".png"]
+    unbroken = load_file(path)
+    shutil.rmtree(run / "checkpoint-2")
+    resumed = load_file(train_dreambooth.main(replaced(recipe, resume_from_checkpoint="latest"), hint=False))
+    assert unbroken.keys() == resumed.keys() and all(torch.equal(unbroken[key], resumed[key]) for key in resumed)
 
     family = models.load(base)
     header = formats.read_header(path)

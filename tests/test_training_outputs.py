@@ -74,6 +74,7 @@ def test_a_run_folder_as_other_programs_know_it(whole: Recipe, hub: Hub, capsys:
     assert facts["base_model"] == Path(whole.model.pretrained_model_name_or_path).name
     assert facts["instance_prompt"] == "a photo of sks dog" and "lora" in facts["tags"]
     assert "Trigger words: `sks dog`" in body and "![a  sks  dog    here ](previews/step-000002.png)" in body
+    assert "| seed | 0 |" in body and "In ComfyUI" in body
     assert "| max_train_steps | 2 |" in body and "| rank | 2 |" in body
     assert 'weight_name="pytorch_lora_weights.safetensors"' in body
     compile(body.partition("```python\n")[2].partition("```")[0], "card", "exec")

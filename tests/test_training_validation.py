@@ -48,7 +48,7 @@ def held(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rec
         validation_steps=2,
         num_validation_images=1,
         checkpointing_steps=2,
-        max_train_steps=6,
+        max_train_steps=4,
         learning_rate=2e-2,
     )
 
@@ -66,7 +66,7 @@ def test_the_best_step_is_kept_and_found_again_by_a_resumed_run(held: Recipe, tm
     out = held.output.output_dir
     train_dreambooth.main(held)
     found = losses(out)
-    assert list(found) == [2, 4, 6] and len(rows(out)) == 6
+    assert list(found) == [2, 4] and len(rows(out)) == 4
     kept = best.find(out)
     assert kept is not None and kept.step == min(found, key=lambda step: found[step])
     assert float(f"{kept.loss:.8g}") == found[kept.step]
@@ -85,7 +85,7 @@ def test_the_best_step_is_kept_and_found_again_by_a_resumed_run(held: Recipe, tm
 
 def test_validation_changes_nothing_that_is_learned_and_its_noise_is_fixed(held: Recipe, tmp_path: Path) -> None:
     """A LoRA begins as no change, and stays that with a rate of almost nothing, whatever the training's seed."""
-    still = replaced(held, method="lora", learning_rate=1e-30)
+    still = replaced(held, method="lora", learning_rate=1e-30, max_train_steps=2, checkpointing_steps=0)
     seen = []
     for seed in (0, 1):
         one = replaced(still, output_dir=tmp_path / str(seed), seed=seed)

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..terminal import escaped
 from .network import NetworkSpec
+from .times import TimeSettings
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,17 @@ class NoiseProcess(Protocol):
         """What the denoiser predicts: epsilon, v_prediction or flow."""
         ...
 
+    def with_times(self, chosen: TimeSettings, tokens: int) -> NoiseProcess:
+        """The process with the times and weights that the user chose; nothing chosen: as it is.
+
+        Args:
+            tokens: of a training image, as the denoiser sees it. A model's own shift may depend on their number.
+
+        Raises:
+            UserError: a choice that means nothing to this model.
+        """
+        ...
+
     def times(self, quantiles: Tensor) -> Tensor:
         """Where on the way from image to noise examples are trained: the model's training distribution of times.
 
@@ -96,18 +108,6 @@ class NoiseProcess(Protocol):
 
         Raises:
             UserError: min-SNR is asked of a model that has no signal-to-noise ratio.
-        """
-        ...
-
-    def varied(self, weighting: str | None, shift: float | None) -> NoiseProcess:
-        """The process with other times and weights than the model was trained with; None: as it was.
-
-        Args:
-            weighting: of `flow_matching.WEIGHTINGS`.
-            shift: of `flow_matching.levels`.
-
-        Raises:
-            UserError: the model is not trained by flow matching.
         """
         ...
 
@@ -188,6 +188,15 @@ class Family(Protocol):
 def denoiser(family: Family) -> NetworkSpec:
     """The network that takes the noise out of latents; each family has one."""
     return next(network for network in family.networks.values() if network.role == "denoiser")
+
+
+def noise_process(family: Family, chosen: TimeSettings, side: int) -> NoiseProcess:
+    """What training on images of `side` pixels uses: the family's noise process with what the user chose.
+
+    Raises:
+        UserError: a choice that means nothing to this model.
+    """
+    return family.noise_process.with_times(chosen, (side // family.multiple) ** 2)
 
 
 def check_sides(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from diffusers import (
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
 )
+from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from PIL import Image
 from torch import Tensor, nn
 from transformers import Qwen2TokenizerFast, Qwen3ForCausalLM
@@ -105,7 +107,7 @@ class Flux2Klein:
         self.transformer, self.text_encoder, self.vae = transformer, text_encoder, vae
         self.tokenizer, self.scheduler, self.distilled = tokenizer, scheduler, distilled
         self.schedulers: Mapping[str, Any] = flow_matching.SCHEDULERS
-        self.noise_process: NoiseProcess = flow_matching.of(scheduler)
+        self.noise_process: NoiseProcess = flow_matching.of(scheduler, shift=self._sampling_shift)
         self.source, self.fingerprint, hints = origin
         self.networks = network.specs_of(NETWORKS, self)
         self.multiple = PATCH * autoencoder.downsampling(vae)
@@ -118,6 +120,10 @@ class Flux2Klein:
         self.prompt_length = min(PROMPT_LENGTH, tokenizer.model_max_length)
         self.learning_rate = float(hints.get("learning_rate", 1e-4))  # diffusers' script
         self.prompt_set: str | None = hints.get("prompts")
+
+    def _sampling_shift(self, tokens: int) -> float:
+        """The stock pipeline fits it to the number of tokens and of sampling steps."""
+        return math.exp(compute_empirical_mu(tokens, self.steps))
 
     def encode_images(self, pixels: Tensor) -> Latents:
         """The mean alone, as the script and the stock pipeline take it."""

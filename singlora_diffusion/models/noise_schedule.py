@@ -12,8 +12,10 @@ from typing import Any
 from diffusers import DDPMScheduler
 from torch import Tensor
 
+from .. import settings
 from ..errors import UserError
 from .family import Corrupted
+from .times import TimeSettings
 
 PREDICTIONS = ("epsilon", "v_prediction")
 
@@ -23,6 +25,14 @@ class NoiseSchedule:
     """A `family.NoiseProcess`."""
 
     scheduler: DDPMScheduler
+
+    def with_times(self, chosen: TimeSettings, tokens: int) -> NoiseSchedule:
+        if flags := [f"--{name}" for name in settings.changed(chosen)]:
+            raise UserError(
+                f"{', '.join(flags)}: for models that are trained by flow matching, and this one is a diffusion model: "
+                f"leave it out"
+            )
+        return self
 
     def times(self, quantiles: Tensor) -> Tensor:
         """Uniform timesteps."""
@@ -45,14 +55,6 @@ class NoiseSchedule:
         alphas = self._alphas(times)
         snr = alphas / (1 - alphas)
         return snr.clamp(max=snr_gamma) / (snr + 1 if self._velocity else snr)
-
-    def varied(self, weighting: str | None, shift: float | None) -> NoiseSchedule:
-        for flag, value in {"--weighting_scheme": weighting, "--timestep_shift": shift}.items():
-            if value is not None:
-                raise UserError(
-                    f"{flag} is for models trained by flow matching, not for diffusion models: leave it out"
-                )
-        return self
 
     @property
     def prediction_type(self) -> str:

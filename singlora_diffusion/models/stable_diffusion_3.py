@@ -90,7 +90,7 @@ class StableDiffusion3:
         self.text_encoder, self.text_encoder_2, self.text_encoder_3 = text_encoder, text_encoder_2, text_encoder_3
         self.tokenizer, self.tokenizer_2, self.tokenizer_3 = tokenizer, tokenizer_2, tokenizer_3
         self.schedulers: Mapping[str, Any] = flow_matching.SCHEDULERS
-        self.noise_process: NoiseProcess = flow_matching.of(scheduler, "logit_normal")
+        self.noise_process: NoiseProcess = flow_matching.of(scheduler, flow_matching.logit_normal)
         self.source, self.fingerprint, hints = origin
         self.networks = network.specs_of(NETWORKS, self)
         downsampling = autoencoder.downsampling(vae)

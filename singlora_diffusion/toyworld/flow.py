@@ -50,7 +50,7 @@ def train(
     Times are those that the family trains adapters at.
     """
     model = pipe.transformer.to(device)
-    process = flow_matching.of(pipe.scheduler, "logit_normal")
+    process = flow_matching.of(pipe.scheduler, flow_matching.logit_normal)
     text, pooled, rows = _encoded(pipe, [["", *column] for column in zip(*captions, strict=True)])
     rows, empty = rows[:, 1:], rows[0, 0]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..data import draws, latents
 from ..data.latents import EncodedImages
-from ..models.family import Family, Geometry, NoiseProcess
+from ..models.family import Family, Geometry, NoiseProcess, noise_process
 from .recipe import Recipe
 
 KINDS = (draws.INSTANCE, draws.PRIOR)
@@ -78,9 +78,8 @@ def process_of(family: Family, recipe: Recipe) -> NoiseProcess:
     Raises:
         UserError: the recipe asks for what is not for models of this kind.
     """
-    settings = recipe.optimization
-    process = family.noise_process.varied(settings.weighting_scheme, settings.timestep_shift)
-    process.loss_weights(process.times(torch.tensor([0.5], dtype=torch.float64)), settings.snr_gamma)
+    process = noise_process(family, recipe.times, recipe.data.resolution or family.resolution)
+    process.loss_weights(process.times(torch.tensor([0.5], dtype=torch.float64)), recipe.optimization.snr_gamma)
     return process
 
 

@@ -130,8 +130,7 @@ def run(recipe: Recipe, stop: Callable[[], bool] = lambda: False, family: Family
         about = result.about(recipe, family, subject, resolution, len(instance.images))
         job = Job(recipe, stepper, held_out, identified, about, resolution, state.step if state else 0, repository)
         yield from _begin(job)
-        finished = yield from _steps(job, stop)
-        if finished and job.writes:
+        if (yield from _steps(job, stop)) and job.writes:
             yield from _saved(job)
 
 
@@ -276,12 +275,15 @@ def _saved(job: Job) -> Iterator[Event]:
     except UserError as error:
         raise UserError(f"{error}{_kept(job)}") from error
     (job.out / run_folder.LORA).unlink(missing_ok=True)  # of fewer steps
+    readers = None
     if job.recipe.output.portable:
         try:
-            yield Exported(*portable.write(path, job.stepper.family))
+            exported, readers = portable.write(path, job.stepper.family)
         except UserError as error:
             yield Remark(f"no {run_folder.LORA}: {error}")
-    model_card.write(job.recipe, job.stepper.family, job.about)
+        else:
+            yield Exported(exported, readers)
+    model_card.write(job.recipe, job.stepper.family, job.about, readers)
     if job.repository is not None:
         yield Uploaded(hub.upload(job.out, job.repository))
     yield Saved(path, path.stat().st_size)

@@ -22,25 +22,25 @@ SETTINGS = (
 """Those that say how the adapter came about; none is a path of this machine."""
 
 
-def write(recipe: Recipe, family: Family, about: dict[str, Any]) -> Path:
+def write(recipe: Recipe, family: Family, about: dict[str, Any], readers: str | None) -> Path:
     """Write the card of a finished run.
 
     Args:
         about: as in the header of the adapter's file.
+        readers: the programs that read the exported LoRA; None: there is none.
 
     Raises:
         UserError: it cannot be written.
     """
     path = recipe.output.output_dir / run_folder.CARD
-    files.write_text(path, "\n".join(_lines(recipe, family, about)) + "\n")
+    files.write_text(path, "\n".join(_lines(recipe, family, about, readers)) + "\n")
     return path
 
 
-def _lines(recipe: Recipe, family: Family, about: dict[str, Any]) -> Iterator[str]:
+def _lines(recipe: Recipe, family: Family, about: dict[str, Any], readers: str | None) -> Iterator[str]:
     import yaml
 
     out, prompt = recipe.output.output_dir, recipe.data.instance_prompt
-    has_lora = (out / run_folder.LORA).exists()
     previews = sorted((out / run_folder.PREVIEWS).glob("step-*.png"))
     base = Path(family.source).name if Path(family.source).is_dir() else family.source
     trigger = " ".join(word for word in (about["identifier"], about["class_noun"]) if word)
@@ -48,38 +48,40 @@ def _lines(recipe: Recipe, family: Family, about: dict[str, Any]) -> Iterator[st
         "base_model": base,
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
-        "tags": ["text-to-image", "diffusers", "singlora", *(["lora"] if has_lora else [])],
+        "tags": ["text-to-image", "diffusers", "singlora", *(["lora"] if readers else [])],
         "instance_prompt": prompt,
     }
     yield f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n"
     yield f"{run_folder.CARD_MARK}\n"
     yield f"# {_plain(trigger or prompt)}\n"
-    yield f"{METHODS[recipe.adapter.method].label} of **{_plain(base)}** for one subject, learned from "
-    yield f"{about['images']} images at {about['resolution']} pixels.\n"
+    learned = f"learned from {about['images']} images at {about['resolution']} pixels"
+    yield f"{METHODS[recipe.adapter.method].label} of **{_plain(base)}** for one subject, {learned}.\n"
     yield f"Trigger words: `{_plain(trigger or prompt)}`, as in `{_plain(prompt)}`.\n"
     if previews:
         newest = previews[-1].relative_to(out)
         shown = recipe.validation.validation_prompt or prompt
         yield f"![{_plain(shown)}]({newest.as_posix()})\n"
     yield "## Use it\n"
-    if has_lora:
-        yield from _in_diffusers(family.source, prompt)
-        yield f"ComfyUI, A1111, Forge: put `{run_folder.LORA}` into `models/loras` and write the trigger words.\n"
+    if readers:
+        yield from _in_diffusers(base, prompt)
+        yield f"`{run_folder.LORA}` is an ordinary LoRA, read by {readers}.\n"
+    if "ComfyUI" in (readers or ""):
+        yield "In ComfyUI it goes into `models/loras`.\n"
     yield f"This program: `singlora generate --adapter {run_folder.ADAPTER} --prompt {json.dumps(_plain(prompt))}`.\n"
     yield "## Training\n"
     yield "| setting | value |\n|---|---|"
     settings = {**about["recipe"], "family": family.name}
     for name in ("family", *SETTINGS.split()):
-        if settings[name] not in (None, [], False):
+        if settings[name] not in (None, []) and settings[name] is not False:
             yield f"| {name} | {_plain(settings[name])} |"
 
 
-def _in_diffusers(source: str, prompt: str) -> Iterator[str]:
+def _in_diffusers(base: str, prompt: str) -> Iterator[str]:
     yield f"""```python
 import torch
 from diffusers import DiffusionPipeline
 
-pipeline = DiffusionPipeline.from_pretrained({json.dumps(source)}, torch_dtype=torch.float16).to("cuda")
+pipeline = DiffusionPipeline.from_pretrained({json.dumps(base)}, torch_dtype=torch.float16).to("cuda")
 pipeline.load_lora_weights("THIS FOLDER", weight_name="{run_folder.LORA}")
 image = pipeline({json.dumps(prompt)}).images[0]
 ```

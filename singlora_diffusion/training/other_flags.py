@@ -13,6 +13,7 @@ from typing import NamedTuple
 RENAMED = {
     "checkpoint_step_interval": "checkpointing_steps",
     "config_file": "config",
+    "discrete_flow_shift": "timestep_shift",
     "final_validation_prompt": "validation_prompt",
     "flip_aug": "random_flip",
     "huggingface_repo_id": "hub_model_id",
@@ -129,7 +130,7 @@ REFUSED = _by_flag(
         "give --noise_offset 0.1": "offset_noise",
         "noise is drawn as the base model's family has it, with --noise_offset": "adaptive_noise_scale "
         "multires_noise_iterations multires_noise_discount ip_noise_gamma zero_terminal_snr do_edm_style_training",
-        "times are drawn as --weighting_scheme says": "logit_mean logit_std mode_scale precondition_outputs",
+        "times are drawn as --weighting_scheme and --timestep_shift say": "timestep_sampling precondition_outputs",
         "a base model that was distilled with guidance is told 1 in training": "guidance_scale",
         "--compile takes inductor": "dynamo_backend",
         # previews, files and logs
@@ -145,8 +146,6 @@ REFUSED = _by_flag(
 FINE = {
     "guidance_scale": "1",
     "image_interpolation_mode": "lanczos",
-    "logit_mean": "0",
-    "logit_std": "1",
     "lora_dropout": "0",
     "loss_type": "l2",
     "network_dropout": "0",

@@ -170,7 +170,6 @@ def _measured(
 
     from .. import adapters
     from . import preparation
-    from .resting import Resting
     from .step import Stepper
 
     prior = recipe.prior.with_prior_preservation and recipe.prior.num_class_images
@@ -187,9 +186,6 @@ def _measured(
         stepper = Stepper(accelerator, family, adapter, recipe, streams, resolution)
         stack.callback(stepper.release)
         stepper.prepare()
-        resting = Resting(family, text=not recipe.optimization.train_text_encoder)
-        stack.callback(resting.end)
-        resting.begin()
         if counts:
             torch.cuda.reset_peak_memory_stats(family.device)
         for step in (1, 2):

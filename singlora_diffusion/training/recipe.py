@@ -13,6 +13,8 @@ from .. import settings
 from ..adapters.config import AdapterConfig, check_options
 from ..adapters.methods import METHODS
 from ..errors import UserError
+from ..models import times
+from ..models.times import TimeSettings
 from ..settings import Count, CountOrZero, Decay, NotNegative, Positive, Seed, Side
 from ..terminal import escaped
 from .optimizers import OPTIMIZERS
@@ -132,10 +134,6 @@ class OptimizationSettings:
     """Train on no less noise than at this of 1000 timesteps."""
     max_timestep: Annotated[int, Interval(ge=1, le=1000)] = 1000
     """Train on less noise than at this of 1000 timesteps."""
-    weighting_scheme: Literal["none", "logit_normal", "mode", "sigma_sqrt", "cosmap"] | None = None
-    """How often and how much noise levels count, in flow matching. None: as the model was trained."""
-    timestep_shift: Annotated[Positive | None, arg(aliases=["--discrete_flow_shift"])] = None
-    """Shift of the noise levels, in flow matching; above 1 towards more noise. None: the model's own."""
     compile: Annotated[bool, arg(aliases=["--torch_compile"])] = False
     """Compile the denoiser's blocks: the first steps take long, all others less. On GPUs."""
     allow_tf32: bool = False
@@ -193,6 +191,7 @@ class Recipe:
     prior: PriorSettings = field(default_factory=PriorSettings)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     optimization: OptimizationSettings = field(default_factory=OptimizationSettings)
+    times: TimeSettings = field(default_factory=TimeSettings)
     validation: ValidationSettings = field(default_factory=ValidationSettings)
     output: OutputSettings = field(default_factory=OutputSettings)
 
@@ -213,6 +212,7 @@ def check(recipe: Recipe) -> None:
     """
     settings.check(recipe)
     check_options(recipe.adapter)
+    times.check(recipe.times)
     optimization, output = recipe.optimization, recipe.output
     changed = settings.changed(recipe)
     for needed, names in NEEDED.items():

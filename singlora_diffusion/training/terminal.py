@@ -72,6 +72,7 @@ class Terminal:
                 self.say(f"stopped after step {step}" + (f", saved in {shown(path)}" if path else ""))
                 self.say(f"to go on: {self.command_to_go_on()}")
             case Exported(path, readers):
+                self.close()
                 self.say(f"{shown(path)}: the same as an ordinary LoRA, for {readers}")
             case Uploaded(url):
                 self.say(f"uploaded to {escaped(url, 1000)}")

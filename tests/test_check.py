@@ -1,0 +1,103 @@
+"""`singlora check` and captions: `pytest tests/test_check.py`."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from singlora_diffusion import cli
+from singlora_diffusion.data import captions
+from singlora_diffusion.data.checking import check_folder, difference_hash, sharpness
+from singlora_diffusion.errors import UserError
+
+
+def scene(seed: int, size: tuple[int, int] = (96, 96)) -> Image.Image:
+    """Coarse blobs with fine grain: an image that a hash tells from others, and that is sharp."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    grain = rng.integers(-25, 26, (size[1], size[0], 3))
+    return Image.fromarray((np.asarray(coarse).astype(int) + grain).clip(0, 255).astype(np.uint8))
+
+
+def kinds(folder: Path, **options: object) -> dict[str, set[str]]:
+    found = check_folder(folder, **options)  # type: ignore[arg-type]
+    table: dict[str, set[str]] = {}
+    for finding in found.findings:
+        assert finding.what and finding.fix
+        table.setdefault(finding.name, set()).add(finding.kind)
+    return table
+
+
+def test_every_oddity_is_found_at_its_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "odd"
+    (folder / "more").mkdir(parents=True)
+    for number in range(4):
+        scene(number).save(folder / f"{number}.png")
+    scene(0).save(folder / "a_same.png")
+    scene(1).resize((80, 80)).save(folder / "b_near.jpg", quality=80)
+    scene(5).save(folder / "c_named.jpg", format="PNG")
+    scene(6).filter(ImageFilter.GaussianBlur(4)).save(folder / "d_blurred.png")
+    scene(7, (12, 12)).save(folder / "e_tiny.png")
+    scene(8, (400, 96)).save(folder / "f_long.png")
+    Image.new("RGB", (96, 96), "red").save(folder / "g_red.png")
+    (folder / "h_broken.png").write_bytes((folder / "1.png").read_bytes()[:500])
+    (folder / "0.txt").write_text("a photo of sks dog")
+    (folder / "lonely.txt").write_text("a photo of nothing")
+    before = {path: hashlib.sha256(path.read_bytes()).digest() for path in folder.rglob("*") if path.is_file()}
+
+    table = kinds(folder)
+    assert table["h_broken.png"] == {"unreadable"} and table["more"] == {"skipped"}
+    assert "similar" in table["b_near.jpg"]
+    assert "suffix" in table["c_named.jpg"] and "blurred" in table["d_blurred.png"]
+    assert "tiny" in table["e_tiny.png"] and "long" in table["f_long.png"] and "one-colour" in table["g_red.png"]
+    assert "duplicate" in table["a_same.png"] | table.get("0.png", set())
+    assert table["lonely.txt"] == {"no-image"} and table["2.png"] == {"no-caption"} and "0.png" not in table
+    assert "tiny" in kinds(folder, resolution=128)["2.png"]
+
+    sheet = tmp_path / "sheet.png"
+    for _ in range(2):  # a sheet of our own is replaced
+        assert cli.run("check", [str(folder), "--sheet", str(sheet)]) == 0
+    assert "h_broken.png" in capsys.readouterr().out
+    assert (40, 190, 90) in {colour for _, colour in Image.open(sheet).getcolors(1 << 24)}
+    assert before == {p: hashlib.sha256(p.read_bytes()).digest() for p in folder.rglob("*") if p.is_file()}
+    assert cli.run("check", [str(folder), "--sheet", str(folder / "1.png")]) == 2  # never one of the user's
+
+
+def test_what_makes_training_impossible_ends_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "deep").mkdir()
+    scene(0).save(tmp_path / "deep" / "a.png")
+    assert cli.run("check", [str(tmp_path)]) == 2
+    assert "one level down" in capsys.readouterr().err
+    assert cli.run("check", [str(tmp_path / "deep"), "--instance_prompt", "a dog"]) == 2
+    assert cli.run("check", [str(tmp_path / "deep"), "--instance_prompt", "a sks dog"]) == 0
+    assert cli.run("check", [str(tmp_path / "nowhere")]) == 2
+
+
+def test_hash_and_sharpness_have_closed_forms() -> None:
+    ramp = Image.fromarray(np.tile(np.arange(0, 170, dtype=np.uint8), (160, 1)))
+    assert difference_hash(ramp.convert("RGB")).all() and not difference_hash(ramp.convert("RGB").rotate(180)).any()
+    board = (np.indices((8, 8)).sum(0) % 2 * 255).astype(np.uint8)  # each Laplacian is +-4 * 255, half of each
+    assert sharpness(Image.fromarray(board).convert("RGB")) == pytest.approx((4 * 255) ** 2)
+
+
+def test_captions_belong_to_images_by_name(tmp_path: Path) -> None:
+    (tmp_path / "metadata.jsonl").write_text(
+        '{"file_name": "a.png", "text": "from the  table"}\n\n{"file_name": "b.png", "text": "also"}\n'
+        '{"file_name": "gone.png", "text": "in vain"}\n'
+    )
+    (tmp_path / "b.txt").write_text("\ufefffrom the\nfile ", encoding="utf-8")
+    found = captions.read(tmp_path, ["a.png", "b.png", "c.png"])
+    assert found.texts == {"a.png": "from the table", "b.png": "from the file"}
+    assert found.orphans == ("gone.png",)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png"}\n')
+    with pytest.raises(UserError, match="line 1"):
+        captions.read(tmp_path, ["a.png"])
+
+
+def test_a_note_is_no_caption(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("bought in 2019")
+    assert captions.read(tmp_path, ["a.png"]) == ({}, {}, ())
