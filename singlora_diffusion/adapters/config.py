@@ -93,8 +93,6 @@ def check_options(config: AdapterConfig) -> None:
 def from_json(raw: object) -> AdapterConfig:
     """The settings in a file's header, every value of its declared type and range.
 
-    Files written before `magnitude_lr_ratio` had a name of its own mean what they meant then.
-
     Raises:
         ValueError: an unknown entry, or a value that cannot be.
     """
@@ -111,7 +109,7 @@ def from_json(raw: object) -> AdapterConfig:
     if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f"the configuration names the unknown method {escaped(method, 40)}")
     if "magnitude_lr_ratio" not in values:
-        values = _of_old(values, method)
+        values = _before_magnitude_lr_ratio(values, method)
     try:
         checked = TypeAdapter(AdapterConfig).validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
@@ -122,8 +120,11 @@ def from_json(raw: object) -> AdapterConfig:
     return AdapterConfig(**{**vars(checked), "method": method})
 
 
-def _of_old(values: dict[str, Any], method: str) -> dict[str, Any]:
-    """Then `loraplus_ratio` was the magnitudes' rate as well, and what a method does not take was ignored."""
+def _before_magnitude_lr_ratio(values: dict[str, Any], method: str) -> dict[str, Any]:
+    """The settings of a file from before `magnitude_lr_ratio` was one, in today's names.
+
+    `loraplus_ratio` was the magnitudes' rate as well then, and what a method does not take was ignored.
+    """
     ratio = values.get("loraplus_ratio", AdapterConfig.loraplus_ratio)
     values["magnitude_lr_ratio"] = ratio if values.get("dora") else AdapterConfig.magnitude_lr_ratio
     ignored = {"loraplus_ratio", "rate_by_width", "ramp_steps"} - METHODS[method].options

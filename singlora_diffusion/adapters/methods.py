@@ -6,6 +6,7 @@ module of its own and a row here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -49,7 +50,7 @@ class Method:
     def count(self, config: AdapterConfig, rank: int, out: int, into: int) -> int:
         """Trained numbers of one layer."""
         shapes = self.tensors(config, rank, out, into)
-        return sum(_size(shape) for key, shape in shapes.items() if key not in self.fixed)
+        return sum(math.prod(shape) for key, shape in shapes.items() if key not in self.fixed)
 
     def has_magnitude(self, config: AdapterConfig) -> bool:
         """Whether there is a learned norm per output row beside the direction."""
@@ -82,13 +83,6 @@ def _peft(networks: Mapping[str, NetworkSpec], config: AdapterConfig, seed: int)
     from .peft_baselines import attach
 
     return attach(networks, config, seed)
-
-
-def _size(shape: Shape) -> int:
-    size = 1
-    for side in shape:
-        size *= side
-    return size
 
 
 def _singlora(config: AdapterConfig, rank: int, out: int, into: int) -> dict[str, Shape]:

@@ -121,16 +121,6 @@ class SingLoRA(LowRankDelta):
         up = a[: self.out_features]
         return up if self.S is None else up * self.S, a[: self.in_features].T
 
-    def _scaled_pair(self) -> tuple[Tensor, Tensor]:
-        """`pair` with (alpha / r) u inside, at strength 1; constants to autograd."""
-        up, down = self.pair()
-        return up.detach() * self.gain, down.detach()
-
-    def _dense(self) -> Tensor:
-        """dW at strength 1; exactly zero at the start of an offset."""
-        up, down = self._full_factors()
-        return up @ down
-
     def factors(self) -> Factors | None:
         """An ordinary LoRA pair with dW = up @ down exactly: up (out, k), down (k, in), float32, scaled in up.
 
@@ -138,11 +128,11 @@ class SingLoRA(LowRankDelta):
         nearly equal products, but [P, Q] [R; T] = [P + Q, (P - Q) / 2] [(R + T) / 2; R - T], where P + Q and R - T are
         small, as the update is, and its columns and rows are of about equal size, above what half precision underflows.
         """
-        up, down = self._full_factors()
+        up, down = self.exact_pair()
         return Factors(up * self.scale, down)
 
-    def _full_factors(self) -> tuple[Tensor, Tensor]:
-        """The pair of `factors` at strength 1, in memory of its own."""
+    def exact_pair(self) -> tuple[Tensor, Tensor]:
+        """The pair of `factors` at strength 1, constant to autograd, in memory of its own."""
         up, down = (part.detach() for part in self.pair())
         if self.A0 is not None:
             (p, q), (r, t) = up.chunk(2, dim=1), down.chunk(2)
@@ -154,7 +144,3 @@ class SingLoRA(LowRankDelta):
             power = torch.where(power.isfinite() & (power > 0), power, 1.0)  # one of them is zero
             up, down = up * power, down / power[:, None]
         return up, down.clone(memory_format=torch.contiguous_format)
-
-    def delta_weight(self, weight: Tensor) -> Tensor:
-        """dW, (out, in) float32. `weight` is W0, which this purely additive form does not need."""
-        return self._dense() * self.scale

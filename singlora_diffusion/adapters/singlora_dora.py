@@ -60,7 +60,8 @@ class DoraSingLoRA(SingLoRA):
         With dW = U V: ||w + uV||^2 = ||w||^2 + 2 u.(V w) + u (V V^T) u^T, so the largest product is W0 V^T, (out, k).
         """
         with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-            up, down = self._scaled_pair()
+            up, down = self.pair()
+            up = up * self.gain
             cross = (weight.float() @ down.T * up).sum(dim=1)
             gram = (up @ (down @ down.T) * up).sum(dim=1)
             return (self.squares + 2 * cross + gram).clamp_min(TINY).sqrt()
@@ -82,11 +83,12 @@ class DoraSingLoRA(SingLoRA):
     def delta_weight(self, weight: Tensor) -> Tensor:
         """scale (W' - W0), (out, in) float32, for W0 = `weight`."""
         ratio = (self.magnitude.detach() / self.norm(weight))[:, None]
-        return self.scale * ((ratio - 1) * weight.detach().float() + ratio * self._dense())
+        up, down = self.exact_pair()
+        return self.scale * ((ratio - 1) * weight.detach().float() + ratio * (up @ down))
 
     def factors(self) -> Factors | None:
         """The direction as a pair, at scale 1 whatever the scale is, and the magnitude."""
-        return Factors(*self._full_factors(), self.magnitude.detach())
+        return Factors(*self.exact_pair(), self.magnitude.detach())
 
 
 def delta(

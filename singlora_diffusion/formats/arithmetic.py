@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import UserError
-from ..models.network import Role
+from ..models.network import Role, network_of
 from ..terminal import escaped
 from . import native, signed_factors
 from .header import Header
@@ -50,7 +50,7 @@ def add(
         if header.base_hash != first.base_hash:
             raise UserError(f"{path}: was made for another base model than {files[0]}: their sum would mean nothing")
         for name in header.layers:
-            roles[name.partition(".")[0]] = header.role(name.partition(".")[0])
+            roles[network_of(name)] = header.role(network_of(name))
             term = signed_factors.of_layer(header, state, name).scaled(scale)
             if name in layers and layers[name].shape != term.shape:
                 raise UserError(f"{path}: {escaped(name)} has another shape than in {files[0]}")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..adapters.methods import METHODS
 from ..errors import UserError
-from ..models.network import Networks, NetworkSpec
+from ..models.network import Networks, NetworkSpec, network_of
 from . import diffusers_loader, forms, keys, lora_pairs, metadata, native, safetensors_io, verify_export
 from .header import Header
 from .lora_pairs import Pair
@@ -164,7 +164,7 @@ def _diffusers(pairs: Mapping[str, Pair], header: Header, adapter: Adapter) -> T
 def _dotted(pairs: Mapping[str, Pair], adapter: Adapter, endings: Mapping[str, keys.Endings]) -> Tensors:
     tensors: Tensors = {}
     for name, pair in pairs.items():
-        role = adapter.networks[name.partition(".")[0]].role
+        role = adapter.networks[network_of(name)].role
         tensors |= {f"{name}{endings[role].up}": pair.up, f"{name}{endings[role].down}": pair.down}
         if pair.magnitude is not None:
             tensors[f"{name}{keys.MAGNITUDE[role]}"] = pair.magnitude
@@ -188,7 +188,7 @@ def _ranks(pairs: Mapping[str, Pair], header: Header) -> dict[str, str]:
         lora |= {f"{network}.r": rank, f"{network}.lora_alpha": rank}
         lora[f"{network}.target_modules"] = list(header.for_network(network)[2])
         lora[f"{network}.use_dora"] = has_magnitude(pairs)
-    return {"lora_adapter_metadata": json.dumps(lora, sort_keys=True)}
+    return {lora_pairs.METADATA: json.dumps(lora, sort_keys=True)}
 
 
 # --- what other programs make of a file
@@ -205,9 +205,9 @@ def remarks(form: str, header: Header, networks: Mapping[str, NetworkSpec]) -> l
             "--merge_into DIR is for these"
         )
     elif row.warning:
-        text = sum(header.role(name.partition(".")[0]) == "text" for name in names)
+        text = sum(header.role(network_of(name)) == "text" for name in names)
         found.append(row.warning.format(text=text, all=len(names)))
-    denoiser = [name for name in names if networks[name.partition(".")[0]].role == "denoiser"]
+    denoiser = [name for name in names if networks[network_of(name)].role == "denoiser"]
     for program, needed in row.needs.items():
         lacking = [end.rpartition(".")[2] for end in needed if not any(name.endswith(end) for name in denoiser)]
         if denoiser and lacking:
@@ -215,7 +215,7 @@ def remarks(form: str, header: Header, networks: Mapping[str, NetworkSpec]) -> l
                 f"{program} does not recognise a file without {' and '.join(end.strip('.') for end in needed)}: "
                 f"here is no {' and no '.join(lacking)}"
             )
-    ignored = {name.partition(".")[0] for name in names} - diffusers_loader.loadable(networks)
+    ignored = {network_of(name) for name in names} - diffusers_loader.loadable(networks)
     if ignored:
         found.append(f"diffusers loads no LoRA into {', '.join(sorted(ignored))}: it leaves these layers out")
     return found

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..adapters.config import AdapterConfig, from_json
 from ..adapters.methods import METHODS
 from ..errors import UserError
-from ..models.network import Role
+from ..models.network import Role, network_of
 from ..terminal import escaped
 from . import safetensors_io
 from .safetensors_io import Index
@@ -164,7 +164,7 @@ def _check(header: Header, index: Index) -> None:
             raise ValueError(f"does not list the layer of tensor {escaped(name)}")
     method = METHODS[header.config.method]
     for name, (out, in_) in header.layers.items():
-        rank = header.for_network(name.partition(".")[0])[0]
+        rank = header.for_network(network_of(name))[0]
         for key, shape in method.tensors(header.config, rank, out, in_).items():
             entry = index.tensors.get(f"{name}.{key}")
             if entry is None or entry.shape != shape:

@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..models.network import Networks, specs
+from ..models.network import Networks, network_of, specs
 from ..terminal import escaped, note
 from . import diffusers_loader, file_kinds, keys, lora_pairs, native, safetensors_io, signed_factors
 from .file_kinds import Recognised, recognise
@@ -74,16 +74,7 @@ def import_(
     else:
         layers, step = _single(index, networks, alpha, ramp_steps)
     roles = {name: network.role for name, network in specs(networks).items()}
-    targets: dict[str, tuple[str, ...]] = {}
-    for name in layers:
-        role = roles[name.partition(".")[0]]
-        targets[role] = tuple(dict.fromkeys((*targets.get(role, ()), keys.target(name))))
-    modules = keys.modules(networks)
-    for name, module in modules.items():  # a family of projections is adapted as a whole
-        role = roles[name.partition(".")[0]]
-        chosen = any(name.endswith(f".{one}") for one in targets.get(role, ()))
-        if chosen and name not in layers and isinstance(module, nn.Linear):
-            layers[name] = signed_factors.zero((module.out_features, module.in_features))
+    targets = _complete(layers, networks, roles)
     try:
         config, state = signed_factors.as_adapter(layers, targets, roles)
     except UserError as error:
@@ -92,6 +83,21 @@ def import_(
     identifier, _, noun = index.metadata.get("modelspec.trigger_phrase", "").partition(" ")
     header = replace(header, identifier=identifier, class_noun=noun)
     return native.attach(index.path, networks, header, state), header
+
+
+def _complete(
+    layers: dict[str, SignedFactors], networks: Networks, roles: Mapping[str, str]
+) -> dict[str, tuple[str, ...]]:
+    """The targets by role that pick these layers; what else they pick is added to the layers, without an update."""
+    targets: dict[str, tuple[str, ...]] = {}
+    for name in layers:
+        role = roles[network_of(name)]
+        targets[role] = tuple(dict.fromkeys((*targets.get(role, ()), keys.target(name))))
+    for name, module in keys.modules(networks).items():
+        chosen = any(name.endswith(f".{one}") for one in targets.get(roles[network_of(name)], ()))
+        if chosen and name not in layers and isinstance(module, nn.Linear):
+            layers[name] = signed_factors.zero((module.out_features, module.in_features))
+    return targets
 
 
 def _untied(file: Recognised, pairs: Mapping[str, Pair]) -> dict[str, SignedFactors]:
@@ -112,9 +118,18 @@ def _untied(file: Recognised, pairs: Mapping[str, Pair]) -> dict[str, SignedFact
     return layers
 
 
-def _single(
-    index: Index, networks: Networks, alpha: float | None, ramp_steps: int
-) -> tuple[dict[str, SignedFactors], int]:
+class _Matrices(NamedTuple):
+    """What a file of one matrix per layer holds."""
+
+    matrices: dict[str, Tensor]
+    """A of each layer by our name, float64."""
+    alphas: dict[str, float]
+    """Of the layers that have one."""
+    step: float
+    """Where the trainer stood; infinity: the file does not say."""
+
+
+def _matrices(index: Index, networks: Networks) -> _Matrices:
     path = index.path
     spellings, modules = keys.spellings(networks), keys.modules(networks)
     matrices: dict[str, Tensor] = {}
@@ -145,7 +160,15 @@ def _single(
             matrices[name] = tensor.double()
     if len(steps) > 1:
         raise UserError(f"{path}: its layers stand at different steps: {escaped(sorted(steps))}")
-    step = steps.pop() if steps else math.inf
+    return _Matrices(matrices, alphas, steps.pop() if steps else math.inf)
+
+
+def _single(
+    index: Index, networks: Networks, alpha: float | None, ramp_steps: int
+) -> tuple[dict[str, SignedFactors], int]:
+    """The layers of a file of one matrix per layer, alpha and ramp inside, and the trainer's step; 0: unknown."""
+    path, modules = index.path, keys.modules(networks)
+    matrices, alphas, step = _matrices(index, networks)
     u = min(step / ramp_steps, 1.0) if ramp_steps > 0 else 1.0
     if u <= 0.0:
         raise UserError(
@@ -153,7 +176,7 @@ def _single(
         )
     stated = alpha if alpha is not None else _alpha(index)
     assumed = ["alpha = rank"] if stated is None and set(alphas) != set(matrices) else []
-    assumed += ["a finished ramp, u = 1"] if not steps and step == math.inf else []
+    assumed += ["a finished ramp, u = 1"] if step == math.inf else []
     layers: dict[str, SignedFactors] = {}
     for name, matrix in matrices.items():
         module: Any = modules[name]
@@ -179,15 +202,12 @@ def _single(
 
 def _alpha(index: Index) -> float | None:
     """alpha from the metadata or from PEFT's `adapter_config.json` beside the file."""
-    beside = index.path.with_name("adapter_config.json")
     try:
-        if "lora_adapter_metadata" in index.metadata:
-            facts = safetensors_io.parse_json(index.metadata["lora_adapter_metadata"])
-            values = {float(value) for key, value in facts.items() if key.endswith("lora_alpha")}
-        elif beside.is_file() and beside.stat().st_size < 1 << 20:
-            values = {float(safetensors_io.parse_json(beside.read_bytes())["lora_alpha"])}
+        if lora_pairs.METADATA in index.metadata:
+            facts = safetensors_io.parse_json(index.metadata[lora_pairs.METADATA])
         else:
-            return None
+            facts = lora_pairs.config_beside(index) or {}
+        values = {float(value) for key, value in facts.items() if key.endswith("lora_alpha")}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
         return None
     return values.pop() if len(values) == 1 else None

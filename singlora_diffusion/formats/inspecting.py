@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..models.network import Networks
+from ..models.network import Networks, network_of
 from ..terminal import escaped
 from . import file_kinds, importing, keys, lora_pairs, native, safetensors_io, signed_factors
 from .lora_pairs import Pair
@@ -114,7 +114,7 @@ def _native(index: Index, networks: Networks | None) -> tuple[list[Row], dict[st
             updates[name] = Pair(*signed_factors.of_layer(header, state, name).pair()).norm(), None
     rows = []
     for name, shape in header.layers.items():
-        rank, alpha, _ = header.for_network(name.partition(".")[0])
+        rank, alpha, _ = header.for_network(network_of(name))
         dtype = next(entry.dtype for key, entry in index.tensors.items() if key.rpartition(".")[0] == name)
         rows.append(Row(name, shape, rank, alpha, dtype, *updates.get(name, (None, None))))
     method = config.method + "".join(
@@ -188,7 +188,7 @@ def _fitted(found: file_kinds.Recognised, networks: Networks) -> list[Row]:
             Row(
                 name,
                 tuple(change.shape),
-                header.for_network(name.partition(".")[0])[0],
+                header.for_network(network_of(name))[0],
                 None,
                 dtype,
                 *_norms(change, w),

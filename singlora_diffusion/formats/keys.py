@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..models.network import Networks, NetworkSpec, specs
+from ..models.network import Networks, NetworkSpec, network_of, specs
 from . import original_names
 from .original_names import Place
 
@@ -190,5 +190,5 @@ def by_network(names: Mapping[str, object] | list[str]) -> dict[str, list[str]]:
     """Layers by the network they are in."""
     found: dict[str, list[str]] = {}
     for name in names:
-        found.setdefault(name.partition(".")[0], []).append(name)
+        found.setdefault(network_of(name), []).append(name)
     return found

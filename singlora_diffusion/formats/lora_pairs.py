@@ -10,13 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..models.network import Networks, NetworkSpec
+from ..models.network import Networks, NetworkSpec, network_of
 from ..terminal import escaped
 from . import keys, safetensors_io
 from .safetensors_io import Index
 
 if TYPE_CHECKING:
     from ..adapters.registry import Adapter
+
+METADATA, CONFIG = "lora_adapter_metadata", "adapter_config.json"
+"""Where alpha and rank are: diffusers' entry in a file's metadata, PEFT's file beside it."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ def of_file(index: Index, networks: Networks) -> dict[str, Pair]:
             raise UserError(f"{where} has half of its pair only")
         up, down, magnitude = part["up"], part["down"], part.get("magnitude")
         _fits(where, up, down, magnitude, [modules[piece.name] for piece in pieces])
-        scale = folded.get(pieces[0].name.partition(".")[0], folded.get("", 1.0))
+        scale = folded.get(network_of(pieces[0].name), folded.get("", 1.0))
         if "alpha" in part:
             if part["alpha"].numel() != 1:
                 raise UserError(f"{where} has {part['alpha'].numel()} alphas, want one")
@@ -155,22 +158,32 @@ def of_file(index: Index, networks: Networks) -> dict[str, Pair]:
     return found
 
 
+def config_beside(index: Index) -> Any:
+    """What the adapter_config.json of PEFT beside a file says; None without one, or if it is too long to be one.
+
+    Raises:
+        OSError, ValueError, RecursionError: it cannot be read, or is not JSON.
+    """
+    path = index.path.with_name(CONFIG)
+    return safetensors_io.parse_json(path.read_bytes()) if path.is_file() and path.stat().st_size < 1 << 20 else None
+
+
 def _peft_scales(index: Index) -> dict[str, float]:
     """alpha / rank by network from diffusers' metadata; of all, under "", from what lies beside a file of PEFT's own.
 
     Raises:
         UserError: they cannot be used.
     """
-    where = "lora_adapter_metadata"
+    where = METADATA
     try:
         if where in index.metadata:
             facts = safetensors_io.parse_json(index.metadata[where])
         elif any(key.startswith(keys.PEFT_WRAPPER) for key in index.tensors):
-            where = "adapter_config.json"
-            beside = index.path.with_name(where)
-            if not beside.is_file() or beside.stat().st_size >= 1 << 20:
+            where = CONFIG
+            beside = config_beside(index)
+            if beside is None:
                 return {}
-            facts = {f".{key}": value for key, value in safetensors_io.parse_json(beside.read_bytes()).items()}
+            facts = {f".{key}": value for key, value in beside.items()}
         else:
             return {}
         networks = {key.partition(".")[0] for key in facts if key.endswith(".r")}

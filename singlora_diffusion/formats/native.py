@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import adapters
 from ..errors import UserError
-from ..models.network import Networks
+from ..models.network import Networks, network_of
 from ..terminal import escaped
 from . import header as headers
 from . import safetensors_io
@@ -155,7 +155,7 @@ def load(path: str | Path, networks: Networks) -> Adapter:
 
 def attach(path: Path, networks: Networks, header: Header, state: Mapping[str, Tensor]) -> Adapter:
     """`load` for tensors that are already read."""
-    missing = {name.partition(".")[0] for name in header.layers} - set(networks)
+    missing = {network_of(name) for name in header.layers} - set(networks)
     if missing:
         family = f" ({escaped(header.family)})" if header.family else ""
         raise UserError(

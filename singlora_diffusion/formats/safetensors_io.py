@@ -37,6 +37,8 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 """What the numbers of adapters may be stored as, by the format's names."""
+ROUNDED = {torch.float32: 1e-5, torch.float64: 1e-9, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+"""What storing as a dtype, and float32 sums before it, explain of a difference, relative."""
 PRECISIONS = {"float32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 WORTH_ASKING = 1 << 28
 """Bytes from which on free memory is looked up before they are allocated."""

@@ -23,9 +23,9 @@ class ExportSettings:
     """The file to write, `.safetensors`."""
     format: Format | None = None
     """kohya: SD 1, 2, XL in ComfyUI, A1111, Forge, SD.Next, InvokeAI, diffusers; FLUX.1 in these but A1111.
-    peft: SD 3 and FLUX.1 in ComfyUI and diffusers, FLUX.1 also in Forge and InvokeAI; SD 1, 2, XL in diffusers.
+    peft: SD 3 and FLUX in ComfyUI and diffusers, FLUX also in InvokeAI, FLUX.1 in Forge; SD 1, 2, XL in diffusers.
     diffusers: SD 1, 2, XL in old versions of diffusers.
-    None: kohya for SD 1, 2, XL; peft for SD 3 and FLUX.1, where kohya's file is 2 to 5 times as large."""
+    None: kohya for SD 1, 2, XL, else peft: kohya's file for FLUX.1 is 2 to 5 times as large."""
     dtype: Precision = "float32"
     """Precision of the stored numbers. fp16 halves the file and rounds the adapter."""
     merge_into: str | None = None

@@ -16,13 +16,11 @@ from torch import Tensor
 
 from ..adapters.config import MAX_RANK, AdapterConfig
 from ..errors import UserError
-from .safetensors_io import DTYPES, Index
+from ..models.network import network_of
+from .safetensors_io import DTYPES, ROUNDED, Index
 
 if TYPE_CHECKING:
     from .native import Header
-
-ROUNDED = {torch.float32: 1e-5, torch.float64: 1e-9, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-"""How far two numbers may be apart that were one before they were stored, relative."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ def suffice(config: AdapterConfig) -> bool:
 
 def of_layer(header: Header, state: Mapping[str, Tensor], name: str) -> SignedFactors:
     """Those of a layer in one of our files; of a `dora` adapter, those of its direction."""
-    rank, alpha, _ = header.for_network(name.partition(".")[0])
+    rank, alpha, _ = header.for_network(network_of(name))
     values = state[f"{name}.A"].double()
     signs = torch.ones(rank, dtype=torch.float64)
     if header.config.signature == "balanced":
@@ -125,7 +123,7 @@ def as_adapter(
     mixed = any(bool((factors.signs < 0).any()) for factors in layers.values())
     rank = {"denoiser": 1, "text": 1}
     for name, factors in layers.items():
-        role = roles[name.partition(".")[0]]
+        role = roles[network_of(name)]
         most = 2 * int(max((factors.signs < 0).sum(), (factors.signs > 0).sum())) if mixed else len(factors.signs)
         rank[role] = max(rank[role], most)
         if most > MAX_RANK:
@@ -133,7 +131,7 @@ def as_adapter(
     state: dict[str, Tensor] = {}
     for name, factors in layers.items():
         values = _alternating(factors) if mixed else factors.values
-        padding = values.new_zeros(len(values), rank[roles[name.partition(".")[0]]] - values.shape[1])
+        padding = values.new_zeros(len(values), rank[roles[network_of(name)]] - values.shape[1])
         state[f"{name}.A"] = torch.cat([values, padding], dim=1).float()
     config = AdapterConfig(
         rank=rank["denoiser"],

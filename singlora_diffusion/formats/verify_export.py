@@ -21,18 +21,12 @@ from ..models.quantized import dequantized
 from ..terminal import escaped
 from . import diffusers_loader, lora_pairs
 from .lora_pairs import Pair
-from .safetensors_io import read_index
+from .safetensors_io import ROUNDED, read_index
 
 if TYPE_CHECKING:
     from ..adapters.registry import Adapter
 
 NAME = "exported"  # the adapter's name in diffusers while it is tried
-STORED = {
-    torch.float32: 1e-5,
-    torch.float16: 2e-3,
-    torch.bfloat16: 1.6e-2,
-}
-"""What a file's precision explains of a layer's difference, relative."""
 ROUNDINGS = 8
 """How many times its own rounding a network's outputs may differ: 2 as both sides round, 2 as the live adapter adds its
 update up in another order than the file's pairs, 2 as one measured rounding is one draw."""
@@ -89,7 +83,7 @@ def verify(path: Path, adapter: Adapter, stored: torch.dtype, whole: bool = True
         else:
             difference = of_update = _pair_difference(others.get(name), pairs[name])
         worst, worst_update = max(worst, difference), max(worst_update, of_update)
-        if not difference <= STORED[stored]:  # also catches NaN
+        if not difference <= ROUNDED[stored]:  # also catches NaN
             raise UserError(
                 f"not written: {name}, {'loaded through diffusers' if name in places else 'read back'}, differs by "
                 f"{difference:.1e} of its effect from the adapter, more than {stored} explains"

@@ -180,10 +180,6 @@ class Family(Protocol):
         """
         ...
 
-    def embeddings(self, conditioning: Conditioning, negative: Conditioning | None) -> dict[str, Any]:
-        """Encoded prompts, and as many negative ones, as keyword arguments of the stock pipeline."""
-        ...
-
     def decode(self, latents: Tensor, height: int, width: int) -> list[Image.Image]:
         """Images of so many pixels from what the stock pipeline gives out as latents."""
         ...

@@ -80,15 +80,13 @@ class Flux:
         tokenizer_2: T5TokenizerFast,
         scheduler: FlowMatchEulerDiscreteScheduler,
         *,
-        source: str,
-        fingerprint: str,
-        hints: Mapping[str, Any],
+        origin: parts.Origin,
     ) -> None:
         self.transformer, self.text_encoder, self.text_encoder_2 = transformer, text_encoder, text_encoder_2
         self.vae, self.tokenizer, self.tokenizer_2, self.scheduler = vae, tokenizer, tokenizer_2, scheduler
         self.schedulers: Mapping[str, Any] = flow_matching.SCHEDULERS
         self.noise_process: NoiseProcess = flow_matching.of(scheduler)
-        self.source, self.fingerprint = source, fingerprint
+        self.source, self.fingerprint, hints = origin
         self.networks = network.specs_of(NETWORKS, self)
         self.multiple = PATCH * autoencoder.downsampling(vae)
         self.resolution = int(vae.config.sample_size)  # the transformer's own config names none
@@ -136,16 +134,7 @@ class Flux:
 
     def pipeline(self, scheduler: str | None = None) -> FluxPipeline:
         """The autoencoder is in float32: with the others in half precision, ask it for `output_type="latent"`."""
-        return stock.pipeline(
-            FluxPipeline,
-            self,
-            scheduler,
-            text_encoder=self.text_encoder,
-            tokenizer=self.tokenizer,
-            text_encoder_2=self.text_encoder_2,
-            tokenizer_2=self.tokenizer_2,
-            transformer=self.transformer,
-        )
+        return stock.pipeline(FluxPipeline, self, scheduler)
 
     def encode_negative(self, prompt: str) -> None:
         """
@@ -154,9 +143,6 @@ class Flux:
         """
         if prompt:
             raise UserError(f"--negative_prompt: {self.source} is a FLUX.1 model, which takes none: leave it out")
-
-    def embeddings(self, conditioning: Conditioning, negative: Conditioning | None) -> dict[str, Any]:
-        return {"prompt_embeds": conditioning["text"], "pooled_prompt_embeds": conditioning["pooled"]}
 
     def decode(self, latents: Tensor, height: int, width: int) -> list[Image.Image]:
         downsampling = autoencoder.downsampling(self.vae)
@@ -188,7 +174,5 @@ def load(path: Path, source: str, dtype: str, device: str, quantization: str | N
             tokenizer=parts.tokenizer(CLIPTokenizer, path / "tokenizer"),
             tokenizer_2=parts.tokenizer(T5TokenizerFast, path / "tokenizer_2"),
             scheduler=flow_matching.scheduler(path / "scheduler"),
-            source=source,
-            fingerprint=parts.fingerprint(parts.weights(path / "transformer")[0]),
-            hints=parts.hints(path),
+            origin=parts.origin(path, source, "transformer"),
         )

@@ -102,15 +102,13 @@ class Flux2Klein:
         scheduler: FlowMatchEulerDiscreteScheduler,
         *,
         distilled: bool,
-        source: str,
-        fingerprint: str,
-        hints: Mapping[str, Any],
+        origin: parts.Origin,
     ) -> None:
         self.transformer, self.text_encoder, self.vae = transformer, text_encoder, vae
         self.tokenizer, self.scheduler, self.distilled = tokenizer, scheduler, distilled
         self.schedulers: Mapping[str, Any] = flow_matching.SCHEDULERS
         self.noise_process: NoiseProcess = flow_matching.of(scheduler, shift=self._sampling_shift)
-        self.source, self.fingerprint = source, fingerprint
+        self.source, self.fingerprint, hints = origin
         self.networks = network.specs_of(NETWORKS, self)
         self.multiple = PATCH * autoencoder.downsampling(vae)
         self.resolution = int(vae.config.sample_size)  # the transformer's own config names none
@@ -188,15 +186,7 @@ class Flux2Klein:
 
     def pipeline(self, scheduler: str | None = None) -> Flux2KleinPipeline:
         """The autoencoder is in float32: with the others in half precision, ask it for `output_type="latent"`."""
-        return stock.pipeline(
-            Flux2KleinPipeline,
-            self,
-            scheduler,
-            text_encoder=self.text_encoder,
-            tokenizer=self.tokenizer,
-            transformer=self.transformer,
-            is_distilled=self.distilled,
-        )
+        return stock.pipeline(Flux2KleinPipeline, self, scheduler, is_distilled=self.distilled)
 
     def encode_negative(self, prompt: str) -> Conditioning:
         """
@@ -206,10 +196,6 @@ class Flux2Klein:
         if prompt and self.distilled:
             raise UserError(f"--negative_prompt: {self.source} is distilled and takes none: leave it out")
         return self.encode_prompts([prompt])
-
-    def embeddings(self, conditioning: Conditioning, negative: Conditioning | None) -> dict[str, Any]:
-        assert negative is not None
-        return {"prompt_embeds": conditioning["text"], "negative_prompt_embeds": negative["text"]}
 
     def decode(self, latents: Tensor, height: int, width: int) -> list[Image.Image]:
         """The stock pipeline has undone the patches and the normalization."""
@@ -239,7 +225,5 @@ def load(path: Path, source: str, dtype: str, device: str, quantization: str | N
             tokenizer=parts.tokenizer(Qwen2TokenizerFast, path / "tokenizer"),
             scheduler=flow_matching.scheduler(path / "scheduler"),
             distilled=bool(index.get("is_distilled", False)),
-            source=source,
-            fingerprint=parts.fingerprint(parts.weights(path / "transformer")[0]),
-            hints=parts.hints(path),
+            origin=parts.origin(path, source, "transformer"),
         )

@@ -76,6 +76,11 @@ def specs_of(table: Mapping[str, Part], owner: object) -> dict[str, NetworkSpec]
     return {name: table[name].spec(name, module) for name, module in modules.items() if module is not None}
 
 
+def network_of(layer: str) -> str:
+    """The name of the network that a layer is in, by the layer's name in files: `unet` for `unet.mid_block...to_q`."""
+    return layer.partition(".")[0]
+
+
 Networks = Mapping[str, "NetworkSpec | nn.Module"]
 
 

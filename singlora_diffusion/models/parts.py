@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
 import torch
@@ -64,6 +64,22 @@ def hints(path: Path) -> dict[str, Any]:
     """
     file = path / "singlora.json"
     return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+
+
+class Origin(NamedTuple):
+    """Where a model comes from, and what its folder says about its use."""
+
+    source: str
+    """What the user named: a packaged model, a folder, a hub id."""
+    fingerprint: str
+    """Of the denoiser's weight files, as `fingerprint` makes it."""
+    hints: Mapping[str, Any]
+    """As `hints` reads them."""
+
+
+def origin(path: Path, source: str, denoiser: str) -> Origin:
+    """The origin of a diffusers folder; `denoiser` is the folder of its UNet or transformer."""
+    return Origin(source, fingerprint(weights(path / denoiser)[0]), hints(path))
 
 
 def existing(path: Path) -> Path:

@@ -44,15 +44,13 @@ class StableDiffusion:
         tokenizer: CLIPTokenizer,
         scheduler: Any,
         *,
-        source: str,
-        fingerprint: str,
-        hints: Mapping[str, Any],
+        origin: parts.Origin,
     ) -> None:
         self.unet, self.text_encoder, self.vae, self.tokenizer = unet, text_encoder, vae, tokenizer
         self.scheduler = scheduler
         self.schedulers: Mapping[str, Any] = SCHEDULERS
         self.noise_process: NoiseProcess = noise_schedule.of(scheduler)
-        self.source, self.fingerprint = source, fingerprint
+        self.source, self.fingerprint, hints = origin
         self.networks = network.specs_of(NETWORKS, self)
         downsampling = autoencoder.downsampling(vae)
         self.multiple = math.lcm(downsampling, 8)  # the stock pipeline asks for 8, whatever the autoencoder
@@ -88,9 +86,6 @@ class StableDiffusion:
             StableDiffusionPipeline,
             self,
             scheduler,
-            text_encoder=self.text_encoder,
-            tokenizer=self.tokenizer,
-            unet=self.unet,
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
@@ -98,10 +93,6 @@ class StableDiffusion:
 
     def encode_negative(self, prompt: str) -> Conditioning:
         return self.encode_prompts([prompt])
-
-    def embeddings(self, conditioning: Conditioning, negative: Conditioning | None) -> dict[str, Any]:
-        assert negative is not None
-        return {"prompt_embeds": conditioning["text"], "negative_prompt_embeds": negative["text"]}
 
     def decode(self, latents: Tensor, height: int, width: int) -> list[Image.Image]:
         return autoencoder.decode(self.vae, latents)
@@ -115,7 +106,5 @@ def load(path: Path, source: str, dtype: str, device: str, quantization: str | N
             vae=parts.network(AutoencoderKL, path / "vae", device, torch.float32),
             tokenizer=parts.tokenizer(CLIPTokenizer, path / "tokenizer"),
             scheduler=parts.scheduler(path / "scheduler"),
-            source=source,
-            fingerprint=parts.fingerprint(parts.weights(path / "unet")[0]),
-            hints=parts.hints(path),
+            origin=parts.origin(path, source, "unet"),
         )

@@ -84,16 +84,14 @@ class StableDiffusion3:
         *,
         text_encoder_3: T5EncoderModel | None = None,
         tokenizer_3: T5TokenizerFast | None = None,
-        source: str,
-        fingerprint: str,
-        hints: Mapping[str, Any],
+        origin: parts.Origin,
     ) -> None:
         self.transformer, self.vae, self.scheduler = transformer, vae, scheduler
         self.text_encoder, self.text_encoder_2, self.text_encoder_3 = text_encoder, text_encoder_2, text_encoder_3
         self.tokenizer, self.tokenizer_2, self.tokenizer_3 = tokenizer, tokenizer_2, tokenizer_3
         self.schedulers: Mapping[str, Any] = flow_matching.SCHEDULERS
         self.noise_process: NoiseProcess = flow_matching.of(scheduler, flow_matching.logit_normal)
-        self.source, self.fingerprint = source, fingerprint
+        self.source, self.fingerprint, hints = origin
         self.networks = network.specs_of(NETWORKS, self)
         downsampling = autoencoder.downsampling(vae)
         self.multiple = int(transformer.config.patch_size) * downsampling
@@ -149,30 +147,10 @@ class StableDiffusion3:
 
     def pipeline(self, scheduler: str | None = None) -> StableDiffusion3Pipeline:
         """The autoencoder is in float32: with the others in half precision, ask it for `output_type="latent"`."""
-        return stock.pipeline(
-            StableDiffusion3Pipeline,
-            self,
-            scheduler,
-            transformer=self.transformer,
-            text_encoder=self.text_encoder,
-            tokenizer=self.tokenizer,
-            text_encoder_2=self.text_encoder_2,
-            tokenizer_2=self.tokenizer_2,
-            text_encoder_3=self.text_encoder_3,
-            tokenizer_3=self.tokenizer_3,
-        )
+        return stock.pipeline(StableDiffusion3Pipeline, self, scheduler)
 
     def encode_negative(self, prompt: str) -> Conditioning:
         return self.encode_prompts([prompt])
-
-    def embeddings(self, conditioning: Conditioning, negative: Conditioning | None) -> dict[str, Any]:
-        assert negative is not None
-        return {
-            "prompt_embeds": conditioning["text"],
-            "pooled_prompt_embeds": conditioning["pooled"],
-            "negative_prompt_embeds": negative["text"],
-            "negative_pooled_prompt_embeds": negative["pooled"],
-        }
 
     def decode(self, latents: Tensor, height: int, width: int) -> list[Image.Image]:
         return autoencoder.decode(self.vae, latents)
@@ -192,7 +170,5 @@ def load(path: Path, source: str, dtype: str, device: str, quantization: str | N
             tokenizer=parts.tokenizer(CLIPTokenizer, path / "tokenizer"),
             tokenizer_2=parts.tokenizer(CLIPTokenizer, path / "tokenizer_2"),
             scheduler=flow_matching.scheduler(path / "scheduler"),
-            source=source,
-            fingerprint=parts.fingerprint(parts.weights(path / "transformer")[0]),
-            hints=parts.hints(path),
+            origin=parts.origin(path, source, "transformer"),
         )

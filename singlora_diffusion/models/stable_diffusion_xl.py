@@ -44,16 +44,14 @@ class StableDiffusionXL:
         scheduler: Any,
         *,
         force_zeros_for_empty_prompt: bool,
-        source: str,
-        fingerprint: str,
-        hints: Mapping[str, Any],
+        origin: parts.Origin,
     ) -> None:
         self.unet, self.text_encoder, self.text_encoder_2, self.vae = unet, text_encoder, text_encoder_2, vae
         self.tokenizer, self.tokenizer_2, self.scheduler = tokenizer, tokenizer_2, scheduler
         self.schedulers: Mapping[str, Any] = SCHEDULERS
         self.noise_process: NoiseProcess = noise_schedule.of(scheduler)
         self.force_zeros_for_empty_prompt = force_zeros_for_empty_prompt
-        self.source, self.fingerprint = source, fingerprint
+        self.source, self.fingerprint, hints = origin
         self.networks = network.specs_of(NETWORKS, self)
         downsampling = autoencoder.downsampling(vae)
         self.multiple = math.lcm(downsampling, 8)  # as the stock pipeline asks
@@ -105,18 +103,7 @@ class StableDiffusionXL:
 
     def pipeline(self, scheduler: str | None = None) -> StableDiffusionXLPipeline:
         """The autoencoder is in float32: with the others in half precision, ask it for `output_type="latent"`."""
-        return stock.pipeline(
-            StableDiffusionXLPipeline,
-            self,
-            scheduler,
-            text_encoder=self.text_encoder,
-            text_encoder_2=self.text_encoder_2,
-            tokenizer=self.tokenizer,
-            tokenizer_2=self.tokenizer_2,
-            unet=self.unet,
-            force_zeros_for_empty_prompt=self.force_zeros_for_empty_prompt,
-            add_watermarker=False,
-        )
+        return stock.pipeline(StableDiffusionXLPipeline, self, scheduler, add_watermarker=False)
 
     def encode_negative(self, prompt: str) -> Conditioning:
         """Of an empty one: zeros where the model says so, else an encoded empty text."""
@@ -124,15 +111,6 @@ class StableDiffusionXL:
         if prompt or not self.force_zeros_for_empty_prompt:
             return encoded
         return Conditioning({name: torch.zeros_like(tensor) for name, tensor in encoded.tensors.items()})
-
-    def embeddings(self, conditioning: Conditioning, negative: Conditioning | None) -> dict[str, Any]:
-        assert negative is not None
-        return {
-            "prompt_embeds": conditioning["text"],
-            "pooled_prompt_embeds": conditioning["pooled"],
-            "negative_prompt_embeds": negative["text"],
-            "negative_pooled_prompt_embeds": negative["pooled"],
-        }
 
     def decode(self, latents: Tensor, height: int, width: int) -> list[Image.Image]:
         return autoencoder.decode(self.vae, latents)
@@ -162,7 +140,5 @@ def load(path: Path, source: str, dtype: str, device: str, quantization: str | N
             tokenizer_2=parts.tokenizer(CLIPTokenizer, path / "tokenizer_2"),
             scheduler=parts.scheduler(path / "scheduler"),
             force_zeros_for_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", True)),
-            source=source,
-            fingerprint=parts.fingerprint(parts.weights(path / "unet")[0]),
-            hints=parts.hints(path),
+            origin=parts.origin(path, source, "unet"),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,15 +13,25 @@ from ..randomness import seeded
 from . import parts
 from .family import Conditioning, Family, check_sides
 
+EMBEDDINGS = {"text": "prompt_embeds", "pooled": "pooled_prompt_embeds"}
+"""The arguments of the stock pipelines that take encoded prompts, by the names of a conditioning's tensors."""
 
-def pipeline(kind: Any, family: Any, scheduler: str | None, **components: Any) -> Any:
-    """A pipeline without a progress bar; `scheduler` None keeps the model's own.
+
+def pipeline(kind: Any, family: Any, scheduler: str | None, **others: Any) -> Any:
+    """A stock pipeline without a progress bar, made of the parts that the family holds under the pipeline's own names.
+
+    Args:
+        kind: the pipeline's class.
+        scheduler: by name; None keeps the model's own.
+        others: arguments of the pipeline's constructor that are no parts of the family.
 
     Raises:
         UserError: no scheduler of that name.
     """
-    chosen = parts.chosen_scheduler(family.scheduler, family.schedulers, scheduler)
-    made = kind(vae=family.vae, scheduler=chosen, **components)
+    wanted = inspect.signature(kind.__init__).parameters
+    components = {name: getattr(family, name) for name in wanted if hasattr(family, name)}
+    components["scheduler"] = parts.chosen_scheduler(family.scheduler, family.schedulers, scheduler)
+    made = kind(**components, **others)
     made.set_progress_bar_config(disable=True)
     return made
 
@@ -81,9 +92,12 @@ def sample_encoded(
         seeds: N of them.
     """
     height, width = check_sides(family, height, width)
-    several = None if negative is None else negative.select([0] * len(conditioning))
+    embeddings = {EMBEDDINGS[name]: tensor for name, tensor in conditioning.tensors.items()}
+    if negative is not None:
+        several = negative.select([0] * len(conditioning))
+        embeddings |= {f"negative_{EMBEDDINGS[name]}": tensor for name, tensor in several.tensors.items()}
     latents = family.pipeline(scheduler)(
-        **family.embeddings(conditioning, several),
+        **embeddings,
         num_inference_steps=family.steps if steps is None else steps,
         guidance_scale=family.guidance if guidance is None else guidance,
         height=height,
