@@ -1,4 +1,4 @@
-"""Captions beside images: `dog.txt` for `dog.jpg`, as kohya's trainers have it, or imagefolder's `metadata.jsonl`."""
+"""Captions beside images: text files of their names, as kohya's trainers have it, or imagefolder's `metadata.jsonl`."""
 
 from __future__ import annotations
 

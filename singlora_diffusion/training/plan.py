@@ -21,6 +21,7 @@ from .recipe import Recipe, adapter_config, check, recorded
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from ..adapters.config import AdapterConfig
     from ..models import Family
 
 QUICK = 5.0
@@ -118,12 +119,7 @@ def _make(recipe: Recipe) -> Generator[Event, None, Plan]:
     config = adapter_config(recipe)
     yield from preparation.cut_prompts(recipe, family, class_prompt, captions)
     free = device.free_memory(str(family.device))
-    needs: list[int] = []
-    for need in memory.needs(family, config, recipe, resolution):
-        needs.append(need.size)
-        if need.size > free:
-            yield Remark(f"{need.flags}: would need about {device.size(need.size)}, {device.size(free)} are free")
-            break
+    needs = yield from _needs(recipe, family, config, resolution, free)
     parameters = memory.parameters(family, config)
     base, optimization = memory.of_base(family), recipe.optimization
     batch = optimization.train_batch_size * optimization.gradient_accumulation_steps * accelerator.num_processes
@@ -153,6 +149,22 @@ def _make(recipe: Recipe) -> Generator[Event, None, Plan]:
         seconds_per_step=step,
         seconds=encoding * plan.images + step * plan.steps,
     )
+
+
+def _needs(
+    recipe: Recipe, family: Family, config: AdapterConfig, resolution: int, free: int
+) -> Generator[Event, None, list[int]]:
+    """Bytes of what a training takes beside the base model, up to the first that does not fit."""
+    from .. import device
+    from . import memory
+
+    found: list[int] = []
+    for need in memory.needs(family, config, recipe, resolution):
+        found.append(need.size)
+        if need.size > free:
+            yield Remark(f"{need.flags}: would need about {device.size(need.size)}, {device.size(free)} are free")
+            break
+    return found
 
 
 class Measured(NamedTuple):
