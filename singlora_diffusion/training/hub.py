@@ -13,12 +13,14 @@ SHARED = (run_folder.ADAPTER, run_folder.LORA, run_folder.CARD, f"{run_folder.PR
 """What is uploaded: no checkpoints, no logs, and no recipe with this machine's paths."""
 
 
-def repository(output: OutputSettings) -> str:
-    """The repository that a run goes to, made (private) where there is none yet; returns its id.
+def repository(output: OutputSettings) -> str | None:
+    """The repository that a run goes to, made (private) where there is none yet; its id. None: it goes to none.
 
     Raises:
         UserError: the hub cannot be reached, or does not let this user write there.
     """
+    if not output.push_to_hub:
+        return None
     import huggingface_hub
 
     name = output.hub_model_id or output.output_dir.absolute().name

@@ -35,7 +35,6 @@ from .events import (
     Preview,
     PutAway,
     Remark,
-    Resumed,
     Saved,
     Started,
     Step,
@@ -101,8 +100,7 @@ def run(recipe: Recipe, stop: Callable[[], bool] = lambda: False, family: Family
     from . import hub, identity, memory, preparation, result
     from .step import Stepper
 
-    captions = preparation.captions_of(recipe, instance.images)
-    yield from preparation.caption_remarks(recipe, captions, len(instance.images))
+    captions = yield from preparation.captions_of(recipe, instance.images)
     recipe = preparation.on_this_machine(recipe)
     state = yield from preparation.checkpoint_to_resume(recipe)
     accelerator, family, resolution = yield from preparation.load(recipe, family)
@@ -113,8 +111,7 @@ def run(recipe: Recipe, stop: Callable[[], bool] = lambda: False, family: Family
         if accelerator.is_main_process:
             stack.enter_context(files.locked(recipe.output.output_dir, "a training"))
             yield from _clear(recipe)
-        pushes = recipe.output.push_to_hub and accelerator.is_main_process
-        repository = hub.repository(recipe.output) if pushes else None
+        repository = hub.repository(recipe.output) if accelerator.is_main_process else None
         yield from preparation.cut_prompts(recipe, family, class_prompt, captions)
         classes = yield from preparation.class_images(recipe, accelerator, family, class_prompt, resolution)
         streams = yield from preparation.encoded(
@@ -126,9 +123,7 @@ def run(recipe: Recipe, stop: Callable[[], bool] = lambda: False, family: Family
         yield _loaded(family, adapter, resolution)
         stepper = Stepper(accelerator, family, adapter, recipe, streams, resolution)
         identified = identity.of(recipe, family.fingerprint, instance.images, classes, captions.texts)
-        if state is not None:
-            preparation.restore(state, recipe, identified, stepper)
-            yield Resumed(state.path, state.step)
+        yield from preparation.restore(state, recipe, identified, stepper)
         stack.callback(stepper.release)
         stepper.prepare()
         about = result.about(recipe, family, subject, resolution, len(instance.images))

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from ..adapters.config import AdapterConfig
+    from ..data.captions import Captions
     from ..models import Family
 
 QUICK = 5.0
@@ -111,8 +112,7 @@ def _make(recipe: Recipe) -> Generator[Event, None, Plan]:
     from .. import device
     from . import memory, preparation
 
-    captions = preparation.captions_of(recipe, instance.images)
-    yield from preparation.caption_remarks(recipe, captions, len(instance.images))
+    captions = yield from preparation.captions_of(recipe, instance.images)
     recipe = preparation.on_this_machine(recipe)
     accelerator, family, resolution = yield from preparation.load(recipe)
     recipe = preparation.for_model(recipe, family)
@@ -140,9 +140,9 @@ def _make(recipe: Recipe) -> Generator[Event, None, Plan]:
     )
     if not plan.fits:
         return plan
-    encoding, step, peak = yield from _measured(
-        recipe, accelerator, family, resolution, instance.images[0], class_prompt
-    )
+    one = instance.images[0]
+    measured = _measured(recipe, accelerator, family, resolution, one, class_prompt, captions)
+    encoding, step, peak = yield from measured
     return replace(
         plan,
         memory=plan.memory if peak is None else max(peak, base + sum(needs[:2])),
@@ -177,7 +177,13 @@ class Measured(NamedTuple):
 
 
 def _measured(
-    recipe: Recipe, accelerator: Accelerator, family: Family, resolution: int, image: Path, class_prompt: str
+    recipe: Recipe,
+    accelerator: Accelerator,
+    family: Family,
+    resolution: int,
+    image: Path,
+    class_prompt: str,
+    captions: Captions,
 ) -> Generator[Event, None, Measured]:
     """The image stands in for all others, those of the class too."""
     import torch
@@ -195,7 +201,7 @@ def _measured(
         [image],
         [image] if prior else [],
         class_prompt,
-        preparation.captions_of(recipe, [image]),
+        captions,
     )
     encoding = (time.perf_counter() - began) / len(streams.images)
     counts = family.device.type == "cuda"

@@ -21,7 +21,7 @@ from ..terminal import escaped
 from . import checkpoint, identity
 from . import class_images as generating
 from .checkpoint import State
-from .events import Encoded, Event, Images, Progress, Remark
+from .events import Encoded, Event, Images, Progress, Remark, Resumed
 from .examples import Streams, process_of
 from .optimizers import OPTIMIZERS
 from .recipe import Recipe, check
@@ -105,27 +105,27 @@ def load(recipe: Recipe, family: Family | None = None) -> Generator[Event, None,
     return accelerator, family, resolution
 
 
-def captions_of(recipe: Recipe, instance: Sequence[Path]) -> Captions:
+def captions_of(recipe: Recipe, instance: Sequence[Path]) -> Generator[Event, None, Captions]:
     """What the instance folder says of its images; nothing where captions are not wanted.
 
     Raises:
         UserError: captions cannot be read.
     """
     if recipe.data.captions == "none":
-        return Captions({}, {}, ())
-    return captions.read(recipe.data.instance_data_dir, [path.name for path in instance])
-
-
-def caption_remarks(recipe: Recipe, found: Captions, count: int) -> Iterator[Remark]:
+        found = Captions({}, {}, ())
+    else:
+        found = captions.read(recipe.data.instance_data_dir, [path.name for path in instance])
     if found.texts:
         yield Remark(
-            f"{len(found.texts)} of {count} images have captions, which are their prompts; --captions none ignores them"
+            f"{len(found.texts)} of {len(instance)} images have captions, which are their prompts; --captions none "
+            f"ignores them"
         )
     elif recipe.data.shuffle_caption:
         yield Remark("--shuffle_caption: there are no captions; the tags of --instance_prompt are shuffled")
     if found.orphans:
         shown = ", ".join(escaped(name) for name in found.orphans[:3])
         yield Remark(f"{len(found.orphans)} captions have no image and are left out: {shown}")
+    return found
 
 
 def cut_prompts(recipe: Recipe, family: Family, class_prompt: str, found: Captions) -> Iterator[Remark]:
@@ -211,11 +211,13 @@ def _as_latents(
     return latents.together(found)
 
 
-def restore(state: State, recipe: Recipe, who: dict[str, Any], stepper: Stepper) -> None:
+def restore(state: State | None, recipe: Recipe, who: dict[str, Any], stepper: Stepper) -> Iterator[Resumed]:
     """
     Raises:
         UserError: the checkpoint is of another run.
     """
+    if state is None:
+        return
     if state.identity is None:
         words = identity.difference_of_old(state.recipe, recipe)
     else:
@@ -225,3 +227,4 @@ def restore(state: State, recipe: Recipe, who: dict[str, Any], stepper: Stepper)
     checkpoint.restore(state, stepper.adapter, stepper.raw_optimizer, stepper.average)
     if stepper.accelerator.scaler is not None and state.scaler:
         stepper.accelerator.scaler.load_state_dict(dict(state.scaler))
+    yield Resumed(state.path, state.step)
