@@ -62,6 +62,11 @@ def exported(networks: Any, file: Path, form: str = "kohya", config: AdapterConf
     return file
 
 
+def test_another_optimizer_is_named(networks: Any, tmp_path: Path) -> None:
+    about = {**ABOUT, "recipe": {**ABOUT["recipe"], "optimizer": "lion"}}
+    assert metadata(exported(networks, tmp_path / "x.safetensors", "kohya", **about))["ss_optimizer"] == "lion"
+
+
 @pytest.mark.parametrize("form", exporting.FORMS)
 def test_metadata_that_other_programs_show(form: str, networks: Any, tmp_path: Path) -> None:
     facts = metadata(exported(networks, tmp_path / "my-dog.safetensors", form, **ABOUT))

@@ -158,7 +158,8 @@ def _training(header: Header, side: int) -> dict[str, str]:
     arguments = [
         f"{name}={values[0] if len(values) == 1 else tuple(values)}" for name, values in given.items() if values
     ]
-    facts["ss_optimizer"] = f"torch.optim.adamw.AdamW({','.join(arguments)})"
+    other = recipe.get("optimizer", "adamw") != "adamw"
+    facts["ss_optimizer"] = str(recipe["optimizer"]) if other else f"torch.optim.adamw.AdamW({','.join(arguments)})"
     facts["ss_clip_skip"] = "None"  # the text encoder's last layer, or what the family always takes
     if header.images:
         folder = Path(str(recipe["instance_data_dir"])).name
