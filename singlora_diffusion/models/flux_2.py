@@ -188,14 +188,14 @@ class Flux2Klein:
         """The autoencoder is in float32: with the others in half precision, ask it for `output_type="latent"`."""
         return stock.pipeline(Flux2KleinPipeline, self, scheduler, is_distilled=self.distilled)
 
-    def encode_negative(self, prompt: str) -> Conditioning:
+    def encode_negative(self, prompt: str) -> Conditioning | None:
         """
         Raises:
             UserError: there is one for a distilled model, which is not guided.
         """
         if prompt and self.distilled:
             raise UserError(f"--negative_prompt: {self.source} is distilled and takes none: leave it out")
-        return self.encode_prompts([prompt])
+        return None if self.distilled else self.encode_prompts([prompt])
 
     def decode(self, latents: Tensor, height: int, width: int) -> list[Image.Image]:
         """The stock pipeline has undone the patches and the normalization."""

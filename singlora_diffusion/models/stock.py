@@ -11,7 +11,7 @@ from PIL import Image
 
 from ..randomness import seeded
 from . import parts
-from .family import Conditioning, Family, check_sides
+from .family import Family, check_sides
 
 EMBEDDINGS = {"text": "prompt_embeds", "pooled": "pooled_prompt_embeds"}
 """The arguments of the stock pipelines that take encoded prompts, by the names of a conditioning's tensors."""
@@ -36,6 +36,7 @@ def pipeline(kind: Any, family: Any, scheduler: str | None, **others: Any) -> An
     return made
 
 
+@torch.no_grad()
 def sample(
     family: Family,
     prompts: Sequence[str],
@@ -56,45 +57,10 @@ def sample(
         UserError: sides or a scheduler that the model does not know, a negative prompt where it takes none.
     """
     height, width = check_sides(family, height, width)
-    with torch.no_grad():
-        conditioning, negative = family.encode_prompts(prompts), family.encode_negative(negative_prompt)
-    return sample_encoded(
-        family,
-        conditioning,
-        negative,
-        seeds,
-        steps=steps,
-        guidance=guidance,
-        height=height,
-        width=width,
-        scheduler=scheduler,
-    )
-
-
-@torch.no_grad()
-def sample_encoded(
-    family: Family,
-    conditioning: Conditioning,
-    negative: Conditioning | None,
-    seeds: Sequence[int],
-    *,
-    steps: int | None = None,
-    guidance: float | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    scheduler: str | None = None,
-) -> list[Image.Image]:
-    """`sample` of prompts that are encoded already: no text encoder is called.
-
-    Args:
-        conditioning: of N prompts.
-        negative: of one negative prompt, as `family.encode_negative` gives it.
-        seeds: N of them.
-    """
-    height, width = check_sides(family, height, width)
+    conditioning, negative = family.encode_prompts(prompts), family.encode_negative(negative_prompt)
     embeddings = {EMBEDDINGS[name]: tensor for name, tensor in conditioning.tensors.items()}
     if negative is not None:
-        several = negative.select([0] * len(conditioning))
+        several = negative.select([0] * len(prompts))
         embeddings |= {f"negative_{EMBEDDINGS[name]}": tensor for name, tensor in several.tensors.items()}
     latents = family.pipeline(scheduler)(
         **embeddings,
@@ -102,7 +68,7 @@ def sample_encoded(
         guidance_scale=family.guidance if guidance is None else guidance,
         height=height,
         width=width,
-        generator=[seeded(seed) for _, seed in zip(range(len(conditioning)), seeds, strict=True)],
+        generator=[seeded(seed) for _, seed in zip(prompts, seeds, strict=True)],
         output_type="latent",
     ).images
     return family.decode(latents, height, width)

@@ -26,9 +26,8 @@ def of_sampling(family: Family, height: int, width: int, batch_size: int) -> int
     from ..models.family import denoiser
 
     pixels = height * width
-    parts = family.pipeline().components
-    decoder = TENSORS_DECODING * _width(parts["vae"], 1) * pixels * 4
-    latents = pixels // 4 ** (len(parts["vae"].config.block_out_channels) - 1)
+    decoder = TENSORS_DECODING * _width(family.vae, 1) * pixels * 4
+    latents = pixels // 4 ** (len(family.vae.config.block_out_channels) - 1)
     denoising = (
         TENSORS_DENOISING * _width(denoiser(family).module, 0) * latents * family.dtype.itemsize * 2 * batch_size
     )

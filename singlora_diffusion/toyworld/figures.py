@@ -71,7 +71,7 @@ def load_reader() -> Reader:
 
 def autoencoder(n: int) -> dict[str, float]:
     """PSNR in dB of n unseen images."""
-    vae = models.load("toyworld").pipeline().vae
+    vae = models.load("toyworld").vae
     return {"autoencoder PSNR, dB": autoencoding.psnr(vae, world.batch(range(UNSEEN, UNSEEN + n))["images"])}
 
 
