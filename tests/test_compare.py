@@ -17,9 +17,10 @@ import pytest
 from encoder_folders import clip_folder, timm_folder
 
 from eval.compare import cell as cells
-from eval.compare import command, engines, grid, records, robustness, subjects, tuning, verdicts
+from eval.compare import command, engines, grid, methods, records, robustness, subjects, tuning, verdicts
 from eval.compare.grid import Cell, Plan
 from eval.compare.settings import CompareSettings, check, learning_rates
+from singlora_diffusion.adapters import budget
 from singlora_diffusion.errors import UserError
 from singlora_diffusion.settings import build, replaced
 from singlora_diffusion.training.diagnosis import NotFinite
@@ -87,13 +88,45 @@ def test_every_cell_has_its_recipe_log_images_and_scores(done: CompareSettings) 
     assert base["scores"]["drift"] == pytest.approx(0, abs=1e-6) and base["parameters"] == 0
 
 
-def test_recipes_differ_in_method_size_and_rate_alone(done: CompareSettings) -> None:
+def test_recipes_at_one_rate_differ_in_method_and_size_alone(done: CompareSettings) -> None:
     both = replaced(done, methods=("lora", "singlora"))
     recipes = [
         vars_of(planned(both), Cell("can-3", method, grid[0])) for method, grid in learning_rates(both.what).items()
     ]
     differing = {key for key, value in recipes[0].items() if value != recipes[1][key]}
-    assert differing == {"method", "rank", "learning_rate"}
+    assert differing == {"method", "rank"}
+
+
+def test_a_method_with_settings_is_the_method_with_those_settings(done: CompareSettings) -> None:
+    """The budget is that of the comparison's layers; what is solved for it is the rank on the method's own."""
+    own = "singlora[targets=to_q,to_k;ramp_steps=0;rate_by_width]"
+    plan = planned(replaced(done, methods=("singlora", own, "singlora[rank=3]"), match="lora:8"))
+    plain, recipe = (vars_of(plan, Cell("can-3", name, 1e-3)) for name in ("singlora", own))
+    differing = {key: value for key, value in recipe.items() if value != plain[key]}
+    assert differing == {
+        "rank": plan.sizes[own].rank,
+        "targets": ["to_q", "to_k"],
+        "ramp_steps": 0,
+        "rate_by_width": True,
+    }
+    model = done.training.pretrained_model_name_or_path
+    layers = budget.shapes(model, ("to_q", "to_k"))
+    goal = budget.target_count("lora:8", budget.shapes(model))
+    counts = {rank: rank * sum(max(shape) for shape in layers) for rank in range(1, 200)}
+    assert plan.sizes[own].rank == min(counts, key=lambda rank: abs(counts[rank] - goal))
+    assert plan.sizes[own].parameters == counts[plan.sizes[own].rank]
+    assert plan.sizes["singlora[rank=3]"].rank == 3
+    assert plan.folder(Cell("can-3", own, 1e-3)).parent.name == "singlora-targets=to_q,to_k-ramp_steps=0-rate_by_width"
+    assert plan.folder(Cell("can-3", "singlora+dora", 1e-3)).parent.name == "singlora+dora"
+
+
+def test_methods_with_settings_have_short_names_and_their_methods_rates() -> None:
+    assert methods.label("lora[targets=to_q,to_k]") == "LoRA (to_q, to_k)"
+    assert methods.label("singlora+dora[magnitude_lr_ratio=16]") == "SingLoRA dora (magnitude_lr_ratio 16)"
+    assert methods.label("offset[rate_by_width]") == "SingLoRA offset (rate_by_width)"
+    names = ("lora+[loraplus_ratio=4]", "singlora[rank=3]", "singlora[rank=4]")
+    what = build(CompareSettings, methods=names, rates=1, centres=("singlora=2e-3", "singlora[rank=4]=3e-3")).what
+    assert list(learning_rates(what).values()) == [(1.8e-4,), (2e-3,), (3e-3,)]
 
 
 def vars_of(plan: Plan, cell: Cell) -> dict[str, Any]:
@@ -222,6 +255,11 @@ def test_any_beginning_of_the_test_has_all_methods_on_almost_the_same_subjects()
     [
         ({"methods": ("lora", "lora")}, "name each method once"),
         ({"methods": ("lora", "nothing")}, "--methods nothing"),
+        ({"methods": ("lora", "lora[rank=8")}, r"--methods lora\[rank=8: there are"),
+        ({"methods": ("lora[ramp_steps=0]", "lora[ramp_steps=5]")}, "ramp_steps is an option of singlora"),
+        ({"methods": ("lora[rank=0]",)}, r"--methods lora\[rank=0\]: rank 0: must be at least 1"),
+        ({"methods": ("lora[rank=many]",)}, "rank many: is not valid"),
+        ({"methods": ("lora[text_targets=q_proj]",)}, "text_targets is no setting of an adapter here"),
         ({"subjects": ("can-3",), "tuning_subjects": ("can-3",)}, "tune on others"),
         ({"centres": ("lora=x",)}, "give METHOD=RATE"),
         ({"centres": ("nothing=1e-3",)}, "give METHOD=RATE"),

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from singlora_diffusion import files, settings
-from singlora_diffusion.adapters import budget
 from singlora_diffusion.errors import UserError
 from singlora_diffusion.terminal import escaped
 from singlora_diffusion.training import log_file, run_folder
@@ -16,6 +15,7 @@ from singlora_diffusion.training.recipe import Recipe, to_be_shared
 
 from . import measuring, scoring, worker
 from .grid import BASE, Cell, Plan
+from .methods import parsed
 from .scoring import PRIOR, SAMPLES
 
 if TYPE_CHECKING:
@@ -132,11 +132,12 @@ def known(plan: Plan, cell: Cell) -> dict[str, Any]:
 def recipe(plan: Plan, cell: Cell) -> Recipe:
     """The training."""
     chosen, subject = plan.settings, plan.subjects[cell.subject]
-    training, row = chosen.training, budget.rows()[cell.method]
+    training, adapter = chosen.training, parsed(cell.method).config
+    targets = chosen.what.targets if adapter.targets is None else adapter.targets
     return settings.build(
         Recipe,
         **{
-            **vars(replace(row, rank=plan.sizes[cell.method].rank, targets=chosen.what.targets)),
+            **vars(replace(adapter, rank=plan.sizes[cell.method].rank, targets=targets)),
             "instance_data_dir": subject.images,
             "instance_prompt": f"a photo of {chosen.who.identifier} {subject.class_noun}",
             "identifier": chosen.who.identifier,

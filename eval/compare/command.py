@@ -29,8 +29,9 @@ def compare(settings: CompareSettings) -> None:
     with nullcontext() if settings.run.report_only else files.locked(out, "a comparison"):
         known = subjects.read(settings.who, out / "subjects")
         plan = grid.plan(settings, known)
+        width = max(14, *map(len, plan.sizes))
         for method, size in plan.sizes.items():
-            print(f"{method:<14} rank {size.rank:<4} {size.parameters:,} parameters ({size.deviation:+.1%})")
+            print(f"{method:<{width}} rank {size.rank:<4} {size.parameters:,} parameters ({size.deviation:+.1%})")
         scoring.check(plan)
         bases = list(grid.base_cells((*known.tuning, *known.test)))
         tune = list(grid.tuning_cells(settings, known.tuning))
@@ -40,7 +41,7 @@ def compare(settings: CompareSettings) -> None:
             choices = tuning.choose(settings, (cells.known(plan, cell) for cell in tune))
         for method, choice in choices.items():
             edge = ", at the edge of its grid" if choice.at_the_edge else ""
-            print(f"{method:<14} learning rate {choice.rate:g}{edge}")
+            print(f"{method:<{width}} learning rate {choice.rate:g}{edge}")
         test = list(grid.test_cells(settings, known.test, choices))
         again = list(grid.noise_cells(settings, test)) if choices else []
         if choices:

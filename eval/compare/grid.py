@@ -10,6 +10,7 @@ from singlora_diffusion.adapters import budget
 from singlora_diffusion.adapters.budget import Match
 from singlora_diffusion.sampling.settings import parse_seeds
 
+from .methods import folder_name, parsed
 from .settings import CompareSettings, learning_rates
 from .subjects import Subject, Subjects
 from .tuning import Choice
@@ -23,7 +24,7 @@ class Cell:
     """One training with its images and scores, or the base model's images of a subject."""
 
     subject: str
-    method: str  # a row of `budget.rows()`, or BASE
+    method: str  # a word of `--methods`, or BASE
     rate: float = 0.0
     seed: int = 0
     other_threads: bool = False
@@ -50,7 +51,9 @@ class Plan:
 
     def folder(self, cell: Cell) -> Path:
         """Where a cell's recipe, log, images and scores are."""
-        parts = (cell.subject, cell.name) if cell.method == BASE else (cell.subject, cell.method, cell.name)
+        parts = (
+            (cell.subject, cell.name) if cell.method == BASE else (cell.subject, folder_name(cell.method), cell.name)
+        )
         return self.settings.run.output_dir.joinpath("cells", *parts)
 
 
@@ -60,10 +63,21 @@ def plan(settings: CompareSettings, subjects: Subjects) -> Plan:
     Raises:
         UserError: a base model or targets that are not there, or a budget of nothing.
     """
-    layers = budget.shapes(settings.training.pretrained_model_name_or_path, settings.what.targets)
-    goal = budget.target_count(settings.what.match, layers)
-    sizes = {method: budget.match(goal, method, layers) for method in settings.what.methods}
+    model, targets = settings.training.pretrained_model_name_or_path, settings.what.targets
+    goal = budget.target_count(settings.what.match, budget.shapes(model, targets))
+    sizes = {name: _size(name, goal, model, targets) for name in settings.what.methods}
     return Plan(settings, subjects.by_name, subjects.gallery, sizes)
+
+
+def _size(name: str, goal: int, model: str, targets: tuple[str, ...] | None) -> Match:
+    """The budget is that of the comparison's targets, whatever layers the method adapts itself."""
+    chosen = parsed(name)
+    config = chosen.config
+    layers = budget.shapes(model, targets if config.targets is None else config.targets)
+    if chosen.rank is None:
+        return budget.match(goal, config, layers)
+    count = budget.count(config, chosen.rank, layers)
+    return Match(chosen.rank, count, (count - goal) / goal)
 
 
 def base_cells(subjects: Sequence[Subject]) -> Iterator[Cell]:

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from singlora_diffusion.adapters import budget
-from singlora_diffusion.adapters.methods import METHODS
-
+from . import methods as method_names
 from . import records, robustness, verdicts
 from .grid import BASE, Cell, Plan
 from .records import Done, Tables
@@ -47,10 +45,7 @@ class Results:
 
 def label(method: str) -> str:
     """As in "SingLoRA offset"."""
-    if method == BASE:
-        return "base model"
-    name = budget.rows()[method].method
-    return METHODS[name].label if method == name else f"{METHODS[name].label} {method.removeprefix(f'{name}+')}"
+    return "base model" if method == BASE else method_names.label(method)
 
 
 def state(found: Results) -> str:

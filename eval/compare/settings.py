@@ -16,12 +16,12 @@ from singlora_diffusion.terminal import escaped
 
 from ..metrics import METRICS
 from ..score import MetricName, ProtocolName
+from .methods import parsed
 
-SQUARE = 1.8e-3
-CENTRES = {"singlora": SQUARE, "offset": SQUARE, "balanced": SQUARE, "singlora+dora": SQUARE, "lora+": 1e-4}
-"""Middle of a method's grid of learning rates where that is not `CENTRE`: with four half-decade steps, the rates of
-`singlora demo` are on it. lora+: the rate of A, its B learns 16 times faster."""
-CENTRE = 1e-3
+CENTRE = 1.8e-3
+CENTRES = {"lora+": 1.8e-4}
+"""Middle of a method's grid of learning rates where that is not `CENTRE`. lora+: the rate of A, its B learns 16 times
+faster."""
 
 
 @dataclass(frozen=True)
@@ -46,17 +46,19 @@ class MethodSettings:
     """What is compared, at which sizes and learning rates."""
 
     methods: tuple[str, ...] = ("lora", "lora+", "dora", "oft", "singlora", "balanced", "offset", "singlora+dora")
-    """The rows of `singlora budget` that are compared; the others are compared with the first."""
+    """The rows of `singlora budget` that are compared; the others are compared with the first. Settings of the adapter
+    may follow in brackets: `singlora[targets=to_q,to_k;ramp_steps=0]`. Unless `rank` is among them, it is solved."""
     match: str = "lora:8"
     """The budget of trained parameters: METHOD:RANK, or a number. Ranks are chosen to come nearest."""
     targets: tuple[str, ...] | None = None
     """Layers that are adapted, as in `singlora train`. None: the model's default."""
-    rates: Annotated[int, Interval(ge=1, le=25)] = 4
+    rates: Annotated[int, Interval(ge=1, le=25)] = 5
     """Learning rates that are tried of each method, on a logarithmic grid of equal width."""
     rate_step: Annotated[float, Interval(ge=1.01, le=100)] = 10**0.5
     """Factor between neighbouring rates."""
     centres: tuple[str, ...] = ()
-    """Middle of a method's grid where it is not the default, as in `lora=3e-4 singlora=1e-3`."""
+    """Middle of a method's grid where it is not the default, as in `lora=3e-4 singlora=1e-3`. A method with settings
+    in brackets has that of the method without, unless it is named itself."""
 
 
 @dataclass(frozen=True)
@@ -155,8 +157,8 @@ def check(chosen: CompareSettings) -> None:
     methods = chosen.what.methods
     if not methods or len(set(methods)) < len(methods):
         raise UserError("--methods: name each method once, such as --methods lora singlora")
-    if unknown := [method for method in methods if method not in rows()]:
-        raise UserError(f"--methods {escaped(unknown[0])}: there are {', '.join(rows())}")
+    for name in methods:
+        parsed(name)
     if "/" in chosen.who.identifier or not chosen.who.identifier.strip():
         raise UserError("--identifier: give one word, such as sks")
     if both := set(chosen.who.subjects) & set(chosen.who.tuning_subjects):
@@ -180,17 +182,19 @@ def centres(what: MethodSettings) -> dict[str, float]:
     Raises:
         UserError: one of `--centres` says nothing that can be used.
     """
-    found = {method: CENTRES.get(method, CENTRE) for method in what.methods}
+    given: dict[str, float] = {}
+    rows_of = {name: parsed(name).row for name in what.methods}
+    known = {*rows_of, *rows_of.values()}
     for text in what.centres:
-        method, _, number = text.partition("=")
+        name, _, number = text.rpartition("=")
         try:
             value = float(number)
         except ValueError:
             value = 0.0
-        if method not in found or not 0 < value < 1e9:
+        if name not in known or not 0 < value < 1e9:
             raise UserError(f"--centres {escaped(text)}: give METHOD=RATE, METHOD one of {', '.join(what.methods)}")
-        found[method] = value
-    return found
+        given[name] = value
+    return {name: given.get(name, given.get(row, CENTRES.get(row, CENTRE))) for name, row in rows_of.items()}
 
 
 def learning_rates(what: MethodSettings) -> dict[str, tuple[float, ...]]:

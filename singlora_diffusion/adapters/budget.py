@@ -64,19 +64,25 @@ def rows() -> dict[str, AdapterConfig]:
     return {**{method: AdapterConfig(method=method) for method in METHODS}, **VARIANTS}
 
 
-def count(row: str, rank: int, shapes: Iterable[Shape]) -> int:
-    """Trained numbers of `row`, one of `rows`, at `rank` on layers of these shapes, or a Counter of them."""
-    if row not in rows():
-        raise UserError(f"unknown method {row!r}; there are {', '.join(rows())}")
-    config = rows()[row]
+def count(row: str | AdapterConfig, rank: int, shapes: Iterable[Shape]) -> int:
+    """Trained numbers of `row`, one of `rows` or another adapter, at `rank` on layers of these shapes, or a Counter."""
+    config = _config(row)
     form = METHODS[config.method].count
     return sum(times * form(config, rank, *shape) for shape, times in Counter(shapes).items())
 
 
-def match(budget: int, row: str, shapes: Sequence[Shape]) -> Match:
+def _config(row: str | AdapterConfig) -> AdapterConfig:
+    if isinstance(row, AdapterConfig):
+        return row
+    if row not in rows():
+        raise UserError(f"unknown method {row!r}; there are {', '.join(rows())}")
+    return rows()[row]
+
+
+def match(budget: int, row: str | AdapterConfig, shapes: Sequence[Shape]) -> Match:
     """The rank of `row` whose count comes nearest to `budget`; of equals the smallest."""
     unique = Counter(shapes)
-    takes = METHODS[rows()[row].method].takes
+    takes = METHODS[_config(row).method].takes
     ranks: Sequence[int] = range(1, min(max(map(max, unique)), MAX_RANK) + 1)
     ranks = [rank for rank in ranks if all(takes(rank, into) for _, into in unique)] or ranks
     counts = {rank: count(row, rank, unique) for rank in ranks}
