@@ -38,6 +38,7 @@ ONLY = {
     "eval.compare": {
         "eval",
         "adapters.budget",
+        "adapters.config",
         "adapters.methods",
         "data",
         "models",
