@@ -18,7 +18,7 @@ LEVELS = (
     "training sampling",
     "eval",
     "toyworld",
-    "demo cli eval.compare train_dreambooth benchmarks",
+    "app demo cli eval.compare train_dreambooth benchmarks",
 )
 """The floors of the house, from the ground up. A file imports from its own floor and those below."""
 

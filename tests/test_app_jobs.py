@@ -1,0 +1,149 @@
+"""The row of trainings on disk: order, stopping, and what outlives whom. Real commands in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from singlora_diffusion import files, settings
+from singlora_diffusion.app import jobs, progress
+from singlora_diffusion.errors import UserError
+from singlora_diffusion.training import log_file, run_folder
+from singlora_diffusion.training.recipe import Recipe
+
+ROOT = Path(__file__).parent.parent
+PATIENCE = 120.0
+"""Seconds for what takes a few."""
+
+
+def until(true: Callable[[], object]) -> None:
+    began = time.monotonic()
+    while not true():
+        assert time.monotonic() - began < PATIENCE
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return tmp_path / "queue"
+
+
+@pytest.fixture
+def asleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody works the queue off."""
+    monkeypatch.setattr(jobs, "start_worker", lambda queue: None)
+
+
+def worker(queue: Path) -> subprocess.Popen[bytes]:
+    words = [sys.executable, "-m", "singlora_diffusion.app.worker", str(queue)]
+    return subprocess.Popen(words, start_new_session=True)
+
+
+def training(recipe: Recipe, **values: object) -> list[str]:
+    return shlex.split(settings.command_line("train", settings.replaced(recipe, **values)))[1:]
+
+
+def test_a_training_outlives_its_worker_is_stopped_and_goes_on(
+    queue: Path, recipe: Recipe, tmp_path: Path, asleep: None
+) -> None:
+    """A killed worker leaves the training running; the next one finds it, and stops it when asked."""
+    run = recipe.output.output_dir
+    job = jobs.add(queue, training(recipe, max_train_steps=100_000), run)
+    other = jobs.add(queue, ["toyworld", "subject", "--name", "dog-1", "--output_dir", "dog"], tmp_path / "dog")
+    assert [one.state for one in jobs.jobs(queue)] == ["waiting", "waiting"]
+    with worker(queue) as first:
+        until(lambda: progress.read(run).step >= 3)
+        first.kill()
+    trainer = jobs.process(files.read_json(job.folder / jobs.STATE))
+    assert trainer is not None and jobs.job(job.folder).state == "running"
+    with pytest.raises(UserError, match="waits or runs there already"):
+        jobs.add(queue, training(recipe), run)
+    jobs.stop(other)
+    with worker(queue) as second, worker(queue) as third:  # of two that start at once, one does the work
+        jobs.stop(job)
+        second.wait(PATIENCE)
+        third.wait(PATIENCE)
+    assert not psutil.pid_exists(trainer.pid) or trainer.status() == psutil.STATUS_ZOMBIE
+    # that it was stopped, not lost, only its own parent could see; its folder says how to go on
+    assert [one.state for one in jobs.jobs(queue)] == ["lost", "withdrawn"]
+    assert "to go on: singlora train" in jobs.job(job.folder).output
+    assert not (tmp_path / "dog").exists()
+    stopped = progress.read(run)
+    assert stopped.checkpoints == (stopped.step,) and stopped.total == 100_000 and stopped.adapter is None
+
+    again = training(recipe, max_train_steps=stopped.step + 2, resume_from_checkpoint="latest")
+    jobs.add(queue, again, run)
+    with worker(queue) as last:
+        last.wait(PATIENCE)
+    assert jobs.jobs(queue)[-1].state == "done", jobs.jobs(queue)[-1].output
+    done = progress.read(run)
+    assert done.step == done.total == stopped.step + 2 and done.adapter == run / run_folder.ADAPTER
+    assert [row["step"] for row in done.rows] == [*range(1, done.total + 1)]
+
+
+def test_jobs_run_in_order_and_a_failed_one_says_why(queue: Path, tmp_path: Path, asleep: None) -> None:
+    """The first fails as the command line does, and does not keep the second from running."""
+    jobs.add(queue, ["toyworld", "subject", "--name", "nobody", "--output_dir", "a"], tmp_path / "a")
+    jobs.add(queue, ["check", str(tmp_path)], tmp_path / "b")
+    with worker(queue) as only:
+        only.wait(PATIENCE)
+    first, second = jobs.jobs(queue)
+    assert first.state == "failed" and first.output.startswith("singlora toyworld: ")
+    assert second.state == "failed" and "singlora check: " in second.output
+    ended = [(one.folder / jobs.STATE).stat().st_mtime_ns for one in (first, second)]
+    began = [(one.folder / jobs.OUTPUT).stat().st_ctime_ns for one in (first, second)]
+    assert ended[0] <= began[1]
+
+
+def test_many_add_at_once(queue: Path, tmp_path: Path, asleep: None) -> None:
+    threads = [threading.Thread(target=jobs.add, args=(queue, ["check", str(n)], tmp_path / str(n))) for n in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {job.words[1] for job in jobs.jobs(queue)} == {str(n) for n in range(20)}
+
+
+def test_a_process_with_a_recycled_number_is_another_one() -> None:
+    own = psutil.Process()
+    assert jobs.process({"pid": own.pid, "created": own.create_time()}) is not None
+    assert jobs.process({"pid": own.pid, "created": own.create_time() - 1}) is None
+
+
+def test_the_log_is_read_on_and_read_anew_where_a_run_went_back(tmp_path: Path) -> None:
+    path = tmp_path / log_file.NAME
+    log = progress.Log(path)
+
+    def write(steps: range, mode: str, loss: float) -> None:
+        with path.open(mode) as file:
+            file.writelines(json.dumps({"step": n, "loss": loss, "seconds": n / 2}) + "\n" for n in steps)
+
+    assert log.update() == []
+    write(range(1, 11), "w", 1.0)
+    with path.open("a") as file:
+        file.write('{"step": 11, "lo')  # torn: its end is yet to come
+    assert [row["step"] for row in log.update()] == [*range(1, 11)]
+    with path.open("a") as file:
+        file.write('ss": 1.0, "seconds": 5.5}\n')
+    assert len(log.update()) == 11
+    write(range(1, 6), "w", 1.0)  # cut off where a run goes on from an earlier step
+    write(range(6, 14), "a", 1.0)
+    assert [row["step"] for row in log.update()] == [*range(1, 14)]
+    path.rename(tmp_path / "old")  # put away
+    write(range(1, 31), "w", 2.0)
+    assert [row["step"] for row in log.update()] == [*range(1, 31)]
+    assert {row["loss"] for row in log.rows} == {2.0}
+    (tmp_path / run_folder.RECIPE).write_text('{"max_train_steps": 40}')
+    assert progress.read(tmp_path, log).left == pytest.approx(0.5 * 10)
