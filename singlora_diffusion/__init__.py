@@ -15,8 +15,10 @@ The command is `singlora`. From Python, with `import singlora_diffusion as sd`:
 To save a whole pipeline, first write the adapter into its weights with `adapter.merge()`, or take it out with
 `adapter.detach()`; then `family.pipeline().save_pretrained(folder)`.
 
-`sd.formats` has the rest of the adapter files: export, import_, inspect, add, merge_into. Nothing heavy is imported
-before it is first used.
+Any network of transformers will do as well, as in `sd.attach({"model": network}, config)`.
+
+`sd.formats` has the rest of the adapter files: export, export_peft, import_, inspect, add, merge_into. Nothing heavy is
+imported before it is first used.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ LEVELS = (
     "training sampling",
     "eval",
     "toyworld",
-    "app demo cli eval.compare train_dreambooth benchmarks",
+    "app demo cli eval.compare eval.language train_dreambooth benchmarks",
 )
 """The floors of the house, from the ground up. A file imports from its own floor and those below."""
 
@@ -29,6 +29,7 @@ ONLY = {
         "adapters",
         "models.attention_view",
         "models.cpu_layers",
+        "models.linear_view",
         "models.network",
         "models.quantized",
     },
@@ -47,12 +48,17 @@ ONLY = {
         "toyworld",
     },
     "eval.compare.__main__": {"cli"},
+    "eval.language": {"eval", "adapters", "formats", "models", "training", "toyworld"},
 }
 """What a room may import above the ground floor: adapters know no family (budgets ask the table of families),
 models no adapter, scores neither; only a comparison, which trains and generates, knows all of them."""
 
 ONLY_IN = {
-    "peft": ("singlora_diffusion.adapters.peft_baselines", "benchmarks."),  # measured as its users use it
+    "peft": (
+        "singlora_diffusion.adapters.peft_baselines",
+        "singlora_diffusion.formats.peft_folder",
+        "benchmarks.",  # measured as its users use it
+    ),
     "open_clip": ("eval.encoder_models", "singlora_diffusion.toyworld.", "benchmarks."),
     "timm": ("eval.encoder_models", "singlora_diffusion.toyworld.", "benchmarks."),
 }
@@ -105,9 +111,10 @@ def walk(node: ast.AST, at_start: bool) -> Iterator[ast.AST]:
 
 
 def unit(module: str) -> str:
-    """What LEVELS calls it: the first name inside the package, or the name outside of it; a comparison stands alone."""
-    if f"{module}.".startswith("eval.compare."):
-        return "eval.compare"
+    """What LEVELS calls it: the first name inside the package, or the name outside; some rooms stand alone."""
+    for room in ("eval.compare", "eval.language"):
+        if f"{module}.".startswith(f"{room}."):
+            return room
     return module.removeprefix("singlora_diffusion.").partition(".")[0]
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..models.attention_view import AttentionView
+from ..models.linear_view import as_linear, inside
 
 
 class AdaptedAttnProcessor(nn.Module):
@@ -128,7 +129,7 @@ def attach(network: nn.Module, deltas: Mapping[str, nn.Module]) -> Callable[[], 
     with ExitStack() as undo:
         wrapped = {path: AdaptedLinear(_linear(network, path), delta) for path, delta in linears.items()}
         undo.callback(replace(network, wrapped))
-        inner = {path: "base" for path in wrapped}
+        inner = {path: inside(one.base, "base") for path, one in wrapped.items()}
         processors: list[tuple[Any, AdaptedAttnProcessor]] = []
         for owner, group in by_attention.items():
             attention = network.get_submodule(owner)
@@ -147,7 +148,7 @@ def _has_processor(module: Any) -> bool:
 
 
 def _linear(network: nn.Module, path: str) -> nn.Linear:
-    found: Any = network.get_submodule(path)
+    found: Any = as_linear(network.get_submodule(path))
     return found
 
 
@@ -168,7 +169,7 @@ def keep_keys(network: nn.Module, inner: Mapping[str, str]) -> Callable[[], None
     """Let `network.state_dict` and `load_state_dict` know the base's tensors only, under the base's own keys.
 
     Args:
-        inner: by the path of each wrapper, the name of the wrapped module in it.
+        inner: by the path of each wrapper, the path of the wrapped module in it.
 
     Returns:
         What takes that back.

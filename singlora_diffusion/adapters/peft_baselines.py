@@ -22,6 +22,7 @@ from peft import LoKrConfig, LoraConfig, OFTConfig, PeftConfig, inject_adapter_i
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..models.linear_view import inside
 from ..models.network import NetworkSpec
 from . import inject, targets
 from .adapter import Adapter, start_seed
@@ -160,15 +161,17 @@ def attach(networks: Mapping[str, NetworkSpec], config: AdapterConfig, seed: int
     free = {name: [p for p in networks[name].module.parameters() if p.requires_grad] for name in chosen}
     layers: dict[str, dict[str, Layer]] = {}
     for name, bases in chosen.items():
+        as_it_was = inject.replace(networks[name].module, bases)  # PEFT is to find linear layers, views included
         layers[name] = _enter(networks[name].module, bases, plans[name], start_seed(seed, name))
-        inject.replace(networks[name].module, bases)
+        as_it_was()
 
     def put_in() -> Callable[[], None]:
         with ExitStack() as undo:
             for name, wrapped in layers.items():
                 module = networks[name].module
                 undo.callback(inject.replace(module, wrapped))
-                undo.callback(inject.keep_keys(module, dict.fromkeys(wrapped, "base_layer")))
+                inner = {path: inside(base, "base_layer") for path, base in chosen[name].items()}
+                undo.callback(inject.keep_keys(module, inner))
                 undo.callback(_freeze(free[name]))
             return undo.pop_all().close
 
@@ -210,7 +213,7 @@ def _as_float32(bases: Iterable[nn.Linear]) -> Iterator[None]:
 
     It makes everything at the base's dtype: in bfloat16, DoRA's magnitudes would be rounded and W' not start at W0.
     """
-    stored = [(base.weight, base.weight.data) for base in bases]
+    stored = [(weight, weight.data) for base in bases for weight in base.parameters()]
     try:
         for weight, data in stored:
             weight.data = data.float()

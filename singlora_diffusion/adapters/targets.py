@@ -76,27 +76,29 @@ def _unknown(name: str, role: str, networks: Mapping[str, NetworkSpec], linears:
     if not linears:
         return f"no layer {name!r}: this model has no network that is a {role}"
     kinds = " and ".join(dict.fromkeys(type(networks[network].module).__name__ for network in linears))
+    for network in linears:
+        if whole := networks[network].fused.get(name):
+            return f"no layer {name!r} in {kinds}: queries, keys and values are one layer there; adapt {whole}"
     known = {LAST_NAME.search(path)[0] for paths in linears.values() for path in paths}  # type: ignore[index]
     presets = {preset for network in linears for preset in networks[network].presets}
     return f"no layer {name!r} in {kinds}; it has {', '.join([*sorted(presets), *sorted(known)])}"
 
 
 def linear_layers(network: nn.Module) -> dict[str, nn.Linear]:
-    """All linear layers by path, in module order.
+    """All linear layers by path, in module order; GPT-2's through a view.
 
     Raises:
         UserError: an adapter is attached already.
     """
-    from torch import nn
-
+    from ..models.linear_view import as_linear
     from .inject import is_adapted
 
     layers: dict[str, nn.Linear] = {}
     for path, module in network.named_modules():
         if is_adapted(path, module):
             raise UserError(f"{type(network).__name__} has an adapter attached already at {path}: detach it first")
-        if isinstance(module, nn.Linear):
-            layers[path] = module
+        if (layer := as_linear(module)) is not None:
+            layers[path] = layer
     return layers
 
 

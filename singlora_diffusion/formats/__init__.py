@@ -3,6 +3,7 @@
 What users ask for:
     native          our own file: save, load, verify, read_header
     exporting       LoRA files for other programs
+    peft_folder     an adapter of one network as a folder of PEFT's
     merging         whole pipelines with an adapter merged in
     importing       SingLoRAs of other programs converted to ours; any readable file attached for generation
     inspecting      what is in a file, layer by layer
@@ -40,11 +41,13 @@ if TYPE_CHECKING:
     from .inspecting import inspect, show
     from .merging import merge_into
     from .native import load, read_header, save, verify
+    from .peft_folder import export_peft
 
 _HOMES = {
     "add": "arithmetic",
     "attach_files": "importing",
     "export": "exporting",
+    "export_peft": "peft_folder",
     "Header": "header",
     "import_": "importing",
     "inspect": "inspecting",
@@ -66,6 +69,7 @@ __all__ = [
     "add",
     "attach_files",
     "export",
+    "export_peft",
     "import_",
     "inspect",
     "load",

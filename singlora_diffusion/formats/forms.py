@@ -54,8 +54,11 @@ pairs are mostly zeros: the file is two to five times as large."""
 
 
 def of(networks: Networks) -> Mapping[str, Form]:
-    """The forms for a base model, the default first."""
-    kinds = [type(one.module).__name__ for one in specs(networks).values() if one.role == "denoiser"]
+    """The forms for a base model, the default first; none for a language model."""
+    denoisers = [one.module for one in specs(networks).values() if one.role == "denoiser"]
+    if any(hasattr(getattr(module, "config", None), "model_type") for module in denoisers):
+        return {}
+    kinds = [type(module).__name__ for module in denoisers]
     return TABLE.get(kinds[0], UNET) if kinds else UNET
 
 
@@ -66,6 +69,8 @@ def chosen(name: str | None, networks: Networks) -> str:
         UserError: there is no such form for this base model.
     """
     forms = of(networks)
+    if not forms:
+        raise UserError("no program for images reads adapters of language models: use formats.export_peft")
     if name is not None and name not in forms:
         raise UserError(f"--format {name}: not for this base model, choose {' or '.join(forms)}")
     return name or next(iter(forms))

@@ -16,6 +16,7 @@ from diffusers import ConfigMixin
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..models.linear_view import LinearView
 from ..models.network import NetworkSpec
 from ..models.quantized import dequantized
 from ..terminal import escaped
@@ -132,7 +133,7 @@ def compare_outputs(network: NetworkSpec, loaded: nn.Module, layers: float) -> t
         if difference <= ROUNDINGS * rounding * coarser:
             return difference, rounding
     raise UserError(
-        f"not written: loaded through diffusers, the outputs of {network.name} differ by {difference:.1e}, "
+        f"not written: loaded again, the outputs of {network.name} differ by {difference:.1e}, "
         f"of which rounding explains {ROUNDINGS * rounding * coarser:.1e}"
     )
 
@@ -198,6 +199,8 @@ def twin(network: nn.Module, name: str, adapter: Adapter) -> nn.Module:
     state, bases = dict(network.state_dict()), adapter.layers()
     for outside, path in paths(adapter, name).items():
         base = bases[outside]
+        if isinstance(base, LinearView):  # its weight lies the other way round, and is never packed
+            continue
         state[f"{path}.weight"] = dequantized(base).detach()
         if base.bias is not None:
             state[f"{path}.bias"] = base.bias.detach()

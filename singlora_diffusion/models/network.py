@@ -16,6 +16,7 @@ JOINT_ATTENTION = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add
 """Of transformers that attend to image and text together: each has projections of its own."""
 TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 T5_ATTENTION = ("q", "k", "v", "o")
+PARTS = ("query", "key", "value", "q_proj", "k_proj", "v_proj", "to_q", "to_k", "to_v")
 MLP = ("ff.net.0.proj", "ff.net.2")
 JOINT_MLP = (*MLP, "ff_context.net.0.proj", "ff_context.net.2")
 
@@ -37,6 +38,7 @@ class NetworkSpec:
         role: what it does; `AdapterConfig` has targets and ranks by role.
         targets: the layers that are adapted unless the user names others.
         presets: further lists of targets by name, such as `attention+mlp`.
+        fused: layers that it lacks as it computes them in another one, by the other's name: {"q_proj": "c_attn"}.
         prefixes: what stands in the name's place, by file form, as in {"kohya": "lora_te1"}; else the name itself.
         file_path: a layer's path in the module -> its path in files.
         sample_inputs: small random keyword arguments to call the module with, on its device and in its dtype; a
@@ -48,6 +50,7 @@ class NetworkSpec:
     role: Role
     targets: tuple[str, ...]
     presets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    fused: Mapping[str, str] = field(default_factory=dict)
     prefixes: Mapping[str, str] = field(default_factory=dict)
     file_path: Callable[[str], str] = _same
     sample_inputs: Callable[[], dict[str, Any]] = _nothing
@@ -95,7 +98,8 @@ def specs(networks: Networks) -> dict[str, NetworkSpec]:
 
 
 def bare(name: str, module: nn.Module, prefix: str = "lora_te") -> NetworkSpec:
-    """The spec of a module that comes without one: a diffusers UNet, a CLIP text encoder, or any other network.
+    """The spec of a module that comes without one: a diffusers UNet, a CLIP text encoder, a language model, or any
+    other network.
 
     Args:
         prefix: of a text encoder's layers in kohya's form.
@@ -104,6 +108,8 @@ def bare(name: str, module: nn.Module, prefix: str = "lora_te") -> NetworkSpec:
         return clip_text_encoder(name, module, prefix)
     if hasattr(getattr(module, "config", None), "cross_attention_dim"):
         return unet(name, module)
+    if hasattr(getattr(module, "config", None), "model_type"):
+        return language_model(name, module)
     return NetworkSpec(name, module, "denoiser", ATTENTION)
 
 
@@ -132,6 +138,40 @@ def clip_text_encoder(name: str, module: nn.Module, prefix: str = "lora_te") -> 
         TEXT_ATTENTION,
         prefixes={"kohya": prefix},
         file_path=lambda path: path if path.startswith("text_model.") else f"text_model.{path}",
+        sample_inputs=lambda: text_inputs(module),
+    )
+
+
+class Language(NamedTuple):
+    """What is adapted of a kind of language model."""
+
+    targets: tuple[str, ...]
+    fused: str = ""
+    """The layer that computes queries, keys and values together."""
+
+
+LANGUAGE: Mapping[str, Language] = {
+    "roberta": Language(("query", "value")),
+    "gpt2": Language(("c_attn", "c_proj", "c_fc"), fused="c_attn"),
+    "llama": Language(("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "gate_proj")),
+}
+"""By `model_type` of transformers: the layers that the SingLoRA paper adapts (arXiv 2507.05566, section 6.1)."""
+
+
+def language_model(name: str, module: nn.Module) -> NetworkSpec:
+    """A network of transformers. Of a kind that `LANGUAGE` does not list, the layers must be named.
+
+    A fused layer (GPT-2's `c_attn`, out = 3 in) is adapted as the one weight that it is: SingLoRA's A has a row for
+    each of its outputs, of which the first, those of the queries, also stand on the side of the inputs.
+    """
+    config: Any = module.config
+    row = LANGUAGE.get(config.model_type, Language(()))
+    return NetworkSpec(
+        name,
+        module,
+        "denoiser",
+        row.targets,
+        fused=dict.fromkeys(PARTS, row.fused) if row.fused else {},
         sample_inputs=lambda: text_inputs(module),
     )
 
