@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -78,6 +80,26 @@ def test_workers_that_always_die_are_named(ran: list[Cell], tmp_path: Path) -> N
     Pool.deaths = {"s0": 99}
     with pytest.raises(UserError, match=r"workers die on .*s0.*is memory short"):
         list(engines.processes(plan(tmp_path, workers=2), TODO))
+
+
+@pytest.mark.parametrize("end", ["error", "kill"])
+def test_workers_end_with_what_they_work_for(end: str) -> None:
+    """A worker that outlived its comparison would be in the way of the next one, at the very cell that is to go on."""
+    lines = (
+        "import time",
+        "from eval.compare import engines",
+        "if __name__ == '__main__':",
+        "    with engines._pool(1) as pool:",
+        "        pool.submit(print, 'at work', flush=True).result()",
+        "        pool.submit(time.sleep, 600)",
+        *(["        raise SystemExit(3)"] if end == "error" else ["        time.sleep(600)"]),
+    )
+    with subprocess.Popen([sys.executable, "-c", "\n".join(lines)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "at work\n"
+        if end == "kill":
+            process.kill()
+        process.communicate(timeout=60)  # the worker has the same stdout: it is read to its end when both are gone
+    assert process.returncode == (3 if end == "error" else -signal.SIGKILL)
 
 
 class Ticket:

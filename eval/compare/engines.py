@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
+from threading import Thread
 from typing import Any, Protocol
 
 from singlora_diffusion.errors import UserError
@@ -45,22 +49,45 @@ def processes(plan: Plan, todo: Sequence[Cell]) -> Iterator[Cell]:
     while left:
         done = 0
         try:
-            context = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(plan.settings.run.workers, mp_context=context) as pool:
+            with _pool(plan.settings.run.workers) as pool:
                 futures = {pool.submit(cells.run, plan, cell): cell for cell in left}
-                try:
-                    for future in as_completed(futures):
-                        future.result()
-                        left.remove(futures[future])
-                        done += 1
-                        yield futures[future]
-                finally:
-                    pool.shutdown(wait=False, cancel_futures=True)
+                for future in as_completed(futures):
+                    future.result()
+                    left.remove(futures[future])
+                    done += 1
+                    yield futures[future]
         except BrokenProcessPool:
             deaths = 0 if done else deaths + 1
             if deaths > RETRIES:
                 raise _dying(plan, left[0]) from None
             note(f"a worker died; {len(left)} cells go on in new ones")
+
+
+@contextmanager
+def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that end with the context and with this process, in the middle of a cell too: it is begun again."""
+    context = multiprocessing.get_context("spawn")
+    alive, held = context.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with, initargs=(alive,))
+    try:
+        yield pool
+    except BaseException:
+        held.close()
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        held.close()
+
+
+def _end_with(alive: Connection) -> None:
+    """End this process once the other end of a pipe is closed: by its holder, or because that has ended."""
+
+    def wait() -> None:
+        with suppress(EOFError, OSError):
+            alive.recv_bytes()
+        os._exit(1)
+
+    Thread(target=wait, daemon=True).start()
 
 
 def ray(plan: Plan, todo: Sequence[Cell]) -> Iterator[Cell]:

@@ -135,8 +135,9 @@ def costs(found: Results) -> Table:
         "Size and cost",
         (*heads, "peak memory, MB", "diverged"),
         tuple(rows),
-        "Rank: block size for OFT. Seconds and memory: medians over trainings; memory is of the whole process, base "
-        "model and encoders included. A training that diverged scores what the base model scores.",
+        "Rank: block size for OFT; a layer that it does not divide has the nearest that does. Seconds and memory: "
+        "medians over trainings; memory is of the whole process, base model and encoders included. A training that "
+        "diverged scores what the base model scores.",
     )
 
 

@@ -80,13 +80,13 @@ def _config(row: str | AdapterConfig) -> AdapterConfig:
 
 
 def match(budget: int, row: str | AdapterConfig, shapes: Sequence[Shape]) -> Match:
-    """The rank of `row` whose count comes nearest to `budget`; of equals the smallest."""
+    """The rank of `row` whose count comes nearest to `budget`; of equals the smallest that every layer takes."""
     unique = Counter(shapes)
     takes = METHODS[_config(row).method].takes
-    ranks: Sequence[int] = range(1, min(max(map(max, unique)), MAX_RANK) + 1)
-    ranks = [rank for rank in ranks if all(takes(rank, into) for _, into in unique)] or ranks
-    counts = {rank: count(row, rank, unique) for rank in ranks}
-    rank = min(counts, key=lambda r: (abs(counts[r] - budget), r))
+    ranks = range(1, min(max(map(max, unique)), MAX_RANK) + 1)
+    counts = {rank: trained for rank in ranks if (trained := count(row, rank, unique))}
+    misfits = {rank: sum(not takes(rank, into) for _, into in unique) for rank in counts}
+    rank = min(counts, key=lambda r: (abs(counts[r] - budget), misfits[r], r))
     return Match(rank, counts[rank], (counts[rank] - budget) / budget)
 
 

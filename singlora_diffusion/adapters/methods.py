@@ -143,6 +143,6 @@ METHODS: dict[str, Method] = {
     "lora": Method("LoRA", _peft, _lora),
     "lora+": Method("LoRA+", _peft, _lora, options=frozenset({"loraplus_ratio"})),
     "dora": Method("DoRA", _peft, _dora, magnitude="lora_magnitude_vector"),
-    "oft": Method("OFT", _peft, _oft, low_rank=False, takes=lambda rank, into: rank > 1 and into % rank == 0),
+    "oft": Method("OFT", _peft, _oft, low_rank=False, takes=lambda rank, into: into % rank == 0),
     "lokr": Method("LoKr", _peft, _lokr, low_rank=False),
 }
