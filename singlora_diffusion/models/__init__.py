@@ -8,22 +8,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .families import FAMILIES, load, meta_networks
     from .family import Conditioning, Family
-    from .hub import folder
     from .network import NetworkSpec
     from .stock import sample
+    from .stored import find
 
 _HOMES = {
     "FAMILIES": "families",
     "Conditioning": "family",
     "Family": "family",
     "NetworkSpec": "network",
-    "folder": "hub",
+    "find": "stored",
     "load": "families",
     "meta_networks": "families",
     "sample": "stock",
 }
 
-__all__ = ["FAMILIES", "Conditioning", "Family", "NetworkSpec", "folder", "load", "meta_networks", "sample"]
+__all__ = ["FAMILIES", "Conditioning", "Family", "NetworkSpec", "find", "load", "meta_networks", "sample"]
 
 
 def __getattr__(name: str) -> Any:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..terminal import escaped
-from . import hub, parts, quantized
+from . import parts, quantized
 from .family import Family
+from .stored import described, find
 
 if TYPE_CHECKING:
     from .network import NetworkSpec, Part
@@ -25,7 +26,7 @@ FAMILIES = {
 }
 """The file of this package for each pipeline class that a folder's model_index.json may name.
 
-It has `load(path, source, dtype, device, quantization) -> Family` and `NETWORKS`, the networks by name, the denoiser
+It has `load(stored, dtype, device, quantization) -> Family` and `NETWORKS`, the networks by name, the denoiser
 first.
 """
 
@@ -36,7 +37,7 @@ def load(name_or_path: str, dtype: str = "float32", device: str = "cpu", quantiz
     """Load a base model, frozen and in eval mode.
 
     Args:
-        name_or_path: `toyworld`, `toyworld-flow`, a diffusers folder, or a hub id.
+        name_or_path: `toyworld`, `toyworld-flow`, a diffusers folder, a hub id, or a single-file checkpoint.
         dtype: float32, bfloat16 or float16: what the frozen networks compute in.
         device: a torch device.
         quantization: how to pack the weights of the large networks, a name of `quantized.QUANTIZATIONS`; None: not at
@@ -49,8 +50,8 @@ def load(name_or_path: str, dtype: str = "float32", device: str = "cpu", quantiz
         raise UserError(f"unknown precision {dtype!r}: give one of {', '.join(DTYPES)}")
     if quantization is not None:
         quantized.check(quantization)
-    path = hub.folder(name_or_path)
-    family: Family = _home(path, parts.index(path)).load(path, name_or_path, dtype, device, quantization)
+    stored = find(name_or_path)
+    family: Family = _home(stored.path, parts.index(stored.path)).load(stored, dtype, device, quantization)
     return family
 
 
@@ -60,7 +61,7 @@ def meta_networks(name_or_path: str | Path) -> dict[str, NetworkSpec]:
     Raises:
         UserError: as `load`.
     """
-    path = hub.configs(str(name_or_path))
+    path = described(str(name_or_path))
     index = parts.index(path)
     table: dict[str, Part] = _home(path, index).NETWORKS
     return {

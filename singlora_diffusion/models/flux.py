@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from ..errors import UserError
 from . import autoencoder, flow_matching, network, parts, stock
 from .family import Conditioning, Geometry, Latents, NoiseProcess
 from .network import NetworkSpec, Part
+from .stored import Stored
 
 
 def transformer(name: str, module: nn.Module) -> NetworkSpec:
@@ -165,14 +165,14 @@ def image_ids(rows: int, columns: int) -> Tensor:
     return torch.cartesian_prod(torch.zeros(1), torch.arange(float(rows)), torch.arange(float(columns)))
 
 
-def load(path: Path, source: str, dtype: str, device: str, quantization: str | None) -> Flux:
-    """Load the parts from a diffusers folder, frozen; the autoencoder in float32, the rest in `dtype`."""
-    with parts.loading(path, "FLUX.1"):
+def load(stored: Stored, dtype: str, device: str, quantization: str | None) -> Flux:
+    """Load the parts, frozen; the autoencoder in float32, the rest in `dtype`."""
+    with parts.loading(stored.shown, "FLUX.1"):
         return Flux(
-            **parts.networks(NETWORKS, parts.index(path), path, device, dtype, quantization),
-            vae=parts.network(AutoencoderKL, path / "vae", device, torch.float32),
-            tokenizer=parts.tokenizer(CLIPTokenizer, path / "tokenizer"),
-            tokenizer_2=parts.tokenizer(T5TokenizerFast, path / "tokenizer_2"),
-            scheduler=flow_matching.scheduler(path / "scheduler"),
-            origin=parts.origin(path, source, "transformer"),
+            **parts.networks(NETWORKS, stored, device, dtype, quantization),
+            vae=parts.network(AutoencoderKL, stored, "vae", device, torch.float32),
+            tokenizer=parts.tokenizer(CLIPTokenizer, stored.path / "tokenizer"),
+            tokenizer_2=parts.tokenizer(T5TokenizerFast, stored.path / "tokenizer_2"),
+            scheduler=flow_matching.scheduler(stored.path / "scheduler"),
+            origin=parts.origin(stored, "transformer"),
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from ..errors import UserError
 from . import autoencoder, flow_matching, network, parts, stock
 from .family import Conditioning, Geometry, Latents, NoiseProcess
 from .network import NetworkSpec, Part
+from .stored import Stored
 
 ATTENTION = (*network.ATTENTION, "to_qkv_mlp_proj", "attn.to_out")
 """The targets of diffusers' train_dreambooth_lora_flux2_klein.py: the image's side of the double blocks, and both
@@ -215,15 +215,15 @@ def text_ids(length: int) -> Tensor:
     return ids
 
 
-def load(path: Path, source: str, dtype: str, device: str, quantization: str | None) -> Flux2Klein:
-    """Load the parts from a diffusers folder, frozen; the autoencoder in float32, the rest in `dtype`."""
-    index = parts.index(path)
-    with parts.loading(path, "FLUX.2 klein"):
+def load(stored: Stored, dtype: str, device: str, quantization: str | None) -> Flux2Klein:
+    """Load the parts, frozen; the autoencoder in float32, the rest in `dtype`."""
+    index = parts.index(stored.path)
+    with parts.loading(stored.shown, "FLUX.2 klein"):
         return Flux2Klein(
-            **parts.networks(NETWORKS, index, path, device, dtype, quantization),
-            vae=parts.network(AutoencoderKLFlux2, path / "vae", device, torch.float32),
-            tokenizer=parts.tokenizer(Qwen2TokenizerFast, path / "tokenizer"),
-            scheduler=flow_matching.scheduler(path / "scheduler"),
+            **parts.networks(NETWORKS, stored, device, dtype, quantization),
+            vae=parts.network(AutoencoderKLFlux2, stored, "vae", device, torch.float32),
+            tokenizer=parts.tokenizer(Qwen2TokenizerFast, stored.path / "tokenizer"),
+            scheduler=flow_matching.scheduler(stored.path / "scheduler"),
             distilled=bool(index.get("is_distilled", False)),
-            origin=parts.origin(path, source, "transformer"),
+            origin=parts.origin(stored, "transformer"),
         )

@@ -39,6 +39,12 @@ def is_hub_id(name: str) -> bool:
     return True
 
 
+def file(name_or_path: str) -> Path | None:
+    """The file that a name means: a whole model in one; None: it means no file."""
+    path = Path(name_or_path).expanduser()
+    return path if os.path.isfile(path) else None  # unlike Path.is_file, False for a name that is too long
+
+
 def folder(name_or_path: str) -> Path:
     """The diffusers folder behind a name, with all its weights; a hub id is downloaded once, into the hub's own cache.
 
@@ -113,14 +119,12 @@ def _here(name_or_path: str) -> Path | None:
     path = Path(name_or_path).expanduser()
     if os.path.isdir(path):  # unlike Path.is_dir, False for a name that is too long
         return path
-    shown = escaped(name_or_path, 1000)
-    if os.path.isfile(path):
-        raise UserError(
-            f"{shown} is a file; give a diffusers folder (convert a single checkpoint with diffusers first)"
-        )
     if not is_hub_id(name_or_path):
         names = ", ".join(f"`{name}`" for name in PACKAGED)
-        raise UserError(f"no model at {shown}: give {names}, a diffusers folder or a hub id like owner/name")
+        raise UserError(
+            f"no model at {escaped(name_or_path, 1000)}: give {names}, a diffusers folder, a .safetensors checkpoint or "
+            f"a hub id like owner/name"
+        )
     return None
 
 

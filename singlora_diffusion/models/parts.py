@@ -1,4 +1,4 @@
-"""The parts of a diffusers folder: networks, tokenizers, schedulers. Nothing is unpickled, nothing downloaded."""
+"""The parts of a stored model: networks, tokenizers, schedulers. Nothing is unpickled, nothing downloaded."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..files import read_json
 from ..terminal import escaped
-from . import cpu_layers, hub, quantized
+from . import cpu_layers, hub, quantized, single_file
 from .network import Part
 from .quiet import quiet
+from .stored import Stored
 
 BLOCK = 1 << 16
 
@@ -77,9 +78,10 @@ class Origin(NamedTuple):
     """As `hints` reads them."""
 
 
-def origin(path: Path, source: str, denoiser: str) -> Origin:
-    """The origin of a diffusers folder; `denoiser` is the folder of its UNet or transformer."""
-    return Origin(source, fingerprint(weights(path / denoiser)[0]), hints(path))
+def origin(stored: Stored, denoiser: str) -> Origin:
+    """The origin of a base model; `denoiser` is the name of its UNet or transformer."""
+    files = weights(stored.path / denoiser)[0] if stored.file is None else [stored.file]
+    return Origin(stored.source, fingerprint(files), hints(stored.path))
 
 
 def existing(path: Path) -> Path:
@@ -115,11 +117,27 @@ def fingerprint(files: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def network(kind: Any, folder: Path, device: str, dtype: torch.dtype, quantization: str | None = None) -> Any:
+def network(
+    kind: Any, stored: Stored, name: str, device: str, dtype: torch.dtype, quantization: str | None = None
+) -> Any:
     """One network of a diffusers or transformers class, frozen and in eval mode.
 
     It has its precision from the start: a full-size network in float32 first would take twice the memory.
     """
+    module = (
+        _out_of_folder(kind, stored.path / name, dtype)
+        if stored.file is None
+        else single_file.network(kind, stored.file, name, dtype)
+    )
+    module.requires_grad_(False).eval()
+    if quantization is not None:
+        quantized.quantize(module, quantization, device)
+    module.to(device)
+    cpu_layers.prepare(module)
+    return module
+
+
+def _out_of_folder(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
     files, variant = weights(existing(folder))
     if not files:
         raise FileNotFoundError(f"{folder.name} has no .safetensors file, and pickled weights are not read")
@@ -134,11 +152,6 @@ def network(kind: Any, folder: Path, device: str, dtype: torch.dtype, quantizati
     missing = sorted(report["missing_keys"])
     if missing:  # the libraries would leave them random
         raise ValueError(f"{folder.name} lacks {len(missing)} tensors, {missing[0]} for one")
-    module.requires_grad_(False).eval()
-    if quantization is not None:
-        quantized.quantize(module, quantization, device)
-    module.to(device)
-    cpu_layers.prepare(module)
     return module
 
 
@@ -148,18 +161,14 @@ def listed(index: Mapping[str, Any], name: str) -> bool:
 
 
 def networks(
-    table: Mapping[str, Part],
-    index: Mapping[str, Any],
-    path: Path,
-    device: str,
-    dtype: str,
-    quantization: str | None = None,
+    table: Mapping[str, Part], stored: Stored, device: str, dtype: str, quantization: str | None = None
 ) -> dict[str, Any]:
-    """Those of a folder that its index lists, by name, all in one dtype, the large ones packed if so asked."""
+    """Those that the model's index lists, by name, all in one dtype, the large ones packed if so asked."""
+    listing = index(stored.path)
     return {
-        name: network(part.kind, path / name, device, getattr(torch, dtype), quantization if part.large else None)
+        name: network(part.kind, stored, name, device, getattr(torch, dtype), quantization if part.large else None)
         for name, part in table.items()
-        if listed(index, name)
+        if listed(listing, name)
     }
 
 

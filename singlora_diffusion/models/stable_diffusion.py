@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,9 +19,10 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from . import autoencoder, network, noise_schedule, parts, stock
+from . import autoencoder, network, noise_schedule, parts, single_file, stock
 from .family import Conditioning, Geometry, Latents, NoiseProcess
 from .network import Part
+from .stored import Stored
 
 NETWORKS = {
     "unet": Part(UNet2DConditionModel, network.unet, large=True),
@@ -98,13 +98,14 @@ class StableDiffusion:
         return autoencoder.decode(self.vae, latents)
 
 
-def load(path: Path, source: str, dtype: str, device: str, quantization: str | None) -> StableDiffusion:
-    """Load the parts from a diffusers folder, frozen; the autoencoder in float32, the rest in `dtype`."""
-    with parts.loading(path, "Stable Diffusion"):
+def load(stored: Stored, dtype: str, device: str, quantization: str | None) -> StableDiffusion:
+    """Load the parts, frozen; the autoencoder in float32, the rest in `dtype`."""
+    with parts.loading(stored.shown, "Stable Diffusion"):
+        networks = parts.networks(NETWORKS, stored, device, dtype, quantization)
         return StableDiffusion(
-            **parts.networks(NETWORKS, parts.index(path), path, device, dtype, quantization),
-            vae=parts.network(AutoencoderKL, path / "vae", device, torch.float32),
-            tokenizer=parts.tokenizer(CLIPTokenizer, path / "tokenizer"),
-            scheduler=parts.scheduler(path / "scheduler"),
-            origin=parts.origin(path, source, "unet"),
+            **networks,
+            vae=parts.network(AutoencoderKL, stored, "vae", device, torch.float32),
+            tokenizer=parts.tokenizer(CLIPTokenizer, stored.path / "tokenizer"),
+            scheduler=single_file.asked(networks["unet"], parts.scheduler(stored.path / "scheduler")),
+            origin=parts.origin(stored, "unet"),
         )

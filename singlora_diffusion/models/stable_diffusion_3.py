@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderMo
 from . import autoencoder, flow_matching, network, parts, stock
 from .family import Conditioning, Geometry, Latents, NoiseProcess
 from .network import NetworkSpec, Part
+from .stored import Stored
 
 
 def transformer(name: str, module: nn.Module) -> NetworkSpec:
@@ -156,19 +156,19 @@ class StableDiffusion3:
         return autoencoder.decode(self.vae, latents)
 
 
-def load(path: Path, source: str, dtype: str, device: str, quantization: str | None) -> StableDiffusion3:
-    """Load the parts from a diffusers folder, frozen; the autoencoder in float32, the rest in `dtype`."""
-    index = parts.index(path)
-    with parts.loading(path, "Stable Diffusion 3"):
+def load(stored: Stored, dtype: str, device: str, quantization: str | None) -> StableDiffusion3:
+    """Load the parts, frozen; the autoencoder in float32, the rest in `dtype`."""
+    index = parts.index(stored.path)
+    with parts.loading(stored.shown, "Stable Diffusion 3"):
         optional = {}
         if parts.listed(index, "tokenizer_3"):
-            optional["tokenizer_3"] = parts.tokenizer(T5TokenizerFast, path / "tokenizer_3")
+            optional["tokenizer_3"] = parts.tokenizer(T5TokenizerFast, stored.path / "tokenizer_3")
         return StableDiffusion3(
-            **parts.networks(NETWORKS, index, path, device, dtype, quantization),
+            **parts.networks(NETWORKS, stored, device, dtype, quantization),
             **optional,
-            vae=parts.network(AutoencoderKL, path / "vae", device, torch.float32),
-            tokenizer=parts.tokenizer(CLIPTokenizer, path / "tokenizer"),
-            tokenizer_2=parts.tokenizer(CLIPTokenizer, path / "tokenizer_2"),
-            scheduler=flow_matching.scheduler(path / "scheduler"),
-            origin=parts.origin(path, source, "transformer"),
+            vae=parts.network(AutoencoderKL, stored, "vae", device, torch.float32),
+            tokenizer=parts.tokenizer(CLIPTokenizer, stored.path / "tokenizer"),
+            tokenizer_2=parts.tokenizer(CLIPTokenizer, stored.path / "tokenizer_2"),
+            scheduler=flow_matching.scheduler(stored.path / "scheduler"),
+            origin=parts.origin(stored, "transformer"),
         )

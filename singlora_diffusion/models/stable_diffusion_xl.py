@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from . import autoencoder, network, noise_schedule, parts, stock
 from .family import Conditioning, Geometry, Latents, NoiseProcess
 from .network import Part
 from .stable_diffusion import SCHEDULERS
+from .stored import Stored
 
 NETWORKS = {  # kohya's tools number the text encoders from 1
     "unet": Part(UNet2DConditionModel, network.unet, large=True),
@@ -116,29 +116,30 @@ class StableDiffusionXL:
         return autoencoder.decode(self.vae, latents)
 
 
-def load(path: Path, source: str, dtype: str, device: str, quantization: str | None) -> StableDiffusionXL:
-    """Load the parts from a diffusers folder, frozen; the autoencoder in float32, the rest in `dtype`.
+def load(stored: Stored, dtype: str, device: str, quantization: str | None) -> StableDiffusionXL:
+    """Load the parts, frozen; the autoencoder in float32, the rest in `dtype`.
 
     Raises:
         UserError: the refiner, which reads one text encoder and is told five numbers of another meaning.
     """
-    index = parts.index(path)
+    index = parts.index(stored.path)
     if not parts.listed(index, "text_encoder"):
         raise UserError(
-            f"{escaped(path, 1000)} is a Stable Diffusion XL refiner: adapters are trained and used on the base model"
+            f"{escaped(stored.shown, 1000)} is a Stable Diffusion XL refiner: adapters are trained and used on the base "
+            f"model"
         )
-    with parts.loading(path, "Stable Diffusion XL"):
-        networks = parts.networks(NETWORKS, index, path, device, dtype, quantization)
+    with parts.loading(stored.shown, "Stable Diffusion XL"):
+        networks = parts.networks(NETWORKS, stored, device, dtype, quantization)
         unet, projection = networks["unet"].config, networks["text_encoder_2"].config.projection_dim
         told = unet.projection_class_embeddings_input_dim or 0
         if told != 6 * (unet.addition_time_embed_dim or 0) + projection:
             raise ValueError(f"its UNet takes {told} numbers beside the text, not a pooled text and six sizes")
         return StableDiffusionXL(
             **networks,
-            vae=parts.network(AutoencoderKL, path / "vae", device, torch.float32),
-            tokenizer=parts.tokenizer(CLIPTokenizer, path / "tokenizer"),
-            tokenizer_2=parts.tokenizer(CLIPTokenizer, path / "tokenizer_2"),
-            scheduler=parts.scheduler(path / "scheduler"),
+            vae=parts.network(AutoencoderKL, stored, "vae", device, torch.float32),
+            tokenizer=parts.tokenizer(CLIPTokenizer, stored.path / "tokenizer"),
+            tokenizer_2=parts.tokenizer(CLIPTokenizer, stored.path / "tokenizer_2"),
+            scheduler=parts.scheduler(stored.path / "scheduler"),
             force_zeros_for_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", True)),
-            origin=parts.origin(path, source, "unet"),
+            origin=parts.origin(stored, "unet"),
         )

@@ -74,7 +74,7 @@ def _load(settings: GenerateSettings, adapters: Sequence[AdapterSource]) -> Fami
         note(slow)
     try:
         packed = QUANTIZATIONS[settings.model.quantize].bytes if settings.model.quantize else None
-        needed = memory.of_weights(models.folder(wanted), packed or getattr(torch, dtype).itemsize)
+        needed = memory.of_weights(models.find(wanted), packed or getattr(torch, dtype).itemsize)
         device.require(needed, where, f"{escaped(wanted)} in {dtype}")
         family = models.load(wanted, dtype, where, settings.model.quantize)
     except UserError as error:

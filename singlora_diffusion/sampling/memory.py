@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..models import Family
+    from ..models.stored import Stored
 
 TENSORS_DECODING = 6
 """Feature maps at full size that live at once in the autoencoder's last block: input, normalised, activated, the
@@ -34,19 +35,19 @@ def of_sampling(family: Family, height: int, width: int, batch_size: int) -> int
     return max(decoder, denoising) + BYTES_PER_RESULT * pixels * batch_size
 
 
-def of_weights(folder: Path, itemsize: float) -> int:
-    """Bytes of a diffusers folder's weights once they are loaded: numbers in `itemsize` bytes, the autoencoder's in 4.
+def of_weights(stored: Stored, itemsize: float) -> int:
+    """Bytes of a base model's weights once they are loaded: numbers in `itemsize` bytes, the autoencoder's in 4.
 
     What cannot be read counts as nothing: loading says better what is wrong with it.
     """
-    from ..models import hub, parts
+    from ..models import hub, parts, single_file
 
-    total = 0
-    for part in folder.iterdir():
-        if part.name not in hub.UNUSED:
-            numbers = sum(_numbers(file) for file in parts.weights(part)[0])
-            total += int(numbers * (4 if part.name == "vae" else itemsize))
-    return total
+    if stored.file is None:
+        used = [part for part in stored.path.iterdir() if part.name not in hub.UNUSED]
+        found = {part.name: sum(_numbers(file) for file in parts.weights(part)[0]) for part in used}
+    else:
+        found = single_file.numbers(stored.file)
+    return sum(int(count * (4 if name == "vae" else itemsize)) for name, count in found.items())
 
 
 def _numbers(file: Path) -> int:
