@@ -421,7 +421,7 @@ def test_mistakes_are_one_line_and_leave_nothing(settings: GenerateSettings, cha
 def test_a_request_that_does_not_fit_is_refused(
     settings: GenerateSettings, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from singlora_diffusion import device
+    from singlora_diffusion import device, models
     from singlora_diffusion.sampling import memory
 
     free = [10_000]
@@ -429,7 +429,7 @@ def test_a_request_that_does_not_fit_is_refused(
     with pytest.raises(UserError, match="tiny in float32: would need about"):
         generate(settings)
     free[0] = memory.of_weights(
-        tiny_model, 4
+        models.find(str(tiny_model)), 4
     )  # the weights are counted before they are loaded, what sampling takes after it
     with pytest.raises(UserError, match="--height 1024 --width 64 --batch_size 4: would need about"):
         generate(replaced(settings, height=1024, width=64))
@@ -443,9 +443,9 @@ def test_the_estimates_are_those_of_the_formula(tiny_model: Path) -> None:
     family = models.load(str(tiny_model), device="cpu")
     parts = family.pipeline().components
     numbers = sum(p.numel() for name in ("unet", "vae", "text_encoder") for p in parts[name].parameters())
-    assert memory.of_weights(tiny_model, 4) == 4 * numbers
+    assert memory.of_weights(models.find(str(tiny_model)), 4) == 4 * numbers
     vae = sum(p.numel() for p in parts["vae"].parameters())
-    assert memory.of_weights(tiny_model, 2) == 2 * (numbers - vae) + 4 * vae
+    assert memory.of_weights(models.find(str(tiny_model)), 2) == 2 * (numbers - vae) + 4 * vae
     one, four = (memory.of_sampling(family, 64, 32, batch) for batch in (1, 4))
     assert one == 64 * 32 * (48 * 32 * 4 * 2 // 16 + 32) and four == 4 * one  # 32 channels at a quarter of each side
     assert memory.of_sampling(family, 128, 64, 1) == 4 * one

@@ -242,7 +242,7 @@ def test_names_that_are_no_model(tmp_path: Path, tiny_model: Path, monkeypatch: 
         ("empty/missing", "no model at empty/missing"),
         ("missing", "no model at missing"),
         (str(tmp_path / "empty"), "has no model_index.json"),
-        (str(tmp_path / "file.safetensors"), "is a file"),
+        (str(tmp_path / "file.safetensors"), "is damaged or no safetensors file"),
         ("nobody-at-all/no-such-model", "cannot get nobody-at-all/no-such-model from the hub"),
         ("toyworld", "toyworld is not at"),
     ):

@@ -33,7 +33,8 @@ class BudgetSettings:
     """For each method the rank that trains as many parameters as a reference, from config files, without weights."""
 
     pretrained_model_name_or_path: str = "toyworld"
-    """A local diffusers folder (its config files suffice), `toyworld`, `toyworld-flow`, or a Hugging Face hub id."""
+    """`toyworld`, `toyworld-flow`, a diffusers folder (its config files suffice), a hub id, or a .safetensors
+    checkpoint."""
     match: str = "lora:8"
     """The budget: METHOD:RANK, or a plain number of parameters."""
     targets: tuple[str, ...] | None = None

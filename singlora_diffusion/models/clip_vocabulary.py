@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -19,10 +19,12 @@ def write(folder: Path, length: int, padding: str) -> None:
         length: tokens of a prompt, with both marks.
         padding: the token that short prompts are filled up with.
     """
-    from open_clip.tokenizer import bytes_to_unicode
+    from tokenizers.pre_tokenizers import ByteLevel
 
-    packed = files("open_clip").joinpath("bpe_simple_vocab_16e6.txt.gz").read_bytes()
-    letters = list(bytes_to_unicode().values())
+    package = find_spec("open_clip")  # not imported: it takes seconds, and only its file is wanted
+    assert package is not None and package.origin is not None
+    packed = Path(package.origin).with_name("bpe_simple_vocab_16e6.txt.gz").read_bytes()
+    letters = sorted(ByteLevel.alphabet())
     count = SIZE - 2 * len(letters) - 2
     merges = gzip.decompress(packed).decode("utf-8").splitlines()[1 : count + 1]
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(merge.split()) for merge in merges)]

@@ -122,8 +122,8 @@ def _here(name_or_path: str) -> Path | None:
     if not is_hub_id(name_or_path):
         names = ", ".join(f"`{name}`" for name in PACKAGED)
         raise UserError(
-            f"no model at {escaped(name_or_path, 1000)}: give {names}, a diffusers folder, a .safetensors checkpoint or "
-            f"a hub id like owner/name"
+            f"no model at {escaped(name_or_path, 1000)}: give {names}, a diffusers folder, a single .safetensors file "
+            f"or a hub id like owner/name"
         )
     return None
 

@@ -42,6 +42,9 @@ NOISE: Config = {
     "beta_end": 0.012,
     "num_train_timesteps": 1000,
     "steps_offset": 1,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
 }
 """The noise schedule that all of them were trained with."""
 DIFFUSERS_SAYS = "convert it with diffusers (from_single_file, save_pretrained) and give the folder"
@@ -68,7 +71,7 @@ def _stable_diffusion_1(contents: Contents) -> dict[str, Config]:
         "unet": configs.unet(shapes, UNET, 64, heads=8),
         "vae": configs.autoencoder(shapes, VAE, 0.18215, 512),
         "text_encoder": configs.clip(shapes, f"{TEXT}transformer."),
-        "scheduler": {"_class_name": "PNDMScheduler", "skip_prk_steps": True, **_prediction(contents, "epsilon")},
+        "scheduler": {"_class_name": "PNDMScheduler", **_prediction(contents, "epsilon")},
     }
 
 
@@ -112,7 +115,7 @@ LAYOUTS = (
 )
 OTHERS = {
     "lora_": "is a LoRA: give its base model here, and the LoRA to --adapter of singlora generate",
-    "conditioner.embedders.0.model.": "is a Stable Diffusion XL refiner: adapters are trained and used on the base model",
+    "conditioner.embedders.0.model.": "is a Stable Diffusion XL refiner: adapters are for the base model",
     "double_blocks.": "holds a FLUX transformer, without its text encoders: give the diffusers folder of the model",
     "joint_blocks.": f"is a Stable Diffusion 3, whose text encoders are not all in single files: {DIFFUSERS_SAYS}",
     UNET: f"lacks the text encoders of a Stable Diffusion 1, 2 or XL: {DIFFUSERS_SAYS}",

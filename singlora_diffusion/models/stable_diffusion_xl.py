@@ -125,8 +125,7 @@ def load(stored: Stored, dtype: str, device: str, quantization: str | None) -> S
     index = parts.index(stored.path)
     if not parts.listed(index, "text_encoder"):
         raise UserError(
-            f"{escaped(stored.shown, 1000)} is a Stable Diffusion XL refiner: adapters are trained and used on the base "
-            f"model"
+            f"{escaped(stored.shown, 1000)} is a Stable Diffusion XL refiner: adapters are for the base model"
         )
     with parts.loading(stored.shown, "Stable Diffusion XL"):
         networks = parts.networks(NETWORKS, stored, device, dtype, quantization)

@@ -33,7 +33,8 @@ class ModelSettings:
     """The base model."""
 
     pretrained_model_name_or_path: str | None = None
-    """`toyworld`, `toyworld-flow`, a diffusers folder or a hub id. None: the first adapter's own."""
+    """`toyworld`, `toyworld-flow`, a diffusers folder, a hub id, or a .safetensors checkpoint. None: the first adapter's
+    own."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """What the networks compute in. None: bfloat16 on a GPU that has it, float16 on an older one,
     float32 elsewhere."""

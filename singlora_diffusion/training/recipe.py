@@ -63,7 +63,8 @@ class ModelSettings:
     """The base model."""
 
     pretrained_model_name_or_path: str = "toyworld"
-    """`toyworld` or `toyworld-flow` (they come with the package), a diffusers folder, or a hub id."""
+    """`toyworld` or `toyworld-flow` (they come with the package), a diffusers folder, a hub id, or a .safetensors
+    checkpoint of Stable Diffusion 1, 2 or XL."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     """What the frozen base computes in; no: float32. The adapter stays in float32. None: what suits the machine, which
     is bf16 on a GPU that has it, fp16 on an older one, no on a CPU."""
