@@ -31,6 +31,7 @@ from .encoder_table import PROTOCOLS, ROLES
 from .encoders import Encoder, encoder
 from .inputs import FOLDERS, Folders, Inputs
 from .metrics import METRICS, Metric, Scores, Vectors, mean_over_prompts
+from .prompt_kinds import by_kind
 from .retrieval import Gallery
 from .vector_store import VectorStore
 
@@ -95,7 +96,8 @@ def score(
 
     Returns:
         What scores.json holds: "metrics" (per image: mean over prompts, sd over images, n, real-to-real; per set: its
-        value), "images" (one row each), protocol, encoders with their hashes, versions and settings.
+        value), "kinds" (means by kind of prompt, where there are several), "images" (one row each), protocol, encoders
+        with their hashes, versions and settings.
 
     Raises:
         UserError: folders, images, manifest or encoders that cannot be used. No result is written then.
@@ -130,6 +132,8 @@ def score(
     finally:  # an interrupted run continues where it was
         keep(stores.values())
 
+    per_image = {name: values[name] for name, metric in chosen.items() if metric.per == "image"}
+    rows = _rows(inputs, embedded, per_image)
     result = {
         "protocol": protocol,
         "protocol_because": why,
@@ -139,9 +143,10 @@ def score(
             name: _summary(metric, values[name], inputs, given["references"](metric.encoder))
             for name, metric in chosen.items()
         },
+        "kinds": by_kind(rows["images"], tuple(per_image)),
         "skipped": skipped,
         "left_out": inputs.left_out,
-        **_rows(inputs, embedded, {name: values[name] for name, metric in chosen.items() if metric.per == "image"}),
+        **rows,
         **_made_with(settings, encoders),
         "output": str(output),
     }

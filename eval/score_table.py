@@ -8,6 +8,8 @@ from typing import Any
 
 from singlora_diffusion.terminal import escaped
 
+from .prompt_kinds import KINDS
+
 
 def show(result: dict[str, Any]) -> None:
     """Print what `eval.score.score` returns."""
@@ -32,6 +34,8 @@ def show(result: dict[str, Any]) -> None:
 
     say(f"{result['settings']['images']}: {_count(result['count'], 'image')} of {_count(prompts, 'prompt')}")
     console.print(table)
+    if result["kinds"]:
+        console.print(_by_kind(result["kinds"]))
     say(f"protocol {result['protocol']}: {result['protocol_because']}")
     for role, made in result["encoders"].items():
         way = made["preprocessing"]
@@ -52,6 +56,17 @@ def show(result: dict[str, Any]) -> None:
         say("left out: " + ", ".join(f"{name} ({reason})" for name, reason in result["left_out"].items()))
     say(f"written: {result['output']}")
     say(f"next: {_next(result)}")
+
+
+def _by_kind(kinds: dict[str, dict[str, float]]) -> Any:
+    from rich.table import Table
+
+    table = Table("prompts", "of")
+    for name in next(iter(kinds.values())):
+        table.add_column(name, justify="right")
+    for name, scores in kinds.items():
+        table.add_row(name, KINDS[name], *map(_rounded, scores.values()))
+    return table
 
 
 def _next(result: dict[str, Any]) -> str:

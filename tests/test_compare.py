@@ -214,6 +214,20 @@ def test_the_report_says_what_the_cells_say(done: CompareSettings) -> None:
     assert "singlora compare --subjects cat-1 dog-1" in text
 
 
+def test_scores_by_kind_are_means_over_the_images_of_those_prompts(done: CompareSettings) -> None:
+    """Two prompts: one puts the subject into the snow, one paints it red."""
+    lines = (done.run.output_dir / "report.md").read_text().splitlines()
+    plan = planned(done)
+    choice = chosen(done, plan)["balanced"].rate
+    for what, template in (("somewhere", "a {token} {class} in the snow"), ("changed", "a red {token} {class}")):
+        means = []
+        for subject in TEST:
+            scores = json.loads((plan.folder(Cell(subject, "balanced", choice)) / "scores.json").read_text())
+            means.append(np.mean([row["dino"] for row in scores["images"] if row["template"] == template]))
+        (line,) = [line for line in lines if line.startswith("| the subject " + what) and "| DINO |" in line]
+        assert line.split("|")[4].strip().startswith(f"{np.mean(means):.3f}<br>")
+
+
 @browser.needed
 def test_the_page_in_a_browser(done: CompareSettings, tmp_path: Path) -> None:
     found = browser.seen((done.run.output_dir / "report.html").read_text(), (390, 1200), tmp_path)

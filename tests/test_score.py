@@ -21,8 +21,9 @@ from eval import results
 from eval.encoder_table import ROLES
 from eval.encoders import encoder
 from eval.metrics import METRICS, Metric
+from eval.prompt_kinds import kind
 from eval.score import EncoderSources, ScoreSettings, run, score
-from singlora_diffusion.data import png
+from singlora_diffusion.data import png, prompts
 from singlora_diffusion.errors import UserError
 from singlora_diffusion.settings import parse
 
@@ -98,6 +99,33 @@ def test_scores_are_those_of_the_definition(folders: tuple[Path, Path], encoders
         assert np.allclose([row[name] for row in result["images"]], expected, atol=1e-6)
         assert result["metrics"][name]["real_to_real"] is None
     assert result["metrics"]["clip_t"]["mean"] != result["metrics"]["clip_t_token"]["mean"]
+
+
+def test_dreambooths_prompts_by_kind() -> None:
+    """Its authors: the last five change the subject, ten of the live subjects' are accessories, the rest are places."""
+    for name, expected in (("object", "place " * 20), ("live_subject", "place " * 10 + "accessory " * 10)):
+        kinds = [kind(prompt.template) for prompt in prompts.load(prompts.bundled()[name])]
+        assert kinds == [*expected.split(), *["property"] * 5]
+    assert {kind(prompt.template) for prompt in prompts.load("toyworld")} == {"place"}
+    assert kind("A photo of the {token} {class}") == "place" and kind("a {token} wooden {class}") == "property"
+
+
+def test_scores_by_kind_of_prompt(
+    folders: tuple[Path, Path], encoders: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert score(settings(folders, encoders))["kinds"] == {}  # templates are not known
+    manifest = folders[0] / "manifest.jsonl"
+    lines = [json.loads(line) for line in manifest.read_text().splitlines()]
+    templates = ("a {token} {class} in the snow", "a red {token} {class}")
+    texts = [json.dumps({**line, "template": templates[line["prompt_index"]]}) + "\n" for line in lines]
+    manifest.write_text("".join(texts))
+    run(settings(folders, encoders))
+    result = json.loads((folders[0] / "scores.json").read_text())
+    assert list(result["kinds"]) == ["place", "property"]
+    for name, rows in (("place", result["images"][:3]), ("property", result["images"][3:])):
+        for metric in ("dino", "clip_t"):
+            assert result["kinds"][name][metric] == pytest.approx(np.mean([row[metric] for row in rows]), abs=1e-12)
+    assert "the subject changed" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_file_says_how_to_repeat_it(folders: tuple[Path, Path], encoders: dict[str, str]) -> None:

@@ -9,7 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import prompt_kinds
+from ..metrics import METRICS
+from ..score_file import read_result
 from . import cell as cells
+from . import scoring
 from .grid import Cell, Plan
 from .scores import SCORES
 
@@ -30,6 +34,17 @@ class Done:
 def done(plan: Plan, todo: Iterable[Cell]) -> list[Done]:
     """Those of the cells that have the scores that decide, in their order."""
     return [Done(cell, cells.known(plan, cell)) for cell in todo if cells.is_decided(plan, cell)]
+
+
+def by_kind(plan: Plan, found: Iterable[Done]) -> dict[str, list[Done]]:
+    """The same cells with the scores of a kind of prompts each; empty where all prompts are of one kind."""
+    made: dict[str, list[Done]] = {}
+    for one in found:
+        rows = read_result(plan.folder(one.cell) / scoring.SCORES).images
+        per_image = [name for name in METRICS if all(name in row for row in rows)]
+        for name, scores in prompt_kinds.by_kind(rows, per_image).items():
+            made.setdefault(name, []).append(Done(one.cell, {"scores": scores}))
+    return made
 
 
 @dataclass(frozen=True)

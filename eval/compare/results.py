@@ -29,6 +29,8 @@ class Results:
     bases: list[Done]
     tables: Tables
     rows: list[Row]
+    kinds: dict[str, list[Row]]
+    """Rows by kind of prompts; empty where all are of one kind."""
     curves: list[Curve]
     noise: dict[str, float]
     planned: int
@@ -81,6 +83,11 @@ def gather(
     settings, methods = plan.settings, plan.settings.what.methods
     tuned, tested = records.done(plan, tune), records.done(plan, test) if choices else []
     tables = records.tables(methods, tested)
+    decision = settings.decision
+    kinds = {
+        name: verdicts.rows(records.tables(methods, own), decision.bound, ())
+        for name, own in records.by_kind(plan, tested).items()
+    }
     curves = robustness.curves(learning_rates(settings.what), settings.decision.primary, tuned)
     return Results(
         plan=plan,
@@ -89,7 +96,8 @@ def gather(
         tested=tested,
         bases=records.done(plan, bases),
         tables=tables,
-        rows=verdicts.rows(tables, settings.decision.bound, settings.decision.primary),
+        rows=verdicts.rows(tables, decision.bound, decision.primary),
+        kinds=kinds,
         curves=curves,
         noise=verdicts.noise(tested, records.done(plan, again)),
         planned=len(tune) + len(test),

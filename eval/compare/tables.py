@@ -9,6 +9,7 @@ import numpy as np
 
 from singlora_diffusion.adapters.budget import TOLERANCE
 
+from ..prompt_kinds import KINDS
 from .grid import BASE
 from .results import Results, base_mean, label
 from .robustness import NEAR
@@ -94,9 +95,30 @@ def others(found: Results) -> Table:
         f"{'higher' if SCORES[metric].higher_is_better else 'lower'} is better)."
         for metric in metrics
     ]
-    note = f"Below each mean: its difference from {label(found.methods[0])} and the 95 % interval, not adjusted. "
+    note = DIFFERENCE.format(label(found.methods[0])) + " "
     heads = ("score", label(BASE), *map(label, found.methods))
     return Table("Other scores", heads, tuple(rows), note + " ".join(about))
+
+
+def kinds(found: Results) -> Table:
+    """The primary scores by kind of prompts."""
+    rows = []
+    for name, own in found.kinds.items():
+        by_place = {(row.metric, row.method): row for row in own}
+        for metric in found.plan.settings.decision.primary:
+            if (metric, found.methods[0]) in by_place:
+                cells = [_with_difference(by_place[metric, method]) for method in found.methods]
+                rows.append((KINDS[name], SCORES[metric].label, *cells))
+    note = "By the words of a prompt. Likeness ought to be lower where the subject itself is to change. " + DIFFERENCE
+    return Table(
+        "Scores by kind of prompt",
+        ("prompts of", "score", *map(label, found.methods)),
+        tuple(rows),
+        note.format(label(found.methods[0])),
+    )
+
+
+DIFFERENCE = "Below each mean: its difference from {} and the 95 % interval, not adjusted."
 
 
 def _with_difference(row: Row) -> str:
@@ -191,7 +213,7 @@ def spreads(found: Results) -> Table:
 
 def all_tables(found: Results) -> list[Table]:
     """In the order of the page; those without rows left out."""
-    made = [*decisions(found), others(found), costs(found), robustness(found), spreads(found)]
+    made = [*decisions(found), others(found), kinds(found), costs(found), robustness(found), spreads(found)]
     return [table for table in made if table.rows and len(table.heads) > 1]
 
 
