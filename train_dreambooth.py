@@ -46,13 +46,14 @@ def main(recipe: Recipe, *, hint: bool = True) -> Path:
         UserError: something in the recipe or its files must be mended first. Nothing is left half-written.
         SystemExit: a signal stopped the run, with the exit code that belongs to it: 130, 143 or 129.
     """
+    from eval.previews import PreviewScorer
     from singlora_diffusion.training import interrupts, loop, run_folder
 
     first, alone = os.environ.get("RANK", "0") == "0", os.environ.get("WORLD_SIZE", "1") == "1"
     signals = interrupts.Interrupts(echo=0.0 if alone else ECHO)
     told = [signals, *(listeners(recipe, hint) if first else [])]  # of several processes, one speaks and writes
     try:
-        for event in loop.run(recipe, stop=signals.asked):
+        for event in loop.run(recipe, stop=signals.asked, scoring=PreviewScorer):
             for listener in told:
                 listener(event)
             if isinstance(event, Interrupted):

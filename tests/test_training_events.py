@@ -29,7 +29,7 @@ def kinds(events: list[Event]) -> list[str]:
 def test_a_run_is_a_stream_of_events(recipe: Recipe, capfd: pytest.CaptureFixture[str]) -> None:
     events = list(loop.run(replaced(recipe, checkpointing_steps=2, validation_steps=4, num_validation_images=1)))
     begin = ["Images", "Progress", "Encoded", "Loaded", "Started"]
-    assert kinds(events) == [*begin, "Step", "Checkpoint", "Step", "Checkpoint", "Preview", "Saved"]
+    assert kinds(events) == [*begin, "Step", "Checkpoint", "Step", "Preview", "Checkpoint", "Saved"]
     assert [event.step for event in events if isinstance(event, Step)] == [1, 2, 3, 4]
     last = events[-1]
     assert isinstance(last, Saved) and last.size == last.path.stat().st_size

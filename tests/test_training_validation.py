@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 
 import train_dreambooth
 from singlora_diffusion import formats
-from singlora_diffusion.data import png
 from singlora_diffusion.errors import UserError
 from singlora_diffusion.settings import replaced
 from singlora_diffusion.training import best, loop, progress_figure, run_folder, tracking, validation
@@ -26,17 +25,15 @@ from singlora_diffusion.training.events import Best, Interrupted, Step
 from singlora_diffusion.training.recipe import Recipe
 
 
-def blank(family: object, recipe: Recipe, step: int, resolution: int) -> Path:
-    """A preview, at once."""
-    path = recipe.output.output_dir / "previews" / f"step-{step:06d}.png"
-    png.write(Image.new("RGB", (8, 8)), path, prompt="")
-    return path
+def blank(family: object, recipe: Recipe, resolution: int) -> list[Image.Image]:
+    """Previews, at once."""
+    return [Image.new("RGB", (8, 8))]
 
 
 @pytest.fixture
 def held(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     """With two images that are not trained on."""
-    monkeypatch.setattr(validation, "preview", blank)
+    monkeypatch.setattr(validation, "previews", blank)
     folder = tmp_path / "held"
     folder.mkdir()
     noise = np.random.default_rng(0).integers(0, 256, (2, 40, 40, 3), dtype=np.uint8)
@@ -67,9 +64,9 @@ def test_the_best_step_is_kept_and_found_again_by_a_resumed_run(held: Recipe, tm
     train_dreambooth.main(held)
     found = losses(out)
     assert list(found) == [2, 4] and len(rows(out)) == 4
-    kept = best.find(out)
+    kept = best.find(out, best.RULES["loss"])
     assert kept is not None and kept.step == min(found, key=lambda step: found[step])
-    assert float(f"{kept.loss:.8g}") == found[kept.step]
+    assert float(f"{kept.figures['validation_loss']:.8g}") == found[kept.step]
     ours, theirs = (load_file(out / name / "adapter.safetensors") for name in ("best", f"checkpoint-{kept.step}"))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     assert formats.read_header(out / "best").step == kept.step
@@ -80,7 +77,7 @@ def test_the_best_step_is_kept_and_found_again_by_a_resumed_run(held: Recipe, tm
     shutil.copy(out / "recipe.json", tmp_path / "cut")
     train_dreambooth.main(cut)
     assert losses(tmp_path / "cut") == {step: loss for step, loss in found.items() if step > 2}
-    assert kept.step == 2 or best.find(tmp_path / "cut") == kept
+    assert kept.step == 2 or best.find(tmp_path / "cut", best.RULES["loss"]) == kept
 
 
 def test_validation_changes_nothing_that_is_learned_and_its_noise_is_fixed(held: Recipe, tmp_path: Path) -> None:
@@ -101,7 +98,7 @@ def test_the_best_of_later_steps_is_put_away_with_their_checkpoints(held: Recipe
     list(loop.run(replaced(held, max_train_steps=2)))
     saved = json.loads((out / "best" / "validation.json").read_text())
     (out / "best" / "validation.json").write_text(json.dumps({**saved, "step": 4}))  # torn apart
-    assert best.find(out) is None
+    assert best.find(out, best.RULES["loss"]) is None
     events = list(loop.run(replaced(held, max_train_steps=4, resume_from_checkpoint="latest")))
     assert (out / ".old-1" / "best" / "adapter.safetensors").is_file()
     assert [event.step for event in events if isinstance(event, Best)] == [4]

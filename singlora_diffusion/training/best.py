@@ -1,9 +1,9 @@
-"""best/: the adapter as it was at the step with the lowest loss on held-out images."""
+"""best/: the adapter as it was at the best step, by a rule that is written beside it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,29 +12,54 @@ from ..adapters import Adapter
 from ..errors import UserError
 from . import run_folder
 
-RULE = "lowest loss on held-out images; of equal ones the first"
+
+class Rule(NamedTuple):
+    """How two validations are compared."""
+
+    words: str
+    value: Callable[[Mapping[str, float]], float]
+    """Of a validation's figures; the larger the better."""
+
+
+RULES = {
+    "loss": Rule(
+        "lowest loss on held-out images; of equal ones the first", lambda figures: -figures["validation_loss"]
+    ),
+    "scores": Rule(
+        "largest product of DINO and CLIP-T, each at least 0; of equal ones the first",
+        lambda figures: max(figures["dino"], 0.0) * max(figures["clip_t"], 0.0),
+    ),
+}
+"""By the values of --validate. The product is what a comparison chooses learning rates by."""
 
 
 class Kept(NamedTuple):
     """What is in the folder."""
 
     step: int
-    loss: float
+    figures: Mapping[str, float]
+    """Of the validation after that step."""
 
 
-def find(out: Path) -> Kept | None:
-    """None: nothing is there that can be used."""
+def find(out: Path, rule: Rule) -> Kept | None:
+    """None: nothing is there that can be used, or it was chosen by another rule."""
     folder = out / run_folder.BEST
     try:
         said, header = files.read_json(folder / run_folder.VALIDATION), formats.read_header(folder / run_folder.ADAPTER)
-        kept = Kept(said["step"], said["validation_loss"])
-    except (UserError, KeyError, TypeError):
+        step, words = said.pop("step"), said.pop("rule")
+        sound = step == header.step and words == rule.words and math.isfinite(rule.value(said))
+    except (UserError, KeyError, TypeError, AttributeError):
         return None
-    sound = kept.step == header.step and isinstance(kept.loss, float) and math.isfinite(kept.loss)
-    return kept if sound else None
+    return Kept(step, said) if sound else None
 
 
-def save(out: Path, adapter: Adapter, kept: Kept, header: Mapping[str, Any]) -> Path:
+def is_better(figures: Mapping[str, float], kept: Kept | None, rule: Rule) -> bool:
+    """Whether the adapter with these figures is to be kept in place of the one that is."""
+    value = rule.value(figures)
+    return math.isfinite(value) and (kept is None or value > rule.value(kept.figures))
+
+
+def save(out: Path, adapter: Adapter, kept: Kept, rule: Rule, header: Mapping[str, Any]) -> Path:
     """Write the adapter, then of which step it is: torn apart, they are taken for nothing.
 
     Raises:
@@ -43,6 +68,5 @@ def save(out: Path, adapter: Adapter, kept: Kept, header: Mapping[str, Any]) -> 
     folder = out / run_folder.BEST
     folder.mkdir(exist_ok=True)
     formats.save(adapter, folder / run_folder.ADAPTER, about={**header, "step": kept.step})
-    said = {"step": kept.step, "validation_loss": kept.loss, "rule": RULE}
-    files.write_json(folder / run_folder.VALIDATION, said)
+    files.write_json(folder / run_folder.VALIDATION, {"step": kept.step, **kept.figures, "rule": rule.words})
     return folder / run_folder.ADAPTER

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -99,15 +100,30 @@ class Step:
     """Since this process began its first step."""
     validation_loss: float | None = None
     """On held-out images, of the weights after the step; None: it was not asked for, or not after this step."""
+    dino: float | None = None
+    """Likeness of the previews after the step to held-out images, or else to those trained on: a mean cosine of DINO's
+    vectors. None: as above."""
+    clip_t: float | None = None
+    """Agreement of the previews with their prompt, identifier left out: a mean cosine of CLIP's vectors."""
+    drift: float | None = None
+    """Distance of the previews from the base model's of the same prompt and seeds: 1 - mean cosine of DINO's
+    vectors."""
+
+
+VALIDATED = {"validation_loss": "held-out loss", "dino": "DINO", "clip_t": "CLIP-T", "drift": "drift"}
+"""The figures of a `Step` that a validation adds, and what people call them."""
 
 
 @dataclass(frozen=True)
 class Best:
-    """The loss on held-out images was lower than ever; the adapter was saved beside the last one."""
+    """A validation was better than all before; the adapter was saved beside the last one."""
 
     path: Path
     step: int
-    loss: float
+    figures: Mapping[str, float]
+    """Of that validation, by the names in `VALIDATED`."""
+    rule: str
+    """What is best, in words."""
 
 
 @dataclass(frozen=True)

@@ -45,9 +45,7 @@ class LogFile:
     def write(self, step: Step) -> None:
         assert self.file is not None, "steps come after Started"
         row = {**vars(step), "seconds": self.before + step.seconds}
-        if step.validation_loss is None:
-            del row["validation_loss"]
-        self.file.write(json.dumps({key: _plain(value) for key, value in row.items()}) + "\n")
+        self.file.write(json.dumps({key: _plain(value) for key, value in row.items() if value is not None}) + "\n")
         self.file.flush()
 
     def close(self) -> None:

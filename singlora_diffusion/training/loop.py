@@ -9,9 +9,8 @@ it is trained on are known by their contracts only, those of `models.Family` and
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,9 +45,9 @@ if TYPE_CHECKING:  # torch and what needs it are imported once the recipe's own 
     from accelerate import Accelerator
 
     from ..adapters import Adapter
-    from ..data.latents import EncodedImages
     from ..models import Family
     from .step import Stepper
+    from .validation import Scoring, Validated, Validation
 
 
 @dataclass(frozen=True)
@@ -57,12 +56,10 @@ class Job:
 
     recipe: Recipe
     stepper: Stepper
-    held_out: EncodedImages | None
-    """Images that are not trained on."""
+    validation: Validation
     identity: dict[str, Any]
     about: dict[str, Any]
     """For the header of adapter files."""
-    resolution: int
     start: int
     """Steps that are done already."""
     repository: str | None
@@ -78,16 +75,23 @@ class Job:
         return self.stepper.accelerator.is_main_process
 
 
-def run(recipe: Recipe, stop: Callable[[], bool] = lambda: False, family: Family | None = None) -> Iterator[Event]:
+def run(
+    recipe: Recipe,
+    stop: Callable[[], bool] = lambda: False,
+    family: Family | None = None,
+    scoring: Scoring | None = None,
+) -> Iterator[Event]:
     """Train an adapter; the last event is `Saved`, or `Interrupted`.
 
     Args:
         stop: asked after every step; once it says yes, the state is saved and the run ends.
         family: the recipe's base model, for those who train on it many times. It is left as it was. None: it is loaded.
+        scoring: makes what `--validate scores` asks, as `eval.previews.PreviewScorer`. Training knows no scores.
 
     Raises:
         UserError: something in the recipe or its files must be mended first, the training diverged, or a file cannot be
             written. Nothing is left half-written, and checkpoints stay.
+        ValueError: scores are asked for, and there is no `scoring`.
     """
     check(recipe)
     subject = prompts.split_instance_prompt(recipe.data.instance_prompt, recipe.data.identifier)
@@ -99,8 +103,11 @@ def run(recipe: Recipe, stop: Callable[[], bool] = lambda: False, family: Family
     from .. import adapters
     from . import hub, identity, memory, preparation, result
     from .step import Stepper
+    from .validation import Validation
 
     captions = yield from preparation.captions_of(recipe, instance.images)
+    unseen = yield from preparation.held_out_images(recipe)
+    scorer = yield from preparation.scorer(recipe, subject, unseen or instance.images, scoring)
     recipe = preparation.on_this_machine(recipe)
     state = yield from preparation.checkpoint_to_resume(recipe)
     accelerator, family, resolution = yield from preparation.load(recipe, family)
@@ -117,7 +124,7 @@ def run(recipe: Recipe, stop: Callable[[], bool] = lambda: False, family: Family
         streams = yield from preparation.encoded(
             recipe, family, resolution, instance.images, classes, class_prompt, captions
         )
-        held_out = yield from preparation.held_out(recipe, family, resolution)
+        held_out = yield from preparation.held_out(family, unseen, resolution)
         adapter = adapters.attach(family.networks, config, recipe.optimization.seed)
         stack.callback(adapter.detach)
         yield _loaded(family, adapter, resolution)
@@ -127,7 +134,8 @@ def run(recipe: Recipe, stop: Callable[[], bool] = lambda: False, family: Family
         stack.callback(stepper.release)
         stepper.prepare()
         about = result.about(recipe, family, subject, resolution, len(instance.images))
-        job = Job(recipe, stepper, held_out, identified, about, resolution, state.step if state else 0, repository)
+        validation = Validation(stepper, recipe, resolution, held_out, scorer)
+        job = Job(recipe, stepper, validation, identified, about, state.step if state else 0, repository)
         yield from _begin(job)
         if (yield from _steps(job, stop)) and job.writes:
             yield from _saved(job)
@@ -149,7 +157,7 @@ def _begin(job: Job) -> Iterator[Event]:
         from . import best
 
         later = [path for path in run_folder.checkpoints(job.out) if run_folder.step_of(path) > job.start]
-        kept = best.find(job.out)
+        kept = best.find(job.out, best.RULES[job.recipe.validation.validate])
         if kept is None or kept.step > job.start:  # the same steps find it again
             later += run_folder.best(job.out)
         yield from _put_away(job.out, later)  # or `latest` would mean one of these, and the limit keep them
@@ -184,37 +192,34 @@ def _steps(job: Job, stop: Callable[[], bool]) -> Generator[Event, None, bool]:
             figures = job.stepper.advance(step)
         except NotFinite as error:
             raise UserError(_diagnosis(job, error)) from error
-        validation_loss = _validation_loss(job, step)
-        yield Step(step, *figures, seconds=time.monotonic() - began, validation_loss=validation_loss)
-        if validation_loss is not None:
-            yield from _keep_best(job, step, validation_loss)
+        found = _validated(job, step)
+        yield Step(step, *figures, seconds=time.monotonic() - began, **(found.figures if found else {}))
+        if found:
+            yield Preview(found.preview, step)
+            yield from _keep_best(job, step, found.figures)
         if _anyone(job.stepper.accelerator, stop()) and step < last:
             yield Interrupted(step, _save_checkpoint(job, step) if job.writes else None)
             return False
-        if job.writes:
-            yield from _outputs(job, step)
+        if job.writes and _is_due(step, job.recipe.output.checkpointing_steps):
+            yield Checkpoint(_save_checkpoint(job, step), step)
     job.stepper.accelerator.wait_for_everyone()
     return True
 
 
-def _validation_loss(job: Job, step: int) -> float | None:
-    """The loss on held-out images, where it is due."""
-    if job.held_out is None or not job.writes or not _is_due(step, job.recipe.validation.validation_steps):
-        return None
-    from . import held_out
-
-    size = job.recipe.optimization.train_batch_size
-    return job.stepper.loss_on(held_out.batches(job.stepper.examples, job.held_out, size))
+def _validated(job: Job, step: int) -> Validated | None:
+    """What a validation finds, where one is due: before a run stops after the step, or it would never be made."""
+    due = job.writes and _is_due(step, job.recipe.validation.validation_steps)
+    return job.validation.after(step) if due else None
 
 
-def _keep_best(job: Job, step: int, loss: float) -> Iterator[Event]:
+def _keep_best(job: Job, step: int, figures: Mapping[str, float]) -> Iterator[Event]:
     from . import best
 
-    kept = best.find(job.out)
-    if math.isfinite(loss) and (kept is None or loss < kept.loss):
+    rule = best.RULES[job.recipe.validation.validate]
+    if figures and best.is_better(figures, best.find(job.out, rule), rule):
         with job.stepper.in_use():
-            path = best.save(job.out, job.stepper.adapter, best.Kept(step, loss), job.about)
-        yield Best(path, step, loss)
+            path = best.save(job.out, job.stepper.adapter, best.Kept(step, figures), rule, job.about)
+        yield Best(path, step, figures, rule.words)
 
 
 def _anyone(accelerator: Accelerator, asked: bool) -> bool:
@@ -224,18 +229,6 @@ def _anyone(accelerator: Accelerator, asked: bool) -> bool:
     import torch
 
     return bool(accelerator.reduce(torch.tensor(float(asked), device=accelerator.device), "sum") > 0)
-
-
-def _outputs(job: Job, step: int) -> Iterator[Event]:
-    """The checkpoint and the preview that are due after a step."""
-    if _is_due(step, job.recipe.output.checkpointing_steps):
-        yield Checkpoint(_save_checkpoint(job, step), step)
-    if _is_due(step, job.recipe.validation.validation_steps):
-        from . import validation
-
-        with job.stepper.in_use(), job.stepper.resting.interrupted():
-            path = validation.preview(job.stepper.family, job.recipe, step, job.resolution)
-        yield Preview(path, step)
 
 
 def _is_due(step: int, every: int) -> bool:

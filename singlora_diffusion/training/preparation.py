@@ -14,11 +14,12 @@ from ..data import captions, latents
 from ..data.captions import Captions
 from ..data.folders import read_folder
 from ..data.latents import EncodedImages
+from ..data.prompts import InstancePrompt
 from ..errors import UserError
 from ..models import Family
 from ..models.family import check_sides
 from ..terminal import escaped
-from . import checkpoint, identity
+from . import checkpoint, identity, validation
 from . import class_images as generating
 from .checkpoint import State
 from .events import Encoded, Event, Images, Progress, Remark, Resumed
@@ -26,6 +27,7 @@ from .examples import Streams, process_of
 from .optimizers import OPTIMIZERS
 from .recipe import Recipe, check
 from .step import Stepper
+from .validation import Scorer, Scoring
 
 DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -189,14 +191,40 @@ def encoded(
     return Streams(streams, texts, own)
 
 
-def held_out(recipe: Recipe, family: Family, resolution: int) -> Generator[Event, None, EncodedImages | None]:
-    """The images that are not trained on; None: there are none."""
+def held_out_images(recipe: Recipe) -> Generator[Event, None, Sequence[Path]]:
+    """The files of images that are not trained on; none where nothing asks for them."""
     folder = recipe.validation.held_out_data_dir
     if folder is None or not recipe.validation.validation_steps:
-        return None
+        return ()
     report = read_folder(folder, strict=recipe.data.strict, resolution=recipe.data.resolution)
     yield Images(report)
-    return (yield from _as_latents(family, "held-out images", report.images, resolution, flip=False))
+    return report.images
+
+
+def held_out(family: Family, paths: Sequence[Path], resolution: int) -> Generator[Event, None, EncodedImages | None]:
+    """Held-out images as latents; None: there are none."""
+    return (yield from _as_latents(family, "held-out images", paths, resolution, flip=False)) if paths else None
+
+
+def scorer(
+    recipe: Recipe, subject: InstancePrompt, references: Sequence[Path], scoring: Scoring | None
+) -> Generator[Event, None, Scorer | None]:
+    """What scores previews; None where they are not scored.
+
+    Args:
+        references: what previews are held to.
+    """
+    if recipe.validation.validate != "scores":
+        return None
+    if scoring is None:
+        raise ValueError("--validate scores: nothing was given that scores; see loop.run")
+    if recipe.validation.validation_prompt is None:
+        yield Remark(
+            "--validate scores: previews show the instance prompt; agreement with the prompt says more where "
+            "--validation_prompt puts the subject into a new place"
+        )
+    prompt = subject.without_identifier(validation.prompt_of(recipe))
+    return scoring(references, prompt, recipe.model.pretrained_model_name_or_path)
 
 
 def _as_latents(

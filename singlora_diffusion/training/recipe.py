@@ -154,17 +154,22 @@ class OptimizationSettings:
 
 @dataclass(frozen=True)
 class ValidationSettings:
-    """Previews while the training runs."""
+    """Previews while the training runs, and the choice of its best step."""
 
     validation_prompt: Annotated[str | None, MayDiffer] = None
     """What the previews show. None: the instance prompt."""
     num_validation_images: Annotated[int, Interval(ge=1, le=1000), MayDiffer] = 4
-    """Images per preview."""
+    """Images per preview. Scores of few images tell little: with --validate scores, 8 or more."""
     validation_steps: Annotated[CountOrZero, MayDiffer] = 100
     """A preview every so many steps, and with held-out images a validation. 0: none."""
+    validate: Annotated[Literal["loss", "scores"], MayDiffer] = "loss"
+    """What the best step is chosen by; its adapter is kept in OUTPUT_DIR/best. loss: the lowest loss on held-out
+    images, where there are any. scores: previews are scored by DINO (likeness to held-out images, or else to those
+    trained on), CLIP-T (agreement with the prompt) and drift (distance from the base model's images), and the largest
+    product of DINO and CLIP-T is best."""
     held_out_data_dir: Annotated[Path | None, MayDiffer] = None
-    """Folder with images of the subject that are not trained on. The adapter of the step with the lowest loss on them,
-    with fixed noise at fixed times, is kept in OUTPUT_DIR/best."""
+    """Folder with images of the subject that are not trained on. The loss on them is measured with fixed noise at fixed
+    times."""
 
 
 @dataclass(frozen=True)
@@ -224,11 +229,24 @@ def check(recipe: Recipe) -> None:
     settings.check(recipe)
     check_options(recipe.adapter)
     times.check(recipe.times)
-    optimization, output = recipe.optimization, recipe.output
-    changed = settings.changed(recipe)
+    _check_optimization(recipe.optimization)
+    output, changed = recipe.output, settings.changed(recipe)
     for needed, names in NEEDED.items():
         if needed not in changed and (given := [f"--{name}" for name in names if name in changed]):
             raise UserError(f"{', '.join(given)}: only with --{needed}")
+    if recipe.validation.validate == "scores" and not recipe.validation.validation_steps:
+        raise UserError("--validate scores: with --validation_steps 0 there are no previews to score")
+    if recipe.prior.class_data_dir is not None and not recipe.prior.num_class_images:
+        raise UserError("--class_data_dir: with --num_class_images 0 there are no class images: use one of them")
+    if output.overwrite and output.resume_from_checkpoint:
+        raise UserError("--overwrite begins anew and --resume_from_checkpoint goes on: use one of them")
+    for name, value in settings.as_json(recipe).items():
+        _check_text(name, value)
+
+
+def _check_optimization(optimization: OptimizationSettings) -> None:
+    """Raises a UserError for settings that cannot work together."""
+    changed = settings.changed(optimization)
     if optimization.lr_warmup_steps and optimization.lr_scheduler == "constant":
         raise UserError("--lr_warmup_steps: not with --lr_scheduler constant; constant_with_warmup has one")
     if optimization.lr_warmup_steps > optimization.max_train_steps:
@@ -261,12 +279,6 @@ def check(recipe: Recipe) -> None:
         raise UserError(
             f"--min_timestep {optimization.min_timestep}: must be less than --max_timestep {optimization.max_timestep}"
         )
-    if recipe.prior.class_data_dir is not None and not recipe.prior.num_class_images:
-        raise UserError("--class_data_dir: with --num_class_images 0 there are no class images: use one of them")
-    if output.overwrite and output.resume_from_checkpoint:
-        raise UserError("--overwrite begins anew and --resume_from_checkpoint goes on: use one of them")
-    for name, value in settings.as_json(recipe).items():
-        _check_text(name, value)
 
 
 def adapter_config(recipe: Recipe, ramp_steps: int | None = None) -> AdapterConfig:

@@ -180,8 +180,8 @@ def _is_recipe(path: Path) -> bool:
 
 def _is_validation(path: Path) -> bool:
     try:
-        return "validation_loss" in files.read_json(path)
-    except UserError:
+        return {"step", "rule"} <= set(files.read_json(path))
+    except (UserError, TypeError):
         return False
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from ..data import prompts
 from ..progress import bar
 from ..terminal import escaped
 from .events import (
+    VALIDATED,
     Best,
     Event,
     Exported,
@@ -63,9 +65,11 @@ class Terminal:
                 self.advance(what, done, total)
             case Started(step, total):
                 self.advance("training", step, total)
-            case Best(path, step, loss):
-                self.best = f"best by the loss on held-out images: step {step} ({loss:.4g}), {shown(path)}"
+            case Best(path, step, figures, rule):
+                self.best = f"best: step {step}, {said(figures)} ({rule}), {shown(path)}"
             case Step(step):
+                if figures := {name: value for name in VALIDATED if (value := getattr(event, name)) is not None}:
+                    self.say(f"step {step}: {said(figures)}")
                 self.advance("training", step)
             case Interrupted(step, path):
                 self.close()
@@ -129,6 +133,11 @@ class Terminal:
         if self.bars is not None:
             self.bars.stop()
         self.bars, self.what = None, ""
+
+
+def said(figures: Mapping[str, float]) -> str:
+    """A validation in words."""
+    return ", ".join(f"{VALIDATED[name]} {value:.4g}" for name, value in figures.items())
 
 
 def shown(path: Path) -> str:

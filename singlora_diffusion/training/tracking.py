@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 from ..errors import UserError
 from ..terminal import escaped
 from . import run_folder
-from .events import Event, Preview, Started, Step
+from .events import VALIDATED, Event, Preview, Started, Step
 from .recipe import Recipe, recorded
 
-CURVES = ("loss", "lr", "u", "grad_norm", "validation_loss")
+CURVES = ("loss", "lr", "u", "grad_norm", *VALIDATED)
 
 
 def _tensorboard(recipe: Recipe, start: int) -> Any:
