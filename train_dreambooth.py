@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 from singlora_diffusion import terminal
@@ -49,11 +50,12 @@ def main(recipe: Recipe, *, hint: bool = True) -> Path:
     from eval.previews import PreviewScorer
     from singlora_diffusion.training import interrupts, loop, run_folder
 
+    scoring = partial(PreviewScorer, sources={"clip": recipe.validation.clip, "dino": recipe.validation.dino})
     first, alone = os.environ.get("RANK", "0") == "0", os.environ.get("WORLD_SIZE", "1") == "1"
     signals = interrupts.Interrupts(echo=0.0 if alone else ECHO)
     told = [signals, *(listeners(recipe, hint) if first else [])]  # of several processes, one speaks and writes
     try:
-        for event in loop.run(recipe, stop=signals.asked, scoring=PreviewScorer):
+        for event in loop.run(recipe, stop=signals.asked, scoring=scoring):
             for listener in told:
                 listener(event)
             if isinstance(event, Interrupted):

@@ -6,9 +6,10 @@ import json
 import math
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -17,11 +18,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train_dreambooth
+from eval import previews, score
 from singlora_diffusion import formats
 from singlora_diffusion.errors import UserError
 from singlora_diffusion.settings import replaced
 from singlora_diffusion.training import best, loop, progress_figure, run_folder, tracking, validation
-from singlora_diffusion.training.events import Best, Interrupted, Step
+from singlora_diffusion.training.events import VALIDATED, Best, Interrupted, Step
 from singlora_diffusion.training.recipe import Recipe
 
 
@@ -105,6 +107,110 @@ def test_the_best_of_later_steps_is_put_away_with_their_checkpoints(held: Recipe
     (out / "best" / "validation.json").write_text("mine")
     with pytest.raises(UserError, match="best"):
         run_folder.check(replaced(held, overwrite=True).output)
+
+
+class Scoring:
+    """Scores that follow from pixels, so that previews of other weights have others."""
+
+    asked: ClassVar[list[tuple[Any, ...]]] = []
+
+    def __init__(self, references: Sequence[Path], prompt: str, base_model: str, sources: object = None) -> None:
+        self.asked.append(([path.name for path in references], prompt, base_model))
+
+    def __call__(self, images: Sequence[Image.Image], base: Sequence[Image.Image]) -> dict[str, float]:
+        self.asked.append((len(images), len(base)))
+        ours, theirs = (np.stack([np.asarray(image, dtype=np.float64) for image in row]) for row in (images, base))
+        dino = float(ours.std() / 255)
+        return {"dino": dino, "clip_t": float(ours.mean() / 255), "drift": float(np.abs(ours - theirs).mean() / 255)}
+
+
+@pytest.mark.numerical
+def test_scored_previews_choose_the_best_step_also_across_a_stop(
+    held: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # true previews
+    monkeypatch.setattr(previews, "PreviewScorer", Scoring)
+    monkeypatch.setattr(Scoring, "asked", [])
+    scored = replaced(held, validate="scores", validation_steps=1, validation_prompt="a sks dog in the snow")
+    scored = replaced(scored, max_train_steps=3, checkpointing_steps=0, report_to="tensorboard")
+    out = scored.output.output_dir
+    train_dreambooth.main(scored)
+    asked = [(["0.png", "1.png"], "a dog in the snow", held.model.pretrained_model_name_or_path), *[(1, 1)] * 3]
+    assert Scoring.asked == asked
+    figures = [{name: row[name] for name in VALIDATED} for row in rows(out)]
+    assert figures[0]["drift"] > 0 and len({tuple(row.values()) for row in figures}) == 3
+    products = [row["dino"] * row["clip_t"] for row in figures]
+    kept = best.find(out, best.RULES["scores"])
+    assert kept is not None and kept.step == products.index(max(products)) + 1
+    assert kept.figures == pytest.approx(figures[kept.step - 1], rel=1e-7)
+
+    cut = replaced(scored, output_dir=tmp_path / "cut", resume_from_checkpoint=None)
+    told = train_dreambooth.listeners(cut, hint=False)
+    answers = iter([False, True])
+    for event in loop.run(cut, stop=lambda: next(answers), scoring=Scoring):
+        for listener in told:
+            listener(event)
+    for listener in told:
+        listener.close()
+    train_dreambooth.main(replaced(cut, resume_from_checkpoint="latest"))
+    ours, theirs = ([{**row, "seconds": 0} for row in rows(run)] for run in (out, tmp_path / "cut"))
+    assert ours == theirs
+    assert best.find(tmp_path / "cut", best.RULES["scores"]) == kept
+    ends = [load_file(run / "best" / "adapter.safetensors") for run in (out, tmp_path / "cut")]
+    assert all(torch.equal(tensor, ends[1][key]) for key, tensor in ends[0].items())
+    for name in ("progress.png", *(f"previews/step-00000{step}.png" for step in (1, 2, 3))):
+        with Image.open(out / name) as one, Image.open(tmp_path / "cut" / name) as other:
+            assert one.size == other.size and one.tobytes() == other.tobytes(), name
+
+
+def test_encoders_that_are_missing_are_named_before_anything_is_trained(held: Recipe) -> None:
+    scored = replaced(held, validate="scores", clip="nowhere.safetensors")
+    with pytest.raises(UserError, match=r"^nowhere.safetensors: no such file; get .* for --clip$"):
+        train_dreambooth.main(scored)
+    assert not held.output.output_dir.exists()
+    with pytest.raises(ValueError, match="nothing was given that scores"):
+        list(loop.run(scored))
+    with pytest.raises(UserError, match="--clip: only with --validate"):
+        list(loop.run(replaced(scored, validate="loss")))
+    with pytest.raises(UserError, match="--validate scores: with --validation_steps 0"):
+        list(loop.run(replaced(scored, validation_steps=0)))
+
+
+def test_a_preview_has_the_scores_that_the_score_command_gives_it(tmp_path: Path) -> None:
+    """To rounding: encoders are given the images one by one here, together there."""
+    noise = np.random.default_rng(1).integers(0, 256, (6, 64, 64, 3), dtype=np.uint8)
+    made = [Image.fromarray(pixels) for pixels in noise]
+    folders = {name: tmp_path / name for name in ("images", "references", "base")}
+    for place, folder in enumerate(folders.values()):
+        folder.mkdir()
+        for number in range(2):
+            made[2 * place + number].save(folder / f"{number}.png")
+    result = score.score(
+        score.ScoreSettings(
+            folders["images"],
+            folders["references"],
+            base_images=folders["base"],
+            prompt="a red dog in the snow",
+            protocol="toyworld",
+            metrics=previews.SCORES,
+            batch_size=1,
+            device="cpu",
+        )
+    )
+    scorer = previews.PreviewScorer(sorted(folders["references"].iterdir()), "a red dog in the snow", "toyworld")
+    found = scorer(made[:2], made[4:])
+    assert scorer(made[:2], made[4:]) == found
+    expected = {name: summary["mean"] for name, summary in result["metrics"].items()}
+    assert found == pytest.approx(expected, abs=1e-5)  # unit vectors in float32
+
+
+def test_the_best_by_another_rule_is_put_away_and_ties_go_to_the_first() -> None:
+    rule = best.RULES["scores"]
+    first = best.Kept(1, {"dino": 0.5, "clip_t": 0.5})
+    assert not best.is_better({"dino": 0.25, "clip_t": 1.0}, first, rule)
+    assert best.is_better({"dino": 0.5, "clip_t": 0.6}, first, rule)
+    assert not best.is_better({"dino": -0.9, "clip_t": -0.9}, first, rule)  # no product of two wrongs
+    assert not best.is_better({"dino": math.nan, "clip_t": 0.5}, None, rule)
 
 
 def test_the_figures_running_mean_has_no_bias() -> None:

@@ -17,18 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import files
-from ..data import prompts
-from ..data.folders import read_folder
 from ..errors import UserError
 from ..terminal import escaped
-from . import run_folder
+from . import material, run_folder
 from .diagnosis import NotFinite, cause
 from .events import (
     Best,
     Checkpoint,
     Event,
     Exported,
-    Images,
     Interrupted,
     Loaded,
     Preview,
@@ -94,46 +91,35 @@ def run(
         ValueError: scores are asked for, and there is no `scoring`.
     """
     check(recipe)
-    subject = prompts.split_instance_prompt(recipe.data.instance_prompt, recipe.data.identifier)
-    class_prompt = recipe.prior.class_prompt or subject.without_identifier(recipe.data.instance_prompt)
-    instance = read_folder(recipe.data.instance_data_dir, strict=recipe.data.strict, resolution=recipe.data.resolution)
     run_folder.check(recipe.output)
-    yield Images(instance)
-
+    found = yield from material.read(recipe)
     from .. import adapters
-    from . import hub, identity, memory, preparation, result
+    from . import identity, memory, preparation, result
     from .step import Stepper
     from .validation import Validation
 
-    captions = yield from preparation.captions_of(recipe, instance.images)
-    unseen = yield from preparation.held_out_images(recipe)
-    scorer = yield from preparation.scorer(recipe, subject, unseen or instance.images, scoring)
     recipe = preparation.on_this_machine(recipe)
     state = yield from preparation.checkpoint_to_resume(recipe)
+    scorer = yield from preparation.scorer(recipe, found, scoring)
     accelerator, family, resolution = yield from preparation.load(recipe, family)
     recipe = preparation.for_model(recipe, family)
     config = adapter_config(recipe, state.config.ramp_steps if state else None)
     memory.require(family, config, recipe, resolution)
     with ExitStack() as stack:
-        if accelerator.is_main_process:
-            stack.enter_context(files.locked(recipe.output.output_dir, "a training"))
-            yield from _clear(recipe)
-        repository = hub.repository(recipe.output) if accelerator.is_main_process else None
-        yield from preparation.cut_prompts(recipe, family, class_prompt, captions)
-        classes = yield from preparation.class_images(recipe, accelerator, family, class_prompt, resolution)
-        streams = yield from preparation.encoded(
-            recipe, family, resolution, instance.images, classes, class_prompt, captions
-        )
-        held_out = yield from preparation.held_out(family, unseen, resolution)
+        repository = (yield from _claim(recipe, stack)) if accelerator.is_main_process else None
+        yield from preparation.cut_prompts(recipe, family, found)
+        found = yield from preparation.class_images(recipe, accelerator, family, found, resolution)
+        streams = yield from preparation.encoded(recipe, family, resolution, found)
+        held_out = yield from preparation.held_out(family, found.held_out, resolution)
         adapter = adapters.attach(family.networks, config, recipe.optimization.seed)
         stack.callback(adapter.detach)
         yield _loaded(family, adapter, resolution)
         stepper = Stepper(accelerator, family, adapter, recipe, streams, resolution)
-        identified = identity.of(recipe, family.fingerprint, instance.images, classes, captions.texts)
+        identified = identity.of(recipe, family.fingerprint, found.instance, found.classes, found.captions.texts)
         yield from preparation.restore(state, recipe, identified, stepper)
         stack.callback(stepper.release)
         stepper.prepare()
-        about = result.about(recipe, family, subject, resolution, len(instance.images))
+        about = result.about(recipe, family, found.subject, resolution, len(found.instance))
         validation = Validation(stepper, recipe, resolution, held_out, scorer)
         job = Job(recipe, stepper, validation, identified, about, state.step if state else 0, repository)
         yield from _begin(job)
@@ -141,14 +127,22 @@ def run(
             yield from _saved(job)
 
 
-def _clear(recipe: Recipe) -> Iterator[Event]:
-    """Take what killed runs left half-written out of a folder that is now locked, and put an earlier run away."""
+def _claim(recipe: Recipe, stack: ExitStack) -> Generator[Event, None, str | None]:
+    """Lock the output folder, take out what killed runs left half-written, and put an earlier run away.
+
+    Returns:
+        The repository on the hub where the result goes too.
+    """
+    from . import hub
+
     output, out = recipe.output, recipe.output.output_dir
+    stack.enter_context(files.locked(out, "a training"))
     run_folder.check(output)
     run_folder.clean(out)
     if not output.resume_from_checkpoint:
         anew = output.overwrite and recipe.prior.class_data_dir is None  # class images may be of another prompt
         yield from _put_away(out, [*run_folder.ours(out), *(run_folder.generated(out) if anew else [])])
+    return hub.repository(output)
 
 
 def _begin(job: Job) -> Iterator[Event]:

@@ -6,14 +6,11 @@ import time
 from collections.abc import Generator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..data import prompts
-from ..data.folders import read_folder
 from ..errors import UserError
 from ..terminal import escaped
-from . import run_folder
+from . import material, run_folder
 from .diagnosis import NotFinite, cause
 from .events import Event, Images, Remark
 from .recipe import Recipe, adapter_config, check, recorded
@@ -22,8 +19,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from ..adapters.config import AdapterConfig
-    from ..data.captions import Captions
     from ..models import Family
+    from .material import Material
 
 QUICK = 5.0
 """A first step that took less seconds than this is measured again, without what only the first one does."""
@@ -100,10 +97,7 @@ def make(recipe: Recipe) -> Plan:
 
 def _make(recipe: Recipe) -> Generator[Event, None, Plan]:
     check(recipe)
-    subject = prompts.split_instance_prompt(recipe.data.instance_prompt, recipe.data.identifier)
-    class_prompt = recipe.prior.class_prompt or subject.without_identifier(recipe.data.instance_prompt)
-    instance = read_folder(recipe.data.instance_data_dir, strict=recipe.data.strict, resolution=recipe.data.resolution)
-    yield Images(instance)
+    found = yield from material.read(recipe)
     try:
         run_folder.check(recipe.output)
     except UserError as error:
@@ -112,12 +106,11 @@ def _make(recipe: Recipe) -> Generator[Event, None, Plan]:
     from .. import device
     from . import memory, preparation
 
-    captions = yield from preparation.captions_of(recipe, instance.images)
     recipe = preparation.on_this_machine(recipe)
     accelerator, family, resolution = yield from preparation.load(recipe)
     recipe = preparation.for_model(recipe, family)
     config = adapter_config(recipe)
-    yield from preparation.cut_prompts(recipe, family, class_prompt, captions)
+    yield from preparation.cut_prompts(recipe, family, found)
     free = device.free_memory(str(family.device))
     needs = yield from _needs(recipe, family, config, resolution, free)
     parameters = memory.parameters(family, config)
@@ -130,7 +123,7 @@ def _make(recipe: Recipe) -> Generator[Event, None, Plan]:
         device=str(family.device),
         dtype=str(family.dtype).removeprefix("torch."),
         resolution=resolution,
-        images=len(instance.images),
+        images=len(found.instance),
         steps=optimization.max_train_steps,
         images_seen=optimization.max_train_steps * batch,
         layers=sum(len(layers) for layers in parameters.values()),
@@ -140,8 +133,9 @@ def _make(recipe: Recipe) -> Generator[Event, None, Plan]:
     )
     if not plan.fits:
         return plan
-    one = instance.images[0]
-    measured = _measured(recipe, accelerator, family, resolution, one, class_prompt, captions)
+    one = found.instance[:1]
+    classes = one if recipe.prior.with_prior_preservation and recipe.prior.num_class_images else ()
+    measured = _measured(recipe, accelerator, family, resolution, found._replace(instance=one, classes=classes))
     encoding, step, peak = yield from measured
     return replace(
         plan,
@@ -181,28 +175,20 @@ def _measured(
     accelerator: Accelerator,
     family: Family,
     resolution: int,
-    image: Path,
-    class_prompt: str,
-    captions: Captions,
+    found: Material,
 ) -> Generator[Event, None, Measured]:
-    """The image stands in for all others, those of the class too."""
+    """
+    Args:
+        found: with one image, which stands in for all others.
+    """
     import torch
 
     from .. import adapters
     from . import preparation
     from .step import Stepper
 
-    prior = recipe.prior.with_prior_preservation and recipe.prior.num_class_images
     began = time.perf_counter()
-    streams = yield from preparation.encoded(
-        recipe,
-        family,
-        resolution,
-        [image],
-        [image] if prior else [],
-        class_prompt,
-        captions,
-    )
+    streams = yield from preparation.encoded(recipe, family, resolution, found)
     encoding = (time.perf_counter() - began) / len(streams.images)
     counts = family.device.type == "cuda"
     seconds = 0.0

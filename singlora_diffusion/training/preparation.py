@@ -11,10 +11,7 @@ from accelerate import Accelerator
 
 from .. import device, models, settings
 from ..data import captions, latents
-from ..data.captions import Captions
-from ..data.folders import read_folder
 from ..data.latents import EncodedImages
-from ..data.prompts import InstancePrompt
 from ..errors import UserError
 from ..models import Family
 from ..models.family import check_sides
@@ -22,8 +19,9 @@ from ..terminal import escaped
 from . import checkpoint, identity, validation
 from . import class_images as generating
 from .checkpoint import State
-from .events import Encoded, Event, Images, Progress, Remark, Resumed
+from .events import Encoded, Event, Progress, Remark, Resumed
 from .examples import Streams, process_of
+from .material import Material
 from .optimizers import OPTIMIZERS
 from .recipe import Recipe, check
 from .step import Stepper
@@ -107,35 +105,12 @@ def load(recipe: Recipe, family: Family | None = None) -> Generator[Event, None,
     return accelerator, family, resolution
 
 
-def captions_of(recipe: Recipe, instance: Sequence[Path]) -> Generator[Event, None, Captions]:
-    """What the instance folder says of its images; nothing where captions are not wanted.
-
-    Raises:
-        UserError: captions cannot be read.
-    """
-    if recipe.data.captions == "none":
-        found = Captions({}, {}, ())
-    else:
-        found = captions.read(recipe.data.instance_data_dir, [path.name for path in instance])
-    if found.texts:
-        yield Remark(
-            f"{len(found.texts)} of {len(instance)} images have captions, which are their prompts; --captions none "
-            f"ignores them"
-        )
-    elif recipe.data.shuffle_caption:
-        yield Remark("--shuffle_caption: there are no captions; the tags of --instance_prompt are shuffled")
-    if found.orphans:
-        shown = ", ".join(escaped(name) for name in found.orphans[:3])
-        yield Remark(f"{len(found.orphans)} captions have no image and are left out: {shown}")
-    return found
-
-
-def cut_prompts(recipe: Recipe, family: Family, class_prompt: str, found: Captions) -> Iterator[Remark]:
+def cut_prompts(recipe: Recipe, family: Family, found: Material) -> Iterator[Remark]:
     """A remark for each prompt that the model cuts off."""
-    prompts = [recipe.data.instance_prompt, recipe.validation.validation_prompt or recipe.data.instance_prompt]
+    prompts = [recipe.data.instance_prompt, validation.prompt_of(recipe)]
     if recipe.prior.with_prior_preservation:
-        prompts.append(class_prompt)
-    prompts += found.texts.values()
+        prompts.append(found.class_prompt)
+    prompts += found.captions.texts.values()
     for prompt in dict.fromkeys(prompts):
         if count := family.prompt_overflow(prompt):
             source = escaped(family.source, 1000)
@@ -143,45 +118,37 @@ def cut_prompts(recipe: Recipe, family: Family, class_prompt: str, found: Captio
 
 
 def class_images(
-    recipe: Recipe, accelerator: Accelerator, family: Family, prompt: str, resolution: int
-) -> Generator[Event, None, Sequence[Path]]:
+    recipe: Recipe, accelerator: Accelerator, family: Family, found: Material, resolution: int
+) -> Generator[Event, None, Material]:
+    """The material with the images of the class, where they are wanted; those that are missing are generated."""
     if not recipe.prior.with_prior_preservation or not recipe.prior.num_class_images:
-        return ()
+        return found
     if accelerator.is_main_process:
-        yield from generating.prepare(recipe, family, prompt, resolution)
+        yield from generating.prepare(recipe, family, found.class_prompt, resolution)
     accelerator.wait_for_everyone()
-    return generating.images(recipe)
+    return found._replace(classes=generating.images(recipe))
 
 
-def encoded(
-    recipe: Recipe,
-    family: Family,
-    resolution: int,
-    instance: Sequence[Path],
-    others: Sequence[Path],
-    class_prompt: str,
-    found: Captions,
-) -> Generator[Event, None, Streams]:
-    """Instance images and class images as latents, with their prompts.
-
-    Args:
-        found: captions of instance images.
-    """
-    kinds = {"instance images": (instance, recipe.data.instance_prompt), "class images": (others, class_prompt)}
+def encoded(recipe: Recipe, family: Family, resolution: int, found: Material) -> Generator[Event, None, Streams]:
+    """Instance images and class images as latents, with their prompts."""
+    kinds = {
+        "instance images": (found.instance, recipe.data.instance_prompt),
+        "class images": (found.classes, found.class_prompt),
+    }
     streams: list[EncodedImages] = []
     texts: list[str] = []
     for what, (paths, prompt) in kinds.items():
         if paths:
             streams.append((yield from _as_latents(family, what, paths, resolution, recipe.data.random_flip)))
             texts.append(prompt)
-    if recipe.prior.with_prior_preservation and not others:
-        texts.append(class_prompt)
+    if recipe.prior.with_prior_preservation and not found.classes:
+        texts.append(found.class_prompt)
     data = recipe.data
-    if not (found.texts or data.shuffle_caption or data.caption_dropout):
+    if not (found.captions.texts or data.shuffle_caption or data.caption_dropout):
         return Streams(streams, texts)
     own = captions.texts(
-        [path.name for path in instance],
-        found.texts,
+        [path.name for path in found.instance],
+        found.captions.texts,
         data.instance_prompt,
         seed=recipe.optimization.seed,
         shuffle=data.shuffle_caption,
@@ -191,29 +158,13 @@ def encoded(
     return Streams(streams, texts, own)
 
 
-def held_out_images(recipe: Recipe) -> Generator[Event, None, Sequence[Path]]:
-    """The files of images that are not trained on; none where nothing asks for them."""
-    folder = recipe.validation.held_out_data_dir
-    if folder is None or not recipe.validation.validation_steps:
-        return ()
-    report = read_folder(folder, strict=recipe.data.strict, resolution=recipe.data.resolution)
-    yield Images(report)
-    return report.images
-
-
 def held_out(family: Family, paths: Sequence[Path], resolution: int) -> Generator[Event, None, EncodedImages | None]:
     """Held-out images as latents; None: there are none."""
     return (yield from _as_latents(family, "held-out images", paths, resolution, flip=False)) if paths else None
 
 
-def scorer(
-    recipe: Recipe, subject: InstancePrompt, references: Sequence[Path], scoring: Scoring | None
-) -> Generator[Event, None, Scorer | None]:
-    """What scores previews; None where they are not scored.
-
-    Args:
-        references: what previews are held to.
-    """
+def scorer(recipe: Recipe, found: Material, scoring: Scoring | None) -> Generator[Event, None, Scorer | None]:
+    """What scores previews; None where they are not scored."""
     if recipe.validation.validate != "scores":
         return None
     if scoring is None:
@@ -223,8 +174,8 @@ def scorer(
             "--validate scores: previews show the instance prompt; agreement with the prompt says more where "
             "--validation_prompt puts the subject into a new place"
         )
-    prompt = subject.without_identifier(validation.prompt_of(recipe))
-    return scoring(references, prompt, recipe.model.pretrained_model_name_or_path)
+    prompt = found.subject.without_identifier(validation.prompt_of(recipe))
+    return scoring(found.references, prompt, recipe.model.pretrained_model_name_or_path)
 
 
 def _as_latents(
