@@ -103,7 +103,8 @@ def test_what_a_continuation_must_share() -> None:
     free = """
         instance_data_dir strict device class_data_dir sample_batch_size max_train_steps validation_prompt
         num_validation_images validation_steps output_dir checkpointing_steps checkpoints_total_limit
-        validate clip dino held_out_data_dir resume_from_checkpoint overwrite report_to portable push_to_hub hub_model_id
+        validate clip dino held_out_data_dir
+        resume_from_checkpoint overwrite report_to portable push_to_hub hub_model_id
     """
     assert before.keys() - to_be_shared(PLAIN).keys() == {*free.split(), *adapter}
     assert recorded(replaced(PLAIN, overwrite=True)) == before == recorded(replaced(PLAIN, resume_from_checkpoint="x"))

@@ -55,7 +55,7 @@ class Progress:
         previews: the images, the oldest first.
         checkpoints: their steps.
         adapter: the finished adapter's file.
-        best: step with the lowest loss on held-out images, and that loss.
+        best: the step that was best so far, and the figures of its validation.
     """
 
     recipe: dict[str, Any]

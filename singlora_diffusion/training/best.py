@@ -41,14 +41,15 @@ class Kept(NamedTuple):
     """Of the validation after that step."""
 
 
-def find(out: Path, rule: Rule) -> Kept | None:
-    """None: nothing is there that can be used, or it was chosen by another rule."""
+def find(out: Path, rule: Rule | None = None) -> Kept | None:
+    """None: nothing is there that can be used, or it was chosen by another rule than the given one."""
     folder = out / run_folder.BEST
     try:
         said, header = files.read_json(folder / run_folder.VALIDATION), formats.read_header(folder / run_folder.ADAPTER)
         step, words = said.pop("step"), said.pop("rule")
-        sound = step == header.step and words == rule.words and math.isfinite(rule.value(said))
-    except (UserError, KeyError, TypeError, AttributeError):
+        by = next(one for one in RULES.values() if one.words == words)
+        sound = step == header.step and rule in (None, by) and math.isfinite(by.value(said))
+    except (UserError, KeyError, TypeError, AttributeError, StopIteration):
         return None
     return Kept(step, said) if sound else None
 
