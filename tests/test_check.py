@@ -116,7 +116,7 @@ def test_a_caption_follows_its_image_wherever_it_stands() -> None:
     names = ["a.png", "b.png", "c.png"]
     texts = captions.texts(names, {"a.png": "first", "c.png": "third"}, "otherwise", seed=3)
     positions = range(50)
-    images = draws.examples(3, positions, 3)
+    images = draws.examples(3, positions, [1] * 3)
     said = [texts.table[place] for place in texts.drawn(3, positions, images, 0.0)]
     assert said == [["first", "otherwise", "third"][image] for image in images]
 

@@ -44,8 +44,8 @@ def test_noise_is_standard_normal_and_timesteps_uniform() -> None:
 
 
 def test_every_epoch_shows_every_example_once_in_a_new_order() -> None:
-    stream = draws.examples(0, range(35), 7)
+    stream = draws.examples(0, range(35), [1] * 7)
     epochs = [stream[i : i + 7] for i in range(0, 35, 7)]
     assert all(Counter(epoch) == Counter(range(7)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1
-    assert draws.examples(0, [20], 7) == [stream[20]]
+    assert draws.examples(0, [20], [1] * 7) == [stream[20]]

@@ -42,7 +42,7 @@ def test_a_plan_at_the_terminal_is_a_config_file(
     assert yaml.safe_load(said) == as_json(resolved)
     lines = [line for line in said.splitlines() if line.startswith("# ")]
     assert [line[2:].partition(":")[0] for line in lines] == ["base model", "trained", "steps", "memory", "time"]
-    assert "4, that is 8 images at 32 px, each of the 3 about 2.67 times" in said
+    assert "4, that is 8 images at 32 px, each of the 3 seen 2.67 times on average" in said
 
     assert cli.run("train", ["--config", str(tmp_path / "plan.yaml"), "--plan"]) == 0
     assert yaml.safe_load(capsys.readouterr().out) == yaml.safe_load(said)

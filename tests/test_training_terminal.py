@@ -73,7 +73,7 @@ def test_a_training_from_its_beginning_to_its_end() -> None:
     text, _ = said(
         Progress("encoding instance images", 0, 3),
         Progress("encoding instance images", 3, 3),
-        Loaded("toyworld", None, "singlora", 4, 56, 11_648, 64, "float32"),
+        Loaded("toyworld", None, "dog", "singlora", 4, 56, 11_648, 64, "float32"),
         Started(2, 4),
         *steps,
         Checkpoint(Path("checkpoint-4"), 4),

@@ -27,7 +27,7 @@ from singlora_diffusion.training.events import VALIDATED, Best, Interrupted, Ste
 from singlora_diffusion.training.recipe import Recipe
 
 
-def blank(family: object, recipe: Recipe, resolution: int) -> list[Image.Image]:
+def blank(family: object, recipe: Recipe, prompt: str, resolution: int) -> list[Image.Image]:
     """Previews, at once."""
     return [Image.new("RGB", (8, 8))]
 

@@ -12,6 +12,7 @@ import numpy as np
 from ..errors import UserError
 from ..files import reason
 from ..terminal import escaped
+from .folders import FolderReport
 from .images import IMAGE_SUFFIX
 
 ORDERS = 8
@@ -52,6 +53,21 @@ def read(folder: Path, images: Sequence[str]) -> Captions:
     lonely = [path.name for stem, path in beside.items() if stem not in stems]
     captioned = any(stem in stems for stem in beside)
     return Captions(texts, sources, (*(lonely if captioned else ()), *(name for name in table if name not in images)))
+
+
+def of_report(report: FolderReport) -> Captions:
+    """The captions of all images of a report, by the names that it gives them.
+
+    Raises:
+        UserError: a caption or a table cannot be read.
+    """
+    texts, sources, orphans = dict[str, str](), dict[str, str](), list[str]()
+    for part in report.parts:
+        found = read(part.folder, [path.name for path in part.images])
+        texts |= {report.name_of(part.folder / name): text for name, text in found.texts.items()}
+        sources |= {report.name_of(part.folder / name): source for name, source in found.sources.items()}
+        orphans += [report.name_of(part.folder / name) for name in found.orphans]
+    return Captions(texts, sources, tuple(orphans))
 
 
 class Texts(NamedTuple):

@@ -25,7 +25,7 @@ class CheckSettings:
     """Look at a folder of images before training on it: what is odd, and what to do. No file of yours is changed."""
 
     folder: Positional[Path]
-    """Folder with images of the subject."""
+    """Folder with images of the subject, or with folders named as 10_sks dog."""
     instance_prompt: str | None = None
     """Also check that the prompt has an identifier and a class noun."""
     resolution: Side | None = None
@@ -46,6 +46,8 @@ def run(settings: CheckSettings) -> None:
         raise UserError(f"--sheet {escaped(sheet, 1000)}: must end in .png, and be new or a sheet of this program")
     found = check_folder(settings.folder, instance_prompt=settings.instance_prompt, resolution=settings.resolution)
     print(f"{len(found.images)} image{'s' * (len(found.images) != 1)} in {escaped(found.folder, 1000)}")
+    for part in found.repeated:
+        print(f"  {part}")
     for finding in found.findings:
         about = f"{escaped(finding.name)}: " if finding.name else ""
         print(f"  {finding.kind:<11}{about}{finding.what}; {finding.fix}")
@@ -65,7 +67,7 @@ def contact_sheet(found: FolderCheck) -> Image.Image:
     height = CELL + 2 * LINE + GAP
     sheet = Image.new("RGB", (GAP + columns * (CELL + GAP), GAP + rows * height), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
-    for number, path in enumerate(found.images):
+    for number, (name, path) in enumerate(found.images.items()):
         row, column = divmod(number, columns)
         left, top = GAP + column * (CELL + GAP), GAP + row * height
         image = open_image(path)
@@ -74,9 +76,9 @@ def contact_sheet(found: FolderCheck) -> Image.Image:
         sheet.paste(image, (x, y))
         side = min(image.size)
         x, y = x + (image.width - side) // 2, y + (image.height - side) // 2
-        kinds = [finding.kind for finding in found.of(path.name)]
+        kinds = [finding.kind for finding in found.of(name)]
         pen.rectangle((x, y, x + side - 1, y + side - 1), outline=MARKED if kinds else DRAWN, width=3)
-        for line, text in enumerate((escaped(path.name, 32), ", ".join(kinds))):
+        for line, text in enumerate((escaped(name, 32), ", ".join(kinds))):
             plain = text.encode("ascii", "replace").decode()
             pen.text((left, top + CELL + line * LINE), plain, fill=MARKED if line else "black", font=font)
     return sheet

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +13,9 @@ from PIL import Image
 from ..errors import UserError
 from ..terminal import escaped
 from . import captions
-from .folders import EXTREME, SMALL, FolderReport, read_folder
+from .folders import EXTREME, SMALL, FolderReport, Part, read_instance_folder
 from .images import Unusable, decoded, is_one_colour, kind_of
-from .prompts import split_instance_prompt
+from .prompts import split_folder_name, split_instance_prompt
 
 HASH_SIDE = 16
 """A hash has the square of it in bits."""
@@ -67,8 +68,11 @@ class FolderCheck:
     """What `check_folder` found: the images that can be used, in the trainer's order, and the findings."""
 
     folder: Path
-    images: tuple[Path, ...]
+    images: Mapping[str, Path]
+    """By name, as findings have it: `dog.jpg`, or `10_sks dog/dog.jpg`."""
     findings: tuple[Finding, ...]
+    repeated: tuple[Part, ...] = ()
+    """Folders in it that are named as kohya's trainers have it."""
 
     def of(self, name: str) -> tuple[Finding, ...]:
         """The findings on one image; "": those on the folder."""
@@ -87,19 +91,18 @@ def check_folder(
     folder = Path(folder)
     findings: list[Finding] = []
     if instance_prompt is not None:
-        try:
-            split_instance_prompt(instance_prompt)
-        except UserError as error:
-            findings.append(Finding("", "prompt", *_halves(str(error)), prevents=True))
+        findings += _of_prompt(split_instance_prompt, instance_prompt)
     try:
-        report = read_folder(folder, decode=False)
+        report = read_instance_folder(folder, decode=False)
     except UserError as error:
         what, fix = _halves(str(error).removeprefix(f"{escaped(folder, 1000)}: "))
-        return FolderCheck(folder, (), (*findings, Finding("", "folder", what, fix, prevents=True)))
+        return FolderCheck(folder, {}, (*findings, Finding("", "folder", what, fix, prevents=True)))
+    if instance_prompt is None and report.repeated:
+        findings += _of_prompt(split_folder_name, report.repeated[0].prompt or "")
     usable, on_images = _images(report, resolution)
     findings += [Finding(name, "unreadable", *_halves(why)) for name, why in report.trouble]
     findings += on_images
-    findings += _captions(folder, [path.name for path in usable])
+    findings += _captions(report, list(usable))
     findings += [
         Finding(name, "skipped", why, "nothing, if it is not meant to be trained on; else move its images up")
         for name, why in report.skipped
@@ -111,7 +114,7 @@ def check_folder(
         few = len(usable) < FEW
         fix = "add different views of the subject" if few else "keep the best; more is right for a style, not a subject"
         findings.append(Finding("", "count", f"{len(usable)} images; {FEW} to {MANY} are usual", fix))
-    return FolderCheck(folder, tuple(usable), tuple(findings))
+    return FolderCheck(folder, usable, tuple(findings), report.repeated)
 
 
 def sharpness(image: Image.Image, side: int = MEASURED_AT) -> float:
@@ -133,37 +136,44 @@ def difference_hash(image: Image.Image) -> NDArray[np.bool_]:
     return (values[:, 1:] > values[:, :-1]).ravel()
 
 
-def _images(report: FolderReport, resolution: int | None) -> tuple[list[Path], list[Finding]]:
+def _of_prompt(split: Callable[[str], object], prompt: str) -> Iterator[Finding]:
+    try:
+        split(prompt)
+    except UserError as error:
+        yield Finding("", "prompt", *_halves(str(error)), prevents=True)
+
+
+def _images(report: FolderReport, resolution: int | None) -> tuple[dict[str, Path], list[Finding]]:
     """The images that can be decoded, and what is to be said of each of them."""
-    usable: list[Path] = []
+    usable: dict[str, Path] = {}
     findings: list[Finding] = []
     seen: dict[str, tuple[NDArray[np.bool_], int]] = {}  # name -> hash of the look, hash of the pixels
     for path in report.images:
+        name = report.name_of(path)
         try:
             image = decoded(path)
         except Unusable as error:
-            findings.append(Finding(path.name, "unreadable", *_halves(str(error))))
+            findings.append(Finding(name, "unreadable", *_halves(str(error))))
             continue
-        usable.append(path)
-        findings += _of_one(path, image, resolution)
+        usable[name] = path
+        findings += _of_one(name, path, image, resolution)
         if is_one_colour(image):
             continue  # all of these look alike
         look, pixels = difference_hash(image), hash((image.size, image.tobytes()))
-        for name, (other, its_pixels) in seen.items():
+        for earlier, (its_look, its_pixels) in seen.items():
             if pixels == its_pixels:
-                findings.append(
-                    Finding(path.name, "duplicate", f"has the same pixels as {escaped(name)}", "remove one", other=name)
-                )
+                what = f"has the same pixels as {escaped(earlier)}"
+                findings.append(Finding(name, "duplicate", what, "remove one", other=earlier))
                 break
-            if int((look != other).sum()) <= NEARLY:
+            if int((look != its_look).sum()) <= NEARLY:
                 fix = "keep one, or the subject is learnt with this very view"
-                findings.append(Finding(path.name, "similar", f"looks like {escaped(name)}", fix, other=name))
+                findings.append(Finding(name, "similar", f"looks like {escaped(earlier)}", fix, other=earlier))
                 break
-        seen[path.name] = look, pixels
+        seen[name] = look, pixels
     return usable, findings
 
 
-def _of_one(path: Path, image: Image.Image, resolution: int | None) -> list[Finding]:
+def _of_one(name: str, path: Path, image: Image.Image, resolution: int | None) -> list[Finding]:
     short, long = sorted(image.size)
     size = f"is {image.width}x{image.height} pixels"
     found = []
@@ -171,24 +181,24 @@ def _of_one(path: Path, image: Image.Image, resolution: int | None) -> list[Find
     if kind is not None and path.suffix.lower() not in SUFFIXES[kind]:
         proper = min(SUFFIXES[kind], key=lambda suffix: (len(suffix), suffix != ".jpg", suffix))
         fix = f"rename it to {escaped(path.stem)}{proper}; other programs go by the name"
-        found.append(Finding(path.name, "suffix", f"is a {kind} file by its content", fix))
+        found.append(Finding(name, "suffix", f"is a {kind} file by its content", fix))
     if short < (resolution or SMALL):
         what = f"{size}, less than the {resolution} that it is enlarged to" if resolution else f"{size}, which is tiny"
-        found.append(Finding(path.name, "tiny", what, "use the original, or a lower --resolution"))
+        found.append(Finding(name, "tiny", what, "use the original, or a lower --resolution"))
     if long > EXTREME * short:
         fix = "crop it to the subject"
-        found.append(Finding(path.name, "long", f"{size}: most of so long an image is cropped off", fix))
+        found.append(Finding(name, "long", f"{size}: most of so long an image is cropped off", fix))
     if is_one_colour(image):
-        found.append(Finding(path.name, "one-colour", "shows one colour only", "remove it"))
+        found.append(Finding(name, "one-colour", "shows one colour only", "remove it"))
     elif (measured := sharpness(image, resolution or MEASURED_AT)) < SHARP:
         what = f"is blurred or has next to no detail (sharpness {measured:.1f}, usual from {SHARP:g} on)"
-        found.append(Finding(path.name, "blurred", what, "replace it by a sharp one: blur is learnt too"))
+        found.append(Finding(name, "blurred", what, "replace it by a sharp one: blur is learnt too"))
     return found
 
 
-def _captions(folder: Path, images: list[str]) -> list[Finding]:
+def _captions(report: FolderReport, images: Sequence[str]) -> list[Finding]:
     try:
-        there = captions.read(folder, images)
+        there = captions.of_report(report)
     except UserError as error:
         return [Finding("", "captions", *_halves(str(error)), prevents=True)]
     found = [

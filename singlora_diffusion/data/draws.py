@@ -33,14 +33,19 @@ class Draw(NamedTuple):
     """(N, C, 1, 1) float32, the same all over a channel."""
 
 
-def examples(seed: int, positions: Sequence[int], count: int, stream: int = INSTANCE) -> list[int]:
-    """Which of `count` examples stand at these positions: every epoch is a fresh shuffle of all of them."""
+def examples(seed: int, positions: Sequence[int], repeats: Sequence[int], stream: int = INSTANCE) -> list[int]:
+    """Which images stand at these positions: every epoch is a fresh shuffle of all of them.
+
+    Args:
+        repeats: of each image, how often an epoch has it.
+    """
+    entries = np.repeat(np.arange(len(repeats)), repeats)
     shuffles: dict[int, np.ndarray] = {}
     chosen = []
     for position in positions:
-        epoch, place = divmod(position, count)
+        epoch, place = divmod(position, len(entries))
         if epoch not in shuffles:
-            shuffles[epoch] = np.random.default_rng((seed, stream, epoch)).permutation(count)
+            shuffles[epoch] = entries[np.random.default_rng((seed, stream, epoch)).permutation(len(entries))]
         chosen.append(int(shuffles[epoch][place]))
     return chosen
 

@@ -23,6 +23,8 @@ CONTACT_SHEET = "contact_sheet.png"
 EXTREME = 3  # long side to short side
 SMALL = 16  # pixels, where no resolution is known
 LISTED = 20  # names in one message
+REPEATED = re.compile(r"(\d{1,4})_(.+)", re.DOTALL)
+"""kohya's names of folders: an epoch has each image of `10_sks dog` 10 times, with the prompt sks dog."""
 
 
 class Remark(NamedTuple):
@@ -32,26 +34,63 @@ class Remark(NamedTuple):
     reason: str
 
 
+class Part(NamedTuple):
+    """Images of one folder, all seen equally often."""
+
+    folder: Path
+    images: tuple[Path, ...]
+    repeats: int = 1
+    """How often an epoch has each of them."""
+    prompt: str | None = None
+    """What the folder's name says of them."""
+
+    def __str__(self) -> str:
+        """In words: "10_sks dog: 5 images, 10 times each"."""
+        count = len(self.images)
+        said = f"{escaped(self.folder.name)}: {count} image{'s' * (count != 1)}"
+        return f"{said}, {self.repeats} times each" if self.repeats > 1 else f"{said}, once each"
+
+
 @dataclass(frozen=True)
 class FolderReport:
     """What a folder holds, each list in natural order.
 
     Attributes:
-        images: what can be used.
+        parts: what can be used, folder by folder: the folder itself, or those of `REPEATED` in it.
         skipped: what is not an image.
         trouble: images that cannot be used.
         notes: images that are used and may surprise.
     """
 
     folder: Path
-    images: tuple[Path, ...]
+    parts: tuple[Part, ...]
     skipped: tuple[Remark, ...] = ()
     trouble: tuple[Remark, ...] = ()
     notes: tuple[Remark, ...] = ()
 
+    @property
+    def images(self) -> tuple[Path, ...]:
+        """What can be used."""
+        return tuple(path for part in self.parts for path in part.images)
+
+    @property
+    def repeats(self) -> tuple[int, ...]:
+        """How often an epoch has each image."""
+        return tuple(part.repeats for part in self.parts for _ in part.images)
+
+    @property
+    def repeated(self) -> tuple[Part, ...]:
+        """The parts, where their folders' names say something; else nothing."""
+        return tuple(part for part in self.parts if part.prompt is not None)
+
+    def name_of(self, path: Path) -> str:
+        """Of a file below the folder, as remarks have it: `dog.jpg`, or `10_sks dog/dog.jpg`."""
+        return path.relative_to(self.folder).as_posix()
+
     def __str__(self) -> str:
-        """A line for the folder, and one for each remark."""
+        """A line for the folder, one for each of kohya's folders in it, and one for each remark."""
         lines = [f"{len(self.images)} image{'s' * (len(self.images) != 1)} in {escaped(self.folder, 1000)}"]
+        lines += [f"  {part}" for part in self.repeated]
         for title, remarks in (("left out", self.trouble), ("skipped", self.skipped), ("note on", self.notes)):
             lines += [f"  {title} {escaped(name)}: {reason}" for name, reason in remarks]
         return "\n".join(lines)
@@ -74,17 +113,7 @@ def read_folder(
     """
     folder = Path(folder)
     entries = _entries(folder)
-    found: list[Path] = []
-    skipped: list[Remark] = []
-    trouble: list[Remark] = []
-    for entry in entries:
-        try:
-            if why := _reason_to_skip(entry):
-                skipped.append(Remark(entry.name, why))
-            else:
-                found.append(entry)
-        except Unusable as error:
-            trouble.append(Remark(entry.name, str(error)))
+    found, skipped, trouble = _looked_through(entries)
     notes: list[Remark] = []
     if decode:
         found, damaged, notes = _sift(found, resolution)
@@ -93,7 +122,38 @@ def read_folder(
         raise UserError(_all_trouble(folder, trouble))
     if not found:
         raise UserError(_no_images(folder, entries, skipped))
-    return FolderReport(folder, tuple(found), tuple(skipped), tuple(trouble), tuple(notes))
+    return FolderReport(folder, (Part(folder, tuple(found)),), tuple(skipped), tuple(trouble), tuple(notes))
+
+
+def read_instance_folder(
+    folder: str | Path, *, strict: bool = False, decode: bool = True, resolution: int | None = None
+) -> FolderReport:
+    """`read_folder`; or, where there are no images but folders as kohya's trainers have them, these together.
+
+    Raises:
+        UserError: as `read_folder`, of the folder or of one of these.
+    """
+    folder = Path(folder)
+    entries = _entries(folder)
+    named = {entry: match for entry in entries if (match := REPEATED.fullmatch(entry.name)) and os.path.isdir(entry)}
+    found, skipped, trouble = _looked_through(entries)
+    if not named or found or trouble:
+        return read_folder(folder, strict=strict, decode=decode, resolution=resolution)
+    parts: list[Part] = []
+    remarks: dict[str, list[Remark]] = {"skipped": [one for one in skipped if folder / one.name not in named]}
+    for entry, match in named.items():
+        repeats = int(match[1])
+        if not repeats:
+            remarks["skipped"].append(Remark(entry.name, "its name says 0 times"))
+            continue
+        report = read_folder(entry, strict=strict, decode=decode, resolution=resolution)
+        parts.append(Part(entry, report.images, repeats, " ".join(match[2].split())))
+        for kind in ("skipped", "trouble", "notes"):
+            of_part = (Remark(f"{entry.name}/{name}", why) for name, why in getattr(report, kind))
+            remarks.setdefault(kind, []).extend(of_part)
+    if not parts:
+        raise UserError(f"{escaped(folder, 1000)}: all its folders are named 0_...; name one 1_... or more")
+    return FolderReport(folder, tuple(parts), **{kind: tuple(found) for kind, found in remarks.items()})
 
 
 def image_files(folder: str | Path) -> list[Path]:
@@ -115,6 +175,22 @@ def _entries(folder: Path) -> list[Path]:
         return sorted(folder.iterdir(), key=lambda entry: _natural_key(entry.name))
     except OSError as error:
         raise UserError(f"{shown}: cannot be listed ({reason(error)}); check its permissions") from error
+
+
+def _looked_through(entries: Iterable[Path]) -> tuple[list[Path], list[Remark], list[Remark]]:
+    """Files that are images by their first bytes, what is none, and what should be one and cannot be."""
+    found: list[Path] = []
+    skipped: list[Remark] = []
+    trouble: list[Remark] = []
+    for entry in entries:
+        try:
+            if why := _reason_to_skip(entry):
+                skipped.append(Remark(entry.name, why))
+            else:
+                found.append(entry)
+        except Unusable as error:
+            trouble.append(Remark(entry.name, str(error)))
+    return found, skipped, trouble
 
 
 def _sift(files: Iterable[Path], resolution: int | None) -> tuple[list[Path], list[Remark], list[Remark]]:

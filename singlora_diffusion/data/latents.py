@@ -16,16 +16,24 @@ if TYPE_CHECKING:
     from ..models import Family
 
 
-class EncodedImages(NamedTuple):
-    """Latent distributions of n images, as `Family.encode_images` gives them, and how the images were cropped."""
+class EncodedImage(NamedTuple):
+    """The latent distributions of an image, as `Family.encode_images` gives them, and how it was cropped."""
 
     mean: Tensor
-    """(n, views, C, h, w) float32; views is 2, the second one mirrored, where images are flipped at random."""
+    """(views, C, h, w) float32; views is 2, the second one mirrored, where images are flipped at random."""
     std: Tensor
     original: Tensor
-    """(n, 2) int64: height and width of the image file."""
+    """(2,) int64: height and width of the image file."""
     crop: Tensor
-    """(n, 2) int64: top and left of the crop, after scaling."""
+    """(2,) int64: top and left of the crop, after scaling."""
+
+
+class Stream(NamedTuple):
+    """Images that examples are drawn from."""
+
+    images: Sequence[EncodedImage]
+    repeats: Sequence[int]
+    """How often an epoch has each of them."""
 
 
 class Examples(NamedTuple):
@@ -38,11 +46,11 @@ class Examples(NamedTuple):
     quantile: Tensor
     """(N,) float64, for `Family.times`."""
     original: Tensor
-    """(N, 2), as in `EncodedImages`."""
+    """(N, 2), as in `EncodedImage`."""
     crop: Tensor
 
 
-def encode(family: Family, path: Path, resolution: int, flip: bool) -> EncodedImages:
+def encode(family: Family, path: Path, resolution: int, flip: bool) -> EncodedImage:
     """Decode, crop and encode one image.
 
     Raises:
@@ -53,27 +61,25 @@ def encode(family: Family, path: Path, resolution: int, flip: bool) -> EncodedIm
     pixels = torch.from_numpy(crop.pixels)
     views = torch.stack([pixels, pixels.flip(-1)] if flip else [pixels])
     mean, std = family.encode_images(views)
-    original, corner = torch.tensor([[image.height, image.width]]), torch.tensor([[crop.top, crop.left]])
-    return EncodedImages(mean.cpu()[None], std.cpu()[None], original, corner)
+    original, corner = torch.tensor([image.height, image.width]), torch.tensor([crop.top, crop.left])
+    return EncodedImage(mean.cpu(), std.cpu(), original, corner)
 
 
-def together(encoded: Sequence[EncodedImages]) -> EncodedImages:
-    """Several of them as one, in order."""
-    return EncodedImages(*(torch.cat(column) for column in zip(*encoded, strict=True)))
-
-
-def batch(data: EncodedImages, seed: int, positions: range, stream: int, noise_offset: float = 0.0) -> Examples:
+def batch(data: Stream, seed: int, positions: range, kind: int, noise_offset: float = 0.0) -> Examples:
     """The examples at these positions of a stream.
 
     Args:
+        kind: of the stream, `draws.INSTANCE` or another.
         noise_offset: how much noise is added to a latent's channels as wholes.
     """
-    drawn = draws.draw(seed, positions, tuple(data.mean.shape[2:]), stream)
-    chosen = draws.examples(seed, positions, len(data.mean), stream)
-    view = drawn.flip.long() * (data.mean.shape[1] - 1)
-    latents = data.mean[chosen, view] + data.std[chosen, view] * drawn.latent_noise
+    drawn = draws.draw(seed, positions, tuple(data.images[0].mean.shape[1:]), kind)
+    chosen = [data.images[place] for place in draws.examples(seed, positions, data.repeats, kind)]
+    views = [int(flip) * (len(image.mean) - 1) for image, flip in zip(chosen, drawn.flip, strict=True)]
+    mean = torch.stack([image.mean[view] for image, view in zip(chosen, views, strict=True)])
+    std = torch.stack([image.std[view] for image, view in zip(chosen, views, strict=True)])
     noise = drawn.noise + noise_offset * drawn.offset if noise_offset else drawn.noise
-    return Examples(latents, noise, drawn.quantile, data.original[chosen], data.crop[chosen])
+    original, crop = (torch.stack(column) for column in ([i.original for i in chosen], [i.crop for i in chosen]))
+    return Examples(mean + std * drawn.latent_noise, noise, drawn.quantile, original, crop)
 
 
 def joined(parts: Sequence[Examples]) -> Examples:

@@ -139,6 +139,14 @@ def split_instance_prompt(prompt: str, identifier: str | None = None) -> Instanc
     return InstancePrompt(name, class_noun)
 
 
+def split_folder_name(name: str, identifier: str | None = None) -> InstancePrompt:
+    """`split_instance_prompt` of what kohya's folders are named: the first word is the identifier, if no other is."""
+    words = name.split()
+    if identifier is None and len(words) > 1 and not any(_is_identifier(_bare(word)) for word in words):
+        identifier = _bare(words[0])
+    return split_instance_prompt(name, identifier)
+
+
 def _locate(source: str | Path) -> Path:
     path = Path(os.path.expanduser(source))
     shown = escaped(path, 1000)

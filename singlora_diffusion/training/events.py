@@ -32,6 +32,8 @@ class Loaded:
     base_model: str
     prompts: str | None
     """The bundled prompt set that the model names for itself."""
+    class_noun: str
+    """What the subject is."""
     method: str
     rank: int
     layers: int

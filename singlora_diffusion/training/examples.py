@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..data import draws, latents
 from ..data.captions import Texts
-from ..data.latents import EncodedImages
+from ..data.latents import Stream
 from ..models.family import Family, Geometry, NoiseProcess, noise_process
 from .recipe import Recipe
 
@@ -24,7 +24,7 @@ class Streams(NamedTuple):
     are asked about once more with it, and the base model's own prediction is wanted.
     """
 
-    images: Sequence[EncodedImages]
+    images: Sequence[Stream]
     prompts: Sequence[str]
     captions: Texts | None = None
     """Of the instance images, in place of the first prompt."""
@@ -70,7 +70,7 @@ class Examples:
         ]
         places = [number for number in range(len(parts)) for _ in positions]
         if (captions := self.streams.captions) is not None:
-            images = draws.examples(self.seed, positions, len(self.streams.images[0].mean))  # by image, never by step
+            images = draws.examples(self.seed, positions, self.streams.images[0].repeats)  # by image, never by step
             drawn = captions.drawn(self.seed, positions, images, self.caption_dropout)
             places[: len(positions)] = [len(self.streams.prompts) + place for place in drawn]
         return self.batch(latents.joined(parts), places)

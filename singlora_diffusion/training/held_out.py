@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from ..data import draws, latents
-from ..data.latents import EncodedImages
+from ..data.latents import EncodedImage
 from .examples import Batch, Examples
 
 DRAWS = 8
@@ -16,15 +16,19 @@ SEED = 0
 """Whatever the training's seed, so that trainings can be compared."""
 
 
-def batches(examples: Examples, images: EncodedImages, size: int) -> Iterator[Batch]:
+def batches(examples: Examples, images: Sequence[EncodedImage], size: int) -> Iterator[Batch]:
     """All images with all their draws, asked about with the instance prompt."""
-    positions = range(len(images.mean) * DRAWS)
+    positions = range(len(images) * DRAWS)
     for start in range(0, len(positions), size):
         some = positions[start : start + size]
-        drawn = draws.draw(SEED, some, tuple(images.mean.shape[2:]), draws.HELD_OUT)
-        which = torch.tensor([position // DRAWS for position in some])
+        drawn = draws.draw(SEED, some, tuple(images[0].mean.shape[1:]), draws.HELD_OUT)
+        which = [images[position // DRAWS] for position in some]
         quantile = torch.tensor([(position % DRAWS + 0.5) / DRAWS for position in some], dtype=torch.float64)
         shown = latents.Examples(
-            images.mean[which, 0], drawn.noise, quantile, images.original[which], images.crop[which]
+            torch.stack([image.mean[0] for image in which]),
+            drawn.noise,
+            quantile,
+            torch.stack([image.original for image in which]),
+            torch.stack([image.crop for image in which]),
         )
         yield examples.batch(shown, [0] * len(some))

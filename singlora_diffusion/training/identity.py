@@ -2,38 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from .. import files, settings
 from ..terminal import escaped
+from .material import Material
 from .recipe import Recipe, to_be_shared
 
 FOLDERS = ("instance_data_dir", "class_data_dir")
 """Must be the same where a checkpoint does not know the images themselves."""
 
 
-def of(
-    recipe: Recipe,
-    base: str,
-    instance: Sequence[Path],
-    class_images: Sequence[Path],
-    captions: Mapping[str, str] | None = None,
-) -> dict[str, Any]:
+def of(recipe: Recipe, base: str, found: Material) -> dict[str, Any]:
     """The identity of a run, as JSON knows it.
 
     Args:
         base: fingerprint of the base model.
-        instance, class_images: in the order that training takes them.
-        captions: of instance images, by name.
     """
+    images = {found.report.name_of(path): path for path in found.report.images}
     return {
-        "settings": to_be_shared(recipe),
+        "settings": {**to_be_shared(recipe), "instance_prompt": found.prompt},
         "base": base,
-        "instance_images": {path.name: files.sha256(path) for path in instance},
-        "class_images": {path.name: files.sha256(path) for path in class_images},
-        "captions": [(captions or {}).get(path.name) for path in instance] if captions else [],
+        "instance_images": {name: files.sha256(path) for name, path in images.items()},
+        "class_images": {path.name: files.sha256(path) for path in found.classes},
+        "captions": [found.said.get(name) for name in images] if found.said else [],
+        "repeats": list(found.report.repeats),
     }
 
 
@@ -54,6 +49,8 @@ def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
             return f"with other {kind} images ({words})"
     if before.get("captions", []) != now["captions"]:
         return "with other captions"
+    if before.get("repeats", [1] * len(now["repeats"])) != now["repeats"]:
+        return "with images that were seen more or less often"
     return None
 
 

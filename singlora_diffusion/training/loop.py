@@ -93,6 +93,7 @@ def run(
     check(recipe)
     run_folder.check(recipe.output)
     found = yield from material.read(recipe)
+
     from .. import adapters
     from . import identity, memory, preparation, result
     from .step import Stepper
@@ -113,14 +114,14 @@ def run(
         held_out = yield from preparation.held_out(family, found.held_out, resolution)
         adapter = adapters.attach(family.networks, config, recipe.optimization.seed)
         stack.callback(adapter.detach)
-        yield _loaded(family, adapter, resolution)
+        yield _loaded(family, adapter, resolution, found.subject.class_noun)
         stepper = Stepper(accelerator, family, adapter, recipe, streams, resolution)
-        identified = identity.of(recipe, family.fingerprint, found.instance, found.classes, found.captions.texts)
+        identified = identity.of(recipe, family.fingerprint, found)
         yield from preparation.restore(state, recipe, identified, stepper)
         stack.callback(stepper.release)
         stepper.prepare()
-        about = result.about(recipe, family, found.subject, resolution, len(found.instance))
-        validation = Validation(stepper, recipe, resolution, held_out, scorer)
+        about = result.about(recipe, family, found, resolution)
+        validation = Validation(stepper, recipe, found.shown, resolution, held_out, scorer)
         job = Job(recipe, stepper, validation, identified, about, state.step if state else 0, repository)
         yield from _begin(job)
         if (yield from _steps(job, stop)) and job.writes:
@@ -165,10 +166,11 @@ def _put_away(out: Path, entries: Sequence[Path]) -> Iterator[Event]:
         yield PutAway(away)
 
 
-def _loaded(family: Family, adapter: Adapter, resolution: int) -> Loaded:
+def _loaded(family: Family, adapter: Adapter, resolution: int, class_noun: str) -> Loaded:
     return Loaded(
         base_model=family.source,
         prompts=family.prompt_set,
+        class_noun=class_noun,
         method=adapter.config.method,
         rank=adapter.config.rank,
         layers=len(adapter.layers()),

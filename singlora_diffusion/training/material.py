@@ -3,36 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from ..data import captions, prompts
 from ..data.captions import Captions
-from ..data.folders import read_folder
+from ..data.folders import FolderReport, read_folder, read_instance_folder
 from ..data.prompts import InstancePrompt
+from ..errors import UserError
 from ..terminal import escaped
 from .events import Event, Images, Remark
-from .recipe import Recipe
+from .recipe import DataSettings, Recipe
 
 
 class Material(NamedTuple):
     """Of one recipe."""
 
+    report: FolderReport
+    """Of the instance images."""
+    prompt: str
+    """The instance prompt: what an image shows of which nothing is `said`."""
     subject: InstancePrompt
     class_prompt: str
-    instance: Sequence[Path]
-    """Images of the subject."""
-    captions: Captions
-    """Of the instance images; nothing where captions are not wanted."""
+    said: dict[str, str]
+    """Name of an instance image, as the report has it -> its caption, or what its folder is named."""
+    shown: str
+    """What previews show."""
     held_out: Sequence[Path]
     """Images of the subject that are not trained on; none where nothing asks for them."""
     classes: Sequence[Path] = ()
     """Images of the class, once there are all that are wanted."""
 
     @property
+    def instance(self) -> tuple[Path, ...]:
+        """Images of the subject."""
+        return self.report.images
+
+    @property
     def references(self) -> Sequence[Path]:
         """What previews are held to."""
         return self.held_out or self.instance
+
+    def sample(self, prior: bool) -> Material:
+        """The same with one image, which stands in for all others.
+
+        Args:
+            prior: it is one of the class, too.
+        """
+        part = self.report.parts[0]._replace(images=self.instance[:1])
+        one = replace(self.report, parts=(part,))
+        return self._replace(report=one, classes=part.images if prior else ())
 
 
 def read(recipe: Recipe) -> Generator[Event, None, Material]:
@@ -42,33 +63,45 @@ def read(recipe: Recipe) -> Generator[Event, None, Material]:
         UserError: no identifier in the prompt, no images that can be used, or captions that cannot be read.
     """
     data, validation = recipe.data, recipe.validation
-    subject = prompts.split_instance_prompt(data.instance_prompt, data.identifier)
-    class_prompt = recipe.prior.class_prompt or subject.without_identifier(data.instance_prompt)
-    instance = read_folder(data.instance_data_dir, strict=data.strict, resolution=data.resolution)
-    yield Images(instance)
-    found = yield from _captions(recipe, instance.images)
+    report = read_instance_folder(data.instance_data_dir, strict=data.strict, resolution=data.resolution)
+    yield Images(report)
+    prompt, subject = _prompt(data, report)
+    class_prompt = recipe.prior.class_prompt or subject.without_identifier(prompt)
+    said = yield from _captions(data, report)
+    if data.instance_prompt is None:
+        for part in report.repeated:
+            if part.prompt is not None and part.prompt != prompt:
+                for path in part.images:
+                    said.setdefault(report.name_of(path), part.prompt)
     held_out: Sequence[Path] = ()
     if validation.held_out_data_dir is not None and validation.validation_steps:
-        report = read_folder(validation.held_out_data_dir, strict=data.strict, resolution=data.resolution)
-        yield Images(report)
-        held_out = report.images
-    return Material(subject, class_prompt, instance.images, found, held_out)
+        held = read_folder(validation.held_out_data_dir, strict=data.strict, resolution=data.resolution)
+        yield Images(held)
+        held_out = held.images
+    return Material(report, prompt, subject, class_prompt, said, validation.validation_prompt or prompt, held_out)
 
 
-def _captions(recipe: Recipe, instance: Sequence[Path]) -> Generator[Event, None, Captions]:
+def _prompt(data: DataSettings, report: FolderReport) -> tuple[str, InstancePrompt]:
+    """The prompt that is given, or the first folder's name, with the identifier and the class noun in it."""
+    if data.instance_prompt is not None:
+        return data.instance_prompt, prompts.split_instance_prompt(data.instance_prompt, data.identifier)
+    if not report.repeated:
+        raise UserError('--instance_prompt: is missing; say what the images show, as in "a photo of sks dog"')
+    name = report.repeated[0].prompt or ""
+    return name, prompts.split_folder_name(name, data.identifier)
+
+
+def _captions(data: DataSettings, report: FolderReport) -> Generator[Event, None, dict[str, str]]:
     """What the instance folder says of its images."""
-    if recipe.data.captions == "none":
-        found = Captions({}, {}, ())
-    else:
-        found = captions.read(recipe.data.instance_data_dir, [path.name for path in instance])
+    found = captions.of_report(report) if data.captions != "none" else Captions({}, {}, ())
     if found.texts:
         yield Remark(
-            f"{len(found.texts)} of {len(instance)} images have captions, which are their prompts; --captions none "
-            f"ignores them"
+            f"{len(found.texts)} of {len(report.images)} images have captions, which are their prompts; "
+            f"--captions none ignores them"
         )
-    elif recipe.data.shuffle_caption:
+    elif data.shuffle_caption:
         yield Remark("--shuffle_caption: there are no captions; the tags of --instance_prompt are shuffled")
     if found.orphans:
         shown = ", ".join(escaped(name) for name in found.orphans[:3])
         yield Remark(f"{len(found.orphans)} captions have no image and are left out: {shown}")
-    return found
+    return found.texts

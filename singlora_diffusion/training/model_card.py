@@ -40,7 +40,7 @@ def write(recipe: Recipe, family: Family, about: dict[str, Any], readers: str | 
 def _lines(recipe: Recipe, family: Family, about: dict[str, Any], readers: str | None) -> Iterator[str]:
     import yaml
 
-    out, prompt = recipe.output.output_dir, recipe.data.instance_prompt
+    out, prompt = recipe.output.output_dir, about["instance_prompt"]
     previews = sorted((out / run_folder.PREVIEWS).glob("step-*.png"))
     base = Path(family.source).name if Path(family.source).is_dir() else family.source
     trigger = " ".join(word for word in (about["identifier"], about["class_noun"]) if word)

@@ -133,10 +133,8 @@ def _make(recipe: Recipe) -> Generator[Event, None, Plan]:
     )
     if not plan.fits:
         return plan
-    one = found.instance[:1]
-    classes = one if recipe.prior.with_prior_preservation and recipe.prior.num_class_images else ()
-    measured = _measured(recipe, accelerator, family, resolution, found._replace(instance=one, classes=classes))
-    encoding, step, peak = yield from measured
+    sample = found.sample(prior=recipe.prior.with_prior_preservation and recipe.prior.num_class_images > 0)
+    encoding, step, peak = yield from _measured(recipe, accelerator, family, resolution, sample)
     return replace(
         plan,
         memory=plan.memory if peak is None else max(peak, base + sum(needs[:2])),
@@ -222,7 +220,7 @@ def _lines(plan: Plan) -> list[str]:
         f"base model: {escaped(plan.base_model, 1000)} ({plan.family}), {plan.dtype} on {plan.device}",
         f"trained: {plan.parameters:,} parameters in {plan.layers} layers, a file of {size(plan.file_size)}",
         f"steps: {plan.steps}, that is {plan.images_seen:,} images at {plan.resolution} px, each of the {plan.images} "
-        f"about {each:.3g} times",
+        f"seen {each:.3g} times on average",
         f"memory: {size(plan.memory)} of {size(plan.free)}" + ("" if plan.fits else ": does not fit"),
     ]
     if plan.seconds is not None:

@@ -11,12 +11,12 @@ from accelerate import Accelerator
 
 from .. import device, models, settings
 from ..data import captions, latents
-from ..data.latents import EncodedImages
+from ..data.latents import EncodedImage, Stream
 from ..errors import UserError
 from ..models import Family
 from ..models.family import check_sides
 from ..terminal import escaped
-from . import checkpoint, identity, validation
+from . import checkpoint, identity
 from . import class_images as generating
 from .checkpoint import State
 from .events import Encoded, Event, Progress, Remark, Resumed
@@ -107,10 +107,10 @@ def load(recipe: Recipe, family: Family | None = None) -> Generator[Event, None,
 
 def cut_prompts(recipe: Recipe, family: Family, found: Material) -> Iterator[Remark]:
     """A remark for each prompt that the model cuts off."""
-    prompts = [recipe.data.instance_prompt, validation.prompt_of(recipe)]
+    prompts = [found.prompt, found.shown]
     if recipe.prior.with_prior_preservation:
         prompts.append(found.class_prompt)
-    prompts += found.captions.texts.values()
+    prompts += found.said.values()
     for prompt in dict.fromkeys(prompts):
         if count := family.prompt_overflow(prompt):
             source = escaped(family.source, 1000)
@@ -131,25 +131,23 @@ def class_images(
 
 def encoded(recipe: Recipe, family: Family, resolution: int, found: Material) -> Generator[Event, None, Streams]:
     """Instance images and class images as latents, with their prompts."""
+    data, report = recipe.data, found.report
     kinds = {
-        "instance images": (found.instance, recipe.data.instance_prompt),
-        "class images": (found.classes, found.class_prompt),
+        "instance images": (found.instance, report.repeats),
+        "class images": (found.classes, [1] * len(found.classes)),
     }
-    streams: list[EncodedImages] = []
-    texts: list[str] = []
-    for what, (paths, prompt) in kinds.items():
+    streams: list[Stream] = []
+    for what, (paths, repeats) in kinds.items():
         if paths:
-            streams.append((yield from _as_latents(family, what, paths, resolution, recipe.data.random_flip)))
-            texts.append(prompt)
-    if recipe.prior.with_prior_preservation and not found.classes:
-        texts.append(found.class_prompt)
-    data = recipe.data
-    if not (found.captions.texts or data.shuffle_caption or data.caption_dropout):
+            images = yield from _as_latents(family, what, paths, resolution, data.random_flip)
+            streams.append(Stream(images, repeats))
+    texts = [found.prompt, *([found.class_prompt] if recipe.prior.with_prior_preservation else [])]
+    if not (found.said or data.shuffle_caption or data.caption_dropout):
         return Streams(streams, texts)
     own = captions.texts(
-        [path.name for path in found.instance],
-        found.captions.texts,
-        data.instance_prompt,
+        [report.name_of(path) for path in report.images],
+        found.said,
+        found.prompt,
         seed=recipe.optimization.seed,
         shuffle=data.shuffle_caption,
         keep_tokens=data.keep_tokens,
@@ -158,7 +156,9 @@ def encoded(recipe: Recipe, family: Family, resolution: int, found: Material) ->
     return Streams(streams, texts, own)
 
 
-def held_out(family: Family, paths: Sequence[Path], resolution: int) -> Generator[Event, None, EncodedImages | None]:
+def held_out(
+    family: Family, paths: Sequence[Path], resolution: int
+) -> Generator[Event, None, Sequence[EncodedImage] | None]:
     """Held-out images as latents; None: there are none."""
     return (yield from _as_latents(family, "held-out images", paths, resolution, flip=False)) if paths else None
 
@@ -174,20 +174,20 @@ def scorer(recipe: Recipe, found: Material, scoring: Scoring | None) -> Generato
             "--validate scores: previews show the instance prompt; agreement with the prompt says more where "
             "--validation_prompt puts the subject into a new place"
         )
-    prompt = found.subject.without_identifier(validation.prompt_of(recipe))
+    prompt = found.subject.without_identifier(found.shown)
     return scoring(found.references, prompt, recipe.model.pretrained_model_name_or_path)
 
 
 def _as_latents(
     family: Family, what: str, paths: Sequence[Path], resolution: int, flip: bool
-) -> Generator[Event, None, EncodedImages]:
+) -> Generator[Event, None, Sequence[EncodedImage]]:
     found = []
     for number, path in enumerate(paths):
         yield Progress(f"encoding {what}", number, len(paths))
         found.append(latents.encode(family, path, resolution, flip))
     yield Progress(f"encoding {what}", len(paths), len(paths))
     yield Encoded(what, len(paths))
-    return latents.together(found)
+    return found
 
 
 def restore(state: State | None, recipe: Recipe, who: dict[str, Any], stepper: Stepper) -> Iterator[Resumed]:

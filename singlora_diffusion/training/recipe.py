@@ -36,9 +36,11 @@ class DataSettings:
     """The subject."""
 
     instance_data_dir: Annotated[Path, MayDiffer]  # a checkpoint knows the images themselves
-    """Folder with 3 to 20 images of the subject."""
-    instance_prompt: str
-    """What the images show: a rare word, then the class noun, as in "a photo of sks dog"."""
+    """Folder with 3 to 20 images of the subject; or with folders named as kohya's trainers have it: an epoch has each
+    image of 10_sks dog 10 times."""
+    instance_prompt: str | None = None
+    """What the images show: a rare word, then the class noun, as in "a photo of sks dog". None: what the names of
+    kohya's folders say."""
     identifier: str | None = None
     """The rare word of the prompt. None: found in it (sks, ohwx, zwx, <name>, [v])."""
     resolution: Side | None = None

@@ -11,29 +11,25 @@ from torch import Tensor
 
 from .. import formats
 from ..adapters import Adapter
-from ..data.prompts import InstancePrompt
 from ..errors import UserError
 from ..models import Family
 from ..models.network import NetworkSpec
+from .material import Material
 from .recipe import Recipe, recorded
 
 
-def about(recipe: Recipe, family: Family, subject: InstancePrompt, resolution: int, images: int) -> dict[str, Any]:
-    """What the header of an adapter file says of its training; equal trainings say the same.
-
-    Args:
-        images: number of instance images.
-    """
+def about(recipe: Recipe, family: Family, found: Material, resolution: int) -> dict[str, Any]:
+    """What the header of an adapter file says of its training; equal trainings say the same."""
     return {
         "family": family.name,
         "base_model": family.source,
         "base_hash": family.fingerprint,
         "prediction_type": family.noise_process.prediction_type,
-        "instance_prompt": recipe.data.instance_prompt,
-        "identifier": subject.identifier,
-        "class_noun": subject.class_noun,
+        "instance_prompt": found.prompt,
+        "identifier": found.subject.identifier,
+        "class_noun": found.subject.class_noun,
         "resolution": resolution,
-        "images": images,
+        "images": len(found.instance),
         "recipe": recorded(recipe),
     }
 

@@ -43,7 +43,7 @@ class Terminal:
 
     def __init__(self, recipe: Recipe, console: Console, *, hint: bool = True) -> None:
         self.recipe, self.console, self.hint = recipe, console, hint
-        self.prompts: str | None = None
+        self.prompts = ""
         self.bars: Any = None
         self.task: Any = None
         self.what = self.best = ""
@@ -55,7 +55,7 @@ class Terminal:
             case Images(report):
                 self.say(str(report))
             case Loaded():
-                self.prompts = event.prompts
+                self.prompts = prompts.suggested(event.prompts, event.class_noun)
                 self.say(self.announcement(event))
             case PutAway(folder):
                 self.say(f"what an earlier run left there was put away into {shown(folder)}")
@@ -111,9 +111,8 @@ class Terminal:
 
     def command_to_generate(self) -> str:
         """A first look at the adapter."""
-        subject = prompts.split_instance_prompt(self.recipe.data.instance_prompt, self.recipe.data.identifier)
         out = self.recipe.output.output_dir
-        words = ["--adapter", str(out), "--prompts", prompts.suggested(self.prompts, subject.class_noun)]
+        words = ["--adapter", str(out), "--prompts", self.prompts]
         return escaped(shlex.join(["singlora", "generate", *words, "--output_dir", str(out / "samples")]), 4000)
 
     def advance(self, what: str, done: int, total: int | None = None) -> None:

@@ -15,7 +15,7 @@ from .recipe import Recipe
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ..data.latents import EncodedImages
+    from ..data.latents import EncodedImage
     from ..models import Family
     from .step import Stepper
 
@@ -40,15 +40,22 @@ class Validation:
     """What is done every so many steps. Nothing is learned from it, and it depends on the weights alone.
 
     Args:
-        resolution: side of the previews in pixels.
+        prompt: what the previews show.
+        resolution: their side in pixels.
         images: held-out images; None: there are none.
         scorer: of the previews; None: they are not scored.
     """
 
     def __init__(
-        self, stepper: Stepper, recipe: Recipe, resolution: int, images: EncodedImages | None, scorer: Scorer | None
+        self,
+        stepper: Stepper,
+        recipe: Recipe,
+        prompt: str,
+        resolution: int,
+        images: Sequence[EncodedImage] | None,
+        scorer: Scorer | None,
     ) -> None:
-        self.stepper, self.recipe, self.resolution = stepper, recipe, resolution
+        self.stepper, self.recipe, self.prompt, self.resolution = stepper, recipe, prompt, resolution
         self.images, self.scorer = images, scorer
         self.base: list[Image.Image] | None = None
 
@@ -65,30 +72,25 @@ class Validation:
                 held_out.batches(self.stepper.examples, self.images, size)
             )
         with self.stepper.in_use(), self.stepper.resting.interrupted():
-            row = previews(self.stepper.family, self.recipe, self.resolution)
+            row = previews(self.stepper.family, self.recipe, self.prompt, self.resolution)
             if self.scorer is not None:
                 figures |= self.scorer(row, self._of_base_model())
-        return Validated(figures, write(row, self.recipe, step))
+        return Validated(figures, write(row, self.recipe, self.prompt, step))
 
     def _of_base_model(self) -> list[Image.Image]:
         """The same previews without the adapter; they are made once."""
         if self.base is None:
             self.stepper.adapter.set_scale(0.0)
             try:
-                self.base = previews(self.stepper.family, self.recipe, self.resolution)
+                self.base = previews(self.stepper.family, self.recipe, self.prompt, self.resolution)
             finally:
                 self.stepper.adapter.set_scale(1.0)
         return self.base
 
 
-def prompt_of(recipe: Recipe) -> str:
-    """What the previews show."""
-    return recipe.validation.validation_prompt or recipe.data.instance_prompt
-
-
-def previews(family: Family, recipe: Recipe, resolution: int) -> list[Image.Image]:
-    """An image for each seed from 0 on, of what the model makes of the previews' prompt now."""
-    prompt, seeds = prompt_of(recipe), range(recipe.validation.num_validation_images)
+def previews(family: Family, recipe: Recipe, prompt: str, resolution: int) -> list[Image.Image]:
+    """An image for each seed from 0 on, of what the model makes of the prompt now."""
+    seeds = range(recipe.validation.num_validation_images)
     row = []
     for start in range(0, len(seeds), recipe.prior.sample_batch_size):
         some = seeds[start : start + recipe.prior.sample_batch_size]
@@ -98,13 +100,13 @@ def previews(family: Family, recipe: Recipe, resolution: int) -> list[Image.Imag
     return row
 
 
-def write(row: Sequence[Image.Image], recipe: Recipe, step: int) -> Path:
+def write(row: Sequence[Image.Image], recipe: Recipe, prompt: str, step: int) -> Path:
     """Put the previews of a step on a sheet; returns its path.
 
     Raises:
         UserError: it cannot be written.
     """
-    path, prompt = recipe.output.output_dir / run_folder.PREVIEWS / f"step-{step:06d}.png", prompt_of(recipe)
+    path = recipe.output.output_dir / run_folder.PREVIEWS / f"step-{step:06d}.png"
     seeds = [f"seed {seed}" for seed in range(len(row))]
     png.write(contact_sheet.grid([row], [prompt], seeds), path, prompt=prompt)
     return path
