@@ -6,7 +6,7 @@ import csv
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,10 @@ from eval.compare import cell as cells
 from eval.compare import command, engines, grid, methods, records, robustness, subjects, tuning, verdicts
 from eval.compare.grid import Cell, Plan
 from eval.compare.settings import CompareSettings, check, learning_rates
+from eval.compare.update_size import update_size
+from singlora_diffusion import adapters, formats, models
 from singlora_diffusion.adapters import budget
+from singlora_diffusion.adapters.config import AdapterConfig
 from singlora_diffusion.errors import UserError
 from singlora_diffusion.settings import build, replaced
 from singlora_diffusion.training.diagnosis import NotFinite
@@ -179,6 +182,23 @@ def test_a_new_score_trains_nothing(done: CompareSettings, tmp_path: Path, monke
     assert cells.is_done(plan, cell)
 
 
+def test_a_cell_from_before_sizes_were_kept_gets_its_own(
+    done: CompareSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(done.run.output_dir, tmp_path / "out")
+    plan = planned(replaced(done, output_dir=tmp_path / "out"))
+    cell = Cell("can-3", "balanced", learning_rates(done.what)["balanced"][0])
+    record = dict(cells.known(plan, cell))
+    size = record.pop("update")
+    (plan.folder(cell) / "cell.json").write_text(json.dumps(record))
+    assert not cells.is_done(plan, cell)
+    monkeypatch.setattr(cells, "_train", None)
+    monkeypatch.setattr(cells, "_generate", None)
+    monkeypatch.setattr(cells.scoring, "scores", None)
+    cells.run(plan, cell)
+    assert cells.known(plan, cell) == {**record, "update": size}
+
+
 def test_a_training_that_diverges_scores_what_the_base_model_scores(
     done: CompareSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,6 +215,7 @@ def test_a_training_that_diverges_scores_what_the_base_model_scores(
     cells.run(plan, cell)
     record = cells.known(plan, cell)
     base = cells.known(plan, Cell("can-3", grid.BASE))
+    assert record["update"] is None
     assert "the loss is nan" in record["diverged"] and record["scores"] == base["scores"]
     assert cells.is_done(plan, cell)
 
@@ -206,6 +227,10 @@ def test_the_report_says_what_the_cells_say(done: CompareSettings) -> None:
     assert "<script" not in html and html.count("data:image/webp") == 2 * 2 * 4
     with (out / "cells.csv").open() as file:
         rows = list(csv.DictReader(file))
+    plan = planned(done)
+    (one,) = [row for row in rows if (row["set"], row["subject"], row["method"]) == ("test", "cat-1", "balanced")]
+    known = cells.known(plan, Cell("cat-1", "balanced", float(one["learning_rate"])))["update"]
+    assert float(one["update_size"]) == known["size"] > 0 and float(one["update_learned"]) == known["learned"] > 0
     mean = np.mean([float(row["dino"]) for row in rows if (row["set"], row["method"]) == ("test", "balanced")], axis=0)
     line = next(line for line in text.splitlines() if line.startswith("| SingLoRA balanced |"))  # of the first table
     assert line.split("|")[2].strip() == f"{mean:.3f}"
@@ -379,6 +404,103 @@ def test_noise_of_seeds_alone_is_no_spread_between_rates() -> None:
     steep = np.array([0.0, 2, 4, 6])
     assert robustness.between_rates(noise + steep) == pytest.approx(steep.std(ddof=1), rel=0.05)
     assert robustness.between_rates(noise[:, :1]) is None
+
+
+def runs(method: str, sizes: Sequence[float], score: Callable[[float, int, int], float]) -> list[records.Done]:
+    """Tuning cells of three subjects, two seeds and the rates 1e-4, 1e-3, 1e-2: (size, subject, seed) -> score."""
+    return [
+        records.Done(
+            Cell(f"s{s}", method, rate, seed),
+            {"scores": {"dino": score(size, s, seed)}, "update": {"size": 9.0, "learned": size * (1.1 if s else 1.0)}},
+        )
+        for s in range(3)
+        for seed in range(2)
+        for rate, size in zip((1e-4, 1e-3, 1e-2), sizes, strict=True)
+    ]
+
+
+def test_what_differs_at_one_rate_may_be_the_same_at_one_size() -> None:
+    """Two methods with one score of the size of the update, one of which moves five times as far at any rate."""
+    grids = {"lora": (1e-4, 1e-3, 1e-2), "singlora": (1e-4, 1e-3, 1e-2)}
+
+    def falls(size: float, subject: int, seed: int) -> float:
+        return 0.5 + 0.1 * subject + 0.01 * seed - 0.1 * float(np.log10(size))
+
+    done = [*runs("lora", (0.01, 0.1, 1), falls), *runs("singlora", (0.05, 0.5, 5), falls)]
+    lora, singlora = robustness.curves(grids, ("dino",), done)
+    assert np.allclose(lora.means - singlora.means, 0.1 * np.log10(5))
+    own = robustness.over_size(grids, ("dino",), done)
+    mean = 1.1 ** (2 / 3)  # geometric, over subjects
+    assert np.allclose(own[1].rates, np.array((0.05, 0.5, 5)) * mean)
+    first, second = robustness.at_equal_sizes(own, ("lora", "singlora"), 4)
+    assert first.rates == second.rates and np.allclose(first.rates, np.geomspace(0.05, 1, 4) * mean)
+    assert np.allclose(first.scores, second.scores) and first.scores.shape == (3, 2, 4)
+    assert second.scores[1, 1] == pytest.approx([falls(size / mean, 1, 1) for size in second.rates])
+    far = [*runs("lora", (0.01, 0.1, 1), falls), *runs("singlora", (2, 20, 200), falls)]
+    assert robustness.at_equal_sizes(robustness.over_size(grids, ("dino",), far), ("lora", "singlora"), 4) == []
+
+
+def test_no_size_where_trainings_diverge_or_go_back() -> None:
+    grids = {"lora": (1e-4, 1e-3, 1e-2)}
+    done = runs("lora", (0.1, 0.4, 0.2), lambda size, subject, seed: size)
+    (curve,) = robustness.over_size(grids, ("dino",), done)
+    assert len(curve.rates) == 2 and np.allclose(curve.means, (0.1, 0.4))  # the last rate moved them less
+    done[0] = records.Done(done[0].cell, {**done[0].record, "update": None})
+    assert robustness.over_size(grids, ("dino",), done) == [] and len(robustness.curves(grids, ("dino",), done)) == 1
+
+
+def test_a_seed_that_has_begun_costs_no_curve() -> None:
+    grids = {"lora": (1e-4, 1e-3, 1e-2)}
+    done = runs("lora", (0.1, 0.2, 0.3), lambda size, subject, seed: size + seed)
+    (curve,) = robustness.curves(grids, ("dino",), [one for one in done if one.cell.seed == 0 or one.cell.rate < 1e-2])
+    assert curve.scores.shape == (3, 1, 3) and np.allclose(curve.means, (0.1, 0.2, 0.3))
+
+
+def test_rates_that_are_good_by_all_scores() -> None:
+    """The likeness is best at the highest rate, the agreement with the prompt at the lowest."""
+    grids = {"lora": (1e-4, 1e-3, 1e-2)}
+
+    def both(dino: Sequence[float], clip_t: Sequence[float]) -> robustness.Together:
+        done = runs("lora", (1, 2, 3), lambda size, subject, seed: 0.0)
+        rated = [
+            records.Done(one.cell, {**one.record, "scores": {"dino": dino[place], "clip_t": clip_t[place]}})
+            for one in done
+            for place in [grids["lora"].index(one.cell.rate)]
+        ]
+        (found,) = robustness.together(robustness.curves(grids, ("dino", "clip_t"), rated))
+        return found
+
+    apart = both((0.1, 0.5, 1.0), (0.8, 0.7, 0.4))
+    assert apart.all_near == 0 and apart.product == pytest.approx(0.02 * 0.4 / 0.05)  # of 0.08, 0.35 and 0.40
+    found = both((0.5, 1.0, 1.0), (0.8, 0.8, 0.4))
+    assert found.all_near == pytest.approx(0.02 / 0.5 + 0.016 / 0.4)  # either side of the middle rate
+    assert found.all_near_interval == pytest.approx((found.all_near, found.all_near))  # all subjects are alike
+
+
+def test_the_size_of_an_update_in_closed_form(tiny_model: Path, tmp_path: Path) -> None:
+    import torch
+
+    networks = models.load(str(tiny_model), "float32", "cpu").networks
+    config = AdapterConfig(rank=2, alpha=3.0, targets=("to_q",), ramp_steps=4)
+    adapter = adapters.attach(networks, config, seed=5)
+    weights = {name: base.weight.detach().clone() for name, base in adapter.layers().items()}
+    start = {key: tensor.clone() for key, tensor in adapter.state_dict().items()}
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.mul_(1.5)
+    adapter.set_ramp(0.5)
+    formats.save(adapter, tmp_path / "adapter.safetensors")
+    adapter.detach()
+    found = update_size(tmp_path / "adapter.safetensors", networks, seed=5)
+    sizes, learned = [], []
+    for name, weight in weights.items():
+        out, into = weight.shape
+        product = 1.5 * start[f"{name}.A"][:out] @ start[f"{name}.A"][:into].T  # alpha / rank
+        sizes.append(float((0.5 * 1.5**2 * product).norm() / weight.norm()))
+        learned.append(float(((0.5 * 1.5**2 - 1) * product).norm() / weight.norm()))
+    assert (found.size, found.learned) == pytest.approx((np.median(sizes), np.median(learned)), rel=1e-4)
+    other = update_size(tmp_path / "adapter.safetensors", networks, seed=6)
+    assert other.size == found.size and other.learned > 2 * found.learned
 
 
 def test_the_rate_with_the_best_product_and_where_it_lies() -> None:

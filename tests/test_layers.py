@@ -42,6 +42,7 @@ ONLY = {
         "adapters.config",
         "adapters.methods",
         "data",
+        "formats",
         "models",
         "sampling",
         "training",

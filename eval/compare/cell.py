@@ -17,11 +17,14 @@ from . import measuring, scoring, worker
 from .grid import BASE, Cell, Plan
 from .methods import parsed
 from .scoring import PRIOR, SAMPLES
+from .update_size import update_size
 
 if TYPE_CHECKING:
     from singlora_diffusion.sampling.settings import GenerateSettings
 
 RECORD = "cell.json"
+UPDATE = "update"
+"""The entry of a record that says how far the weights were moved, as `Update` does; None where nothing was learned."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,14 @@ def run(plan: Plan, cell: Cell) -> None:
         UserError: it cannot be run, or its folder is of other settings.
     """
     folder, record = plan.folder(cell), read(plan, cell)
-    if record and not lacking(plan, cell, record):
-        return
     if record is None:
         record = {**describe(plan, cell), **vars(NOTHING if cell.method == BASE else _train(plan, cell))}
         files.write_json(folder / RECORD, record)
+    if UPDATE not in record:
+        record = {**record, UPDATE: _moved(plan, cell, record)}
+        files.write_json(folder / RECORD, record)
+    if not lacking(plan, cell, record):
+        return
     source = folder
     if record["diverged"]:  # nothing was learned: it scores what the base model scores
         source = plan.folder(Cell(cell.subject, BASE))
@@ -106,12 +112,13 @@ def _follows_from(plan: Plan, cell: Cell) -> dict[str, tuple[dict[str, Any], set
 
 
 def lacking(plan: Plan, cell: Cell, record: Mapping[str, Any]) -> list[str]:
-    """The scores that a cell does not have yet."""
-    return [name for name in scoring.wanted(plan, cell) if name not in record.get("scores", {})]
+    """What a cell does not have yet of its scores, and the size of its update."""
+    lacking = [name for name in scoring.wanted(plan, cell) if name not in record.get("scores", {})]
+    return lacking if UPDATE in record else [UPDATE, *lacking]
 
 
 def is_done(plan: Plan, cell: Cell) -> bool:
-    """Whether it has all its scores."""
+    """Whether there is nothing left to do."""
     record = read(plan, cell)
     return record is not None and not lacking(plan, cell, record)
 
@@ -227,6 +234,13 @@ def _train(plan: Plan, cell: Cell) -> Training:
         processor_seconds_per_step=(time.process_time() - began) / timed if timed > 0 else None,
         peak_bytes=measuring.peak(tools.device),
     )
+
+
+def _moved(plan: Plan, cell: Cell, record: Mapping[str, Any]) -> dict[str, float] | None:
+    if cell.method == BASE or record["diverged"]:
+        return None
+    family = worker.tools(plan.settings.training).family
+    return vars(update_size(plan.folder(cell), family.networks, cell.seed))
 
 
 def _generate(plan: Plan, cell: Cell) -> None:

@@ -54,9 +54,10 @@ def plane(across: str, up: str, tables: Tables, colours: Mapping[str, str]) -> s
         return finish(f"{title}: better is up and to the right; bars are standard errors over subjects")
 
 
-def rates(metric: str, curves: Sequence[Curve], colours: Mapping[str, str]) -> str:
-    """A score over the learning rate, a line per method; the band is one standard error over subjects."""
-    title = f"{SCORES[metric].label} over the learning rate"
+def rates(metric: str, over: str, curves: Sequence[Curve], colours: Mapping[str, str]) -> str:
+    """A score over the learning rate or what follows from it, a line per method; the band is one standard error over
+    subjects."""
+    title = f"{SCORES[metric].label} over the {over}"
     with panel(title, 3.4) as (axes, finish):
         for curve in (curve for curve in curves if curve.metric == metric):
             each = curve.scores.mean(axis=1)  # (subjects, rates)
@@ -74,5 +75,5 @@ def rates(metric: str, curves: Sequence[Curve], colours: Mapping[str, str]) -> s
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.grid(color=GRID, linewidth=0.8)
         axes.spines["bottom"].set_color(FAINT)
-        axes.set_xlabel("learning rate", fontsize=9, color=SOFT)
+        axes.set_xlabel(over, fontsize=9, color=SOFT)
         return finish(title)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
+from dataclasses import fields
 
 from . import tables, verdicts
 from .results import Results, label, state
 from .scores import SCORES
-from .tables import Table
+from .table import Table
+from .update_size import Update
+
+UPDATES = [one.name for one in fields(Update)]
 
 
 def markdown(found: Results, title: str, commands: list[str], plots: list[str]) -> str:
@@ -41,9 +45,9 @@ def cells_csv(found: Results) -> str:
     metrics = [m for m in SCORES if any(one.scores.get(m) is not None for _, one in done)]
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    facts = ("subject", "method", "learning_rate", "seed", "parameters", "seconds_per_step", "peak_bytes", "diverged")
-    table.writerow(["set", *facts, *metrics])
+    facts = ("subject", "method", "learning_rate", "seed", "parameters", "seconds_per_step", "peak_bytes")
+    table.writerow(["set", *facts, *(f"update_{kind}" for kind in UPDATES), "diverged", *metrics])
     for what, one in done:
-        values = [one.record[fact] for fact in facts[:-1]]
+        values = [*(one.record[fact] for fact in facts), *(one.update(kind) for kind in UPDATES)]
         table.writerow([what, *values, one.record["diverged"] is not None, *(one.scores.get(m) for m in metrics)])
     return text.getvalue()

@@ -68,7 +68,9 @@ def drawn(found: Results) -> dict[str, str]:
     if len(shown) > 1:
         made["plane"] = charts.plane(shown[1], shown[0], found.tables, colours)
     for metric in dict.fromkeys(curve.metric for curve in found.curves):
-        made[f"rates-{metric}"] = charts.rates(metric, found.curves, colours)
+        made[f"rates-{metric}"] = charts.rates(metric, "learning rate", found.curves, colours)
+    for metric in dict.fromkeys(curve.metric for curve in found.over_size):
+        made[f"sizes-{metric}"] = charts.rates(metric, "size of the update", found.over_size, colours)
     return made
 
 

@@ -30,6 +30,11 @@ class Done:
         found: Mapping[str, float | None] = self.record["scores"]
         return found
 
+    def update(self, kind: str) -> float | None:
+        """How far the weights were moved, of `Update`'s kinds; None where it is not known or nothing was learned."""
+        known: Mapping[str, float] | None = self.record.get(cells.UPDATE)
+        return known[kind] if known else None
+
 
 def done(plan: Plan, todo: Iterable[Cell]) -> list[Done]:
     """Those of the cells that have the scores that decide, in their order."""

@@ -32,6 +32,11 @@ class Results:
     kinds: dict[str, list[Row]]
     """Rows by kind of prompts; empty where all are of one kind."""
     curves: list[Curve]
+    """Over the learning rate."""
+    over_size: list[Curve]
+    """Over the size of the update."""
+    at_equal_sizes: list[Curve]
+    """The same at sizes that all methods reach."""
     noise: dict[str, float]
     planned: int
     """Cells of a method, all in all."""
@@ -88,7 +93,8 @@ def gather(
         name: verdicts.rows(records.tables(methods, own), decision.bound, ())
         for name, own in records.by_kind(plan, tested).items()
     }
-    curves = robustness.curves(learning_rates(settings.what), settings.decision.primary, tuned)
+    grids = learning_rates(settings.what)
+    over_size = robustness.over_size(grids, decision.primary, tuned)
     return Results(
         plan=plan,
         choices=choices,
@@ -98,7 +104,9 @@ def gather(
         tables=tables,
         rows=verdicts.rows(tables, decision.bound, decision.primary),
         kinds=kinds,
-        curves=curves,
+        curves=robustness.curves(grids, decision.primary, tuned),
+        over_size=over_size,
+        at_equal_sizes=robustness.at_equal_sizes(over_size, methods, settings.what.rates),
         noise=verdicts.noise(tested, records.done(plan, again)),
         planned=len(tune) + len(test),
     )

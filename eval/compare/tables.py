@@ -1,30 +1,19 @@
-"""What a comparison found as tables of text, which the page and the Markdown show alike."""
+"""What a comparison found as tables."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-
-import numpy as np
 
 from singlora_diffusion.adapters.budget import TOLERANCE
 
 from ..prompt_kinds import KINDS
+from . import rate_tables
 from .grid import BASE
+from .records import Done
 from .results import Results, base_mean, label
-from .robustness import NEAR
 from .scores import SCORES
+from .table import Table, interval, median, number
 from .verdicts import Row
-
-
-@dataclass(frozen=True)
-class Table:
-    """Text in rows."""
-
-    title: str
-    heads: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str = ""
 
 
 def decisions(found: Results) -> list[Table]:
@@ -59,19 +48,19 @@ def decisions(found: Results) -> list[Table]:
 
 def _base(found: Results, metric: str) -> tuple[str, ...]:
     mean = base_mean(found, metric)
-    return (label(BASE), "" if mean is None else _number(mean), *[""] * 9)
+    return (label(BASE), "" if mean is None else number(mean), *[""] * 9)
 
 
 def _decision(row: Row) -> tuple[str, ...]:
-    shown = (label(row.method), _number(row.mean), _interval(row.interval, ""))
+    shown = (label(row.method), number(row.mean), interval(row.interval, ""))
     if row.difference is None:
         return (*shown, *[""] * 8)
     d = row.difference
     return (
         *shown,
-        _number(d.mean, "+"),
-        _interval(d.t_interval, "+"),
-        _interval(d.bootstrap_interval, "+"),
+        number(d.mean, "+"),
+        interval(d.t_interval, "+"),
+        interval(d.bootstrap_interval, "+"),
         f"{d.p:.3g}",
         "" if row.adjusted is None else f"{row.adjusted:.3g}",
         f"{d.wins} : {d.losses}",
@@ -89,7 +78,7 @@ def others(found: Results) -> Table:
     for metric in metrics:
         base = base_mean(found, metric)
         cells = [_with_difference(by_place[metric, method]) for method in found.methods]
-        rows.append((SCORES[metric].label, "" if base is None else _number(base), *cells))
+        rows.append((SCORES[metric].label, "" if base is None else number(base), *cells))
     about = [
         f"{SCORES[metric].label}: {SCORES[metric].description} ({SCORES[metric].unit}, "
         f"{'higher' if SCORES[metric].higher_is_better else 'lower'} is better)."
@@ -124,13 +113,13 @@ DIFFERENCE = "Below each mean: its difference from {} and the 95 % interval, not
 def _with_difference(row: Row) -> str:
     """In two lines, where there is a difference."""
     if row.difference is None:
-        return _number(row.mean)
+        return number(row.mean)
     sign = 1.0 if SCORES[row.metric].higher_is_better else -1.0
-    text = f"{_number(row.mean)}\n{_number(sign * row.difference.mean, '+')}"
+    text = f"{number(row.mean)}\n{number(sign * row.difference.mean, '+')}"
     if row.difference.t_interval is None:
         return text
     low, high = sorted(sign * end for end in row.difference.t_interval)
-    return f"{text} ({_number(low, '+')} to {_number(high, '+')})"
+    return f"{text} ({number(low, '+')} to {number(high, '+')})"
 
 
 def costs(found: Results) -> Table:
@@ -146,47 +135,37 @@ def costs(found: Results) -> Table:
                 str(size.rank),
                 f"{size.parameters:,}{off}",
                 "" if choice is None else f"{choice.rate:g}{' (edge of the grid)' if choice.at_the_edge else ''}",
-                _median([run["seconds_per_step"] for run in runs], 3),
-                _median([run["processor_seconds_per_step"] for run in runs], 3),
-                _median([run["peak_bytes"] and run["peak_bytes"] / 1e6 for run in runs], 0),
+                _sizes([one for one in found.tested if one.cell.method == method]),
+                median([run["seconds_per_step"] for run in runs], 3),
+                median([run["processor_seconds_per_step"] for run in runs], 3),
+                median([run["peak_bytes"] and run["peak_bytes"] / 1e6 for run in runs], 0),
                 f"{sum(run['diverged'] is not None for run in runs)} of {len(runs)}",
             )
         )
-    heads = ("method", "rank", "trained parameters", "learning rate", "seconds a step", "processor seconds a step")
+    heads = (
+        "method",
+        "rank",
+        "trained parameters",
+        "learning rate",
+        "update",
+        "seconds a step",
+        "processor seconds a step",
+    )
     return Table(
         "Size and cost",
-        (*heads, "peak memory, MB", "diverged"),
+        (*heads, "processor seconds a step", "peak memory, MB", "diverged"),
         tuple(rows),
-        "Rank: block size for OFT; a layer that it does not divide has the nearest that does. Seconds and memory: "
+        "Rank: block size for OFT; a layer that it does not divide has the nearest that does. Update: "
+        "||W' - W0|| / ||W0|| on the test subjects, medians over layers and trainings, and the part of it that was "
+        "learned, where that is another. Seconds and memory: "
         "medians over trainings; memory is of the whole process, base model and encoders included. A training that "
         "diverged scores what the base model scores.",
     )
 
 
-def robustness(found: Results) -> Table:
-    """How much scores depend on the rate."""
-    rows = tuple(
-        (
-            label(curve.method),
-            SCORES[curve.metric].label,
-            f"{curve.rates[0]:g} to {curve.rates[-1]:g}",
-            f"{curve.width:.2f}",
-            "" if curve.width_interval is None else "{:.2f} to {:.2f}".format(*curve.width_interval),
-            "" if curve.between_rates is None else _number(curve.between_rates),
-            str(curve.scores.shape[0]),
-            str(curve.scores.shape[1]),
-        )
-        for curve in found.curves
-    )
-    heads = ("method", "score", "rates", f"decades within {NEAR:.0%} of the best", "95 % interval", "sd between rates")
-    return Table(
-        "Robustness to the learning rate",
-        (*heads, "subjects", "seeds"),
-        rows,
-        "On the tuning subjects. The interval is a bootstrap over subjects. A score that is best at the edge of the "
-        "grid, such as agreement with the prompt where next to nothing has been learned, has no width worth the name. "
-        "Sd between rates: that of the seeds taken out, so it takes two seeds.",
-    )
+def _sizes(runs: Sequence[Done]) -> str:
+    size, learned = (median([one.update(kind) for one in runs], 3) for kind in ("size", "learned"))
+    return size if size == learned else f"{size} ({learned} learned)"
 
 
 def spreads(found: Results) -> Table:
@@ -195,9 +174,9 @@ def spreads(found: Results) -> Table:
         (
             SCORES[row.metric].label,
             label(row.method),
-            "" if row.spread.subject is None else _number(row.spread.subject),
-            "" if row.spread.seed is None else _number(row.spread.seed),
-            "" if row.metric not in found.noise else _number(2**0.5 * found.noise[row.metric]),
+            "" if row.spread.subject is None else number(row.spread.subject),
+            "" if row.spread.seed is None else number(row.spread.seed),
+            "" if row.metric not in found.noise else number(2**0.5 * found.noise[row.metric]),
         )
         for row in found.rows
         if row.difference is not None and row.metric in found.plan.settings.decision.primary
@@ -213,18 +192,12 @@ def spreads(found: Results) -> Table:
 
 def all_tables(found: Results) -> list[Table]:
     """In the order of the page; those without rows left out."""
-    made = [*decisions(found), others(found), kinds(found), costs(found), robustness(found), spreads(found)]
+    made = [
+        *decisions(found),
+        others(found),
+        kinds(found),
+        costs(found),
+        *rate_tables.all_tables(found),
+        spreads(found),
+    ]
     return [table for table in made if table.rows and len(table.heads) > 1]
-
-
-def _number(value: float, sign: str = "") -> str:
-    return f"{round(value, 3) + 0.0:{sign}.3f}"  # no -0.000
-
-
-def _interval(ends: tuple[float, float] | None, sign: str) -> str:
-    return "" if ends is None else f"{_number(ends[0], sign)} to {_number(ends[1], sign)}"
-
-
-def _median(values: Sequence[float | None], digits: int) -> str:
-    known = [value for value in values if value is not None]
-    return f"{float(np.median(known)):.{digits}f}" if known else ""
