@@ -38,9 +38,7 @@ ONLY = {
     "eval": {"eval", "data", "sampling.manifest", "models.hub"},
     "eval.compare": {
         "eval",
-        "adapters.budget",
-        "adapters.config",
-        "adapters.methods",
+        "adapters",
         "data",
         "formats",
         "models",
