@@ -109,7 +109,8 @@ def add(settings: AddSettings) -> None:
 
 def load_base(header: Header, named: str | None, **options: str) -> models.Family:
     """The base model of an adapter: the one the user names, else the one the header names; says so if it is another."""
-    family = models.load(_name_of_base(header, named), **options)
+    vae = header.vae if named in (None, header.base_model) else None
+    family = models.load(_name_of_base(header, named), vae=vae, **options)
     if header.family and header.family != family.name:
         raise UserError(
             f"the adapter is for {escaped(header.base_model or 'a model')}, of the family {escaped(header.family)}; "

@@ -73,6 +73,12 @@ class Header:
         """What a network does: denoiser or text."""
         return self.roles.get(name) or ("text" if name.startswith("text_encoder") else "denoiser")
 
+    @property
+    def vae(self) -> str | None:
+        """The autoencoder that it was trained with, where that is not the base model's own."""
+        named = self.recipe.get("pretrained_vae_model_name_or_path")
+        return named if isinstance(named, str) else None
+
     def trigger(self) -> str:
         """The words that call the subject, `sks dog`; empty if unknown."""
         return " ".join(word for word in (self.identifier, self.class_noun) if word)

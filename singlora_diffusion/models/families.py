@@ -33,7 +33,13 @@ first.
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def load(name_or_path: str, dtype: str = "float32", device: str = "cpu", quantization: str | None = None) -> Family:
+def load(
+    name_or_path: str,
+    dtype: str = "float32",
+    device: str = "cpu",
+    quantization: str | None = None,
+    vae: str | None = None,
+) -> Family:
     """Load a base model, frozen and in eval mode.
 
     Args:
@@ -42,6 +48,7 @@ def load(name_or_path: str, dtype: str = "float32", device: str = "cpu", quantiz
         device: a torch device.
         quantization: how to pack the weights of the large networks, a name of `quantized.QUANTIZATIONS`; None: not at
             all.
+        vae: another autoencoder, as `stored.find` takes it; None: the model's own.
 
     Raises:
         UserError: not a model, an unsupported pipeline, or damaged files.
@@ -50,7 +57,7 @@ def load(name_or_path: str, dtype: str = "float32", device: str = "cpu", quantiz
         raise UserError(f"unknown precision {dtype!r}: give one of {', '.join(DTYPES)}")
     if quantization is not None:
         quantized.check(quantization)
-    stored = find(name_or_path)
+    stored = find(name_or_path, vae)
     family: Family = _home(stored.path, parts.index(stored.path)).load(stored, dtype, device, quantization)
     return family
 

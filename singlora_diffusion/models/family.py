@@ -121,6 +121,10 @@ class Family(Protocol):
     """What the user named: a packaged model, a folder, a hub id."""
     fingerprint: str
     """sha256 of samples of the denoiser's weight files (`parts.fingerprint`)."""
+    vae_source: str | None
+    """What the user named as another autoencoder; None: the model's own."""
+    vae_fingerprint: str
+    """sha256 of samples of the autoencoder's weight files."""
     networks: dict[str, NetworkSpec]
     """What can be adapted, by name, the denoiser first."""
     vae: Any

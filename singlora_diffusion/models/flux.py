@@ -86,7 +86,7 @@ class Flux:
         self.vae, self.tokenizer, self.tokenizer_2, self.scheduler = vae, tokenizer, tokenizer_2, scheduler
         self.schedulers: Mapping[str, Any] = flow_matching.SCHEDULERS
         self.noise_process: NoiseProcess = flow_matching.of(scheduler)
-        self.source, self.fingerprint, hints = origin
+        self.source, self.fingerprint, self.vae_source, self.vae_fingerprint, hints = origin
         self.networks = network.specs_of(NETWORKS, self)
         self.multiple = PATCH * autoencoder.downsampling(vae)
         self.resolution = int(vae.config.sample_size)  # the transformer's own config names none
@@ -170,7 +170,7 @@ def load(stored: Stored, dtype: str, device: str, quantization: str | None) -> F
     with parts.loading(stored.shown, "FLUX.1"):
         return Flux(
             **parts.networks(NETWORKS, stored, device, dtype, quantization),
-            vae=parts.network(AutoencoderKL, stored, "vae", device, torch.float32),
+            vae=parts.autoencoder(AutoencoderKL, stored, device),
             tokenizer=parts.tokenizer(CLIPTokenizer, stored.path / "tokenizer"),
             tokenizer_2=parts.tokenizer(T5TokenizerFast, stored.path / "tokenizer_2"),
             scheduler=flow_matching.scheduler(stored.path / "scheduler"),

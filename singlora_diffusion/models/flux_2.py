@@ -108,7 +108,7 @@ class Flux2Klein:
         self.tokenizer, self.scheduler, self.distilled = tokenizer, scheduler, distilled
         self.schedulers: Mapping[str, Any] = flow_matching.SCHEDULERS
         self.noise_process: NoiseProcess = flow_matching.of(scheduler, shift=self._sampling_shift)
-        self.source, self.fingerprint, hints = origin
+        self.source, self.fingerprint, self.vae_source, self.vae_fingerprint, hints = origin
         self.networks = network.specs_of(NETWORKS, self)
         self.multiple = PATCH * autoencoder.downsampling(vae)
         self.resolution = int(vae.config.sample_size)  # the transformer's own config names none
@@ -221,7 +221,7 @@ def load(stored: Stored, dtype: str, device: str, quantization: str | None) -> F
     with parts.loading(stored.shown, "FLUX.2 klein"):
         return Flux2Klein(
             **parts.networks(NETWORKS, stored, device, dtype, quantization),
-            vae=parts.network(AutoencoderKLFlux2, stored, "vae", device, torch.float32),
+            vae=parts.autoencoder(AutoencoderKLFlux2, stored, device),
             tokenizer=parts.tokenizer(Qwen2TokenizerFast, stored.path / "tokenizer"),
             scheduler=flow_matching.scheduler(stored.path / "scheduler"),
             distilled=bool(index.get("is_distilled", False)),

@@ -65,10 +65,31 @@ def configs(name_or_path: str) -> Path:
     return _checked(path)
 
 
+def autoencoder(name_or_path: str) -> Path:
+    """The folder with an autoencoder's config.json and weights: the one that is named, or the `vae` inside it.
+
+    Raises:
+        UserError: it holds neither, or a hub id that cannot be downloaded.
+    """
+    path = _here(name_or_path) or files(name_or_path, [f"{inside}{one}" for inside in _VAE for one in _KEPT], _own_vae)
+    found = _own_vae(path)
+    if found is None:
+        raise UserError(f"{escaped(path, 1000)} holds no autoencoder: neither config.json with weights, nor vae/")
+    return found
+
+
+_VAE, _KEPT = ("", "vae/"), ("config.json", "diffusion_pytorch_model*.safetensors")
+
+
+def _own_vae(path: Path) -> Path | None:
+    folders = [path / inside for inside in _VAE]
+    return next((one for one in folders if (one / "config.json").is_file() and any(one.glob("*.safetensors"))), None)
+
+
 def files(
     repository: str,
     names: Sequence[str],
-    complete: Callable[[Path], bool] | None = None,
+    complete: Callable[[Path], object] | None = None,
     instead: str = INSTEAD,
 ) -> Path:
     """The folder with some files of a hub repository, from the local cache or the hub.

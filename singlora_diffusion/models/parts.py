@@ -74,14 +74,20 @@ class Origin(NamedTuple):
     """What the user named: a packaged model, a folder, a hub id."""
     fingerprint: str
     """Of the denoiser's weight files, as `fingerprint` makes it."""
+    vae_source: str | None
+    """What the user named as another autoencoder; None: the model's own."""
+    vae_fingerprint: str
+    """Of the autoencoder's weight files; of a single file with all weights, that of the file."""
     hints: Mapping[str, Any]
     """As `hints` reads them."""
 
 
 def origin(stored: Stored, denoiser: str) -> Origin:
     """The origin of a base model; `denoiser` is the name of its UNet or transformer."""
-    files = weights(stored.path / denoiser)[0] if stored.file is None else [stored.file]
-    return Origin(stored.source, fingerprint(files), hints(stored.path))
+    own, its = (weights(stored.path / name)[0] if stored.file is None else [stored.file] for name in (denoiser, "vae"))
+    if stored.vae is not None:
+        its = [stored.vae] if stored.vae.is_file() else weights(stored.vae)[0]
+    return Origin(stored.source, fingerprint(own), stored.vae_source, fingerprint(its), hints(stored.path))
 
 
 def existing(path: Path) -> Path:
@@ -129,6 +135,36 @@ def network(
         if stored.file is None
         else single_file.network(kind, stored.file, name, dtype)
     )
+    return _ready(module, device, quantization)
+
+
+def autoencoder(kind: Any, stored: Stored, device: str) -> Any:
+    """The autoencoder in float32: the model's own, or the one that the user named in its place.
+
+    Raises:
+        UserError: that one cannot be loaded, or its latents are no latents of this model.
+    """
+    if stored.vae is None:
+        return network(kind, stored, "vae", device, torch.float32)
+    own = kind.load_config(stored.path, subfolder="vae", local_files_only=True)
+    with loading(stored.vae, "VAE"):
+        module = (
+            single_file.autoencoder(kind, stored.vae, stored.path)
+            if stored.vae.is_file()
+            else _out_of_folder(kind, stored.vae, torch.float32)
+        )
+        if (theirs := _latents(module.config)) != (ours := _latents(own)):
+            raise ValueError(f"its latents have {theirs}, those of the base model {ours}")
+        return _ready(module, device)
+
+
+def _latents(config: Mapping[str, Any]) -> str:
+    """The shape of an autoencoder's latents, in words."""
+    return f"{config['latent_channels']} channels at 1/{2 ** (len(config['block_out_channels']) - 1)} of a side"
+
+
+def _ready(module: Any, device: str, quantization: str | None = None) -> Any:
+    """Frozen, in eval mode and on its device."""
     module.requires_grad_(False).eval()
     if quantization is not None:
         quantized.quantize(module, quantization, device)

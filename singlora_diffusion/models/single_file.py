@@ -231,6 +231,26 @@ def network(kind: Any, file: Path, name: str, dtype: torch.dtype) -> Any:
     return module
 
 
+def autoencoder(kind: Any, file: Path, described: Path) -> Any:
+    """An autoencoder out of a file of its own or of a whole model, in float32.
+
+    Args:
+        described: a folder whose vae/config.json holds for it.
+
+    Raises:
+        ValueError: the file lacks tensors of it.
+    """
+    with safe_open(file, framework="pt") as opened:
+        names = [*opened.keys()]
+        inside = [name for name in names if name.startswith(PREFIXES["vae"])]
+        tensors: dict[str, Tensor] = {name: opened.get_tensor(name) for name in inside or names}
+    options = {"config": str(described), "subfolder": "vae", "torch_dtype": torch.float32, "local_files_only": True}
+    try:
+        return kind.from_single_file(tensors, **options)
+    except (KeyError, NotImplementedError) as error:
+        raise ValueError("it lacks tensors of an autoencoder") from error
+
+
 def numbers(file: Path) -> dict[str, int]:
     """How many numbers each part has, by its name in diffusers; moving averages and the like aside."""
     shapes = read(file).shapes.items()

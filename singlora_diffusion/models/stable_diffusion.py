@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -50,7 +49,7 @@ class StableDiffusion:
         self.scheduler = scheduler
         self.schedulers: Mapping[str, Any] = SCHEDULERS
         self.noise_process: NoiseProcess = noise_schedule.of(scheduler)
-        self.source, self.fingerprint, hints = origin
+        self.source, self.fingerprint, self.vae_source, self.vae_fingerprint, hints = origin
         self.networks = network.specs_of(NETWORKS, self)
         downsampling = autoencoder.downsampling(vae)
         self.multiple = math.lcm(downsampling, 8)  # the stock pipeline asks for 8, whatever the autoencoder
@@ -104,7 +103,7 @@ def load(stored: Stored, dtype: str, device: str, quantization: str | None) -> S
         networks = parts.networks(NETWORKS, stored, device, dtype, quantization)
         return StableDiffusion(
             **networks,
-            vae=parts.network(AutoencoderKL, stored, "vae", device, torch.float32),
+            vae=parts.autoencoder(AutoencoderKL, stored, device),
             tokenizer=parts.tokenizer(CLIPTokenizer, stored.path / "tokenizer"),
             scheduler=single_file.asked(networks["unet"], parts.scheduler(stored.path / "scheduler")),
             origin=parts.origin(stored, "unet"),

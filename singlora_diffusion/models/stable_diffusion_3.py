@@ -91,7 +91,7 @@ class StableDiffusion3:
         self.tokenizer, self.tokenizer_2, self.tokenizer_3 = tokenizer, tokenizer_2, tokenizer_3
         self.schedulers: Mapping[str, Any] = flow_matching.SCHEDULERS
         self.noise_process: NoiseProcess = flow_matching.of(scheduler, flow_matching.logit_normal)
-        self.source, self.fingerprint, hints = origin
+        self.source, self.fingerprint, self.vae_source, self.vae_fingerprint, hints = origin
         self.networks = network.specs_of(NETWORKS, self)
         downsampling = autoencoder.downsampling(vae)
         self.multiple = int(transformer.config.patch_size) * downsampling
@@ -166,7 +166,7 @@ def load(stored: Stored, dtype: str, device: str, quantization: str | None) -> S
         return StableDiffusion3(
             **parts.networks(NETWORKS, stored, device, dtype, quantization),
             **optional,
-            vae=parts.network(AutoencoderKL, stored, "vae", device, torch.float32),
+            vae=parts.autoencoder(AutoencoderKL, stored, device),
             tokenizer=parts.tokenizer(CLIPTokenizer, stored.path / "tokenizer"),
             tokenizer_2=parts.tokenizer(CLIPTokenizer, stored.path / "tokenizer_2"),
             scheduler=flow_matching.scheduler(stored.path / "scheduler"),

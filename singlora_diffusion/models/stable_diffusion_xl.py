@@ -51,7 +51,7 @@ class StableDiffusionXL:
         self.schedulers: Mapping[str, Any] = SCHEDULERS
         self.noise_process: NoiseProcess = noise_schedule.of(scheduler)
         self.force_zeros_for_empty_prompt = force_zeros_for_empty_prompt
-        self.source, self.fingerprint, hints = origin
+        self.source, self.fingerprint, self.vae_source, self.vae_fingerprint, hints = origin
         self.networks = network.specs_of(NETWORKS, self)
         downsampling = autoencoder.downsampling(vae)
         self.multiple = math.lcm(downsampling, 8)  # as the stock pipeline asks
@@ -135,7 +135,7 @@ def load(stored: Stored, dtype: str, device: str, quantization: str | None) -> S
             raise ValueError(f"its UNet takes {told} numbers beside the text, not a pooled text and six sizes")
         return StableDiffusionXL(
             **networks,
-            vae=parts.network(AutoencoderKL, stored, "vae", device, torch.float32),
+            vae=parts.autoencoder(AutoencoderKL, stored, device),
             tokenizer=parts.tokenizer(CLIPTokenizer, stored.path / "tokenizer"),
             tokenizer_2=parts.tokenizer(CLIPTokenizer, stored.path / "tokenizer_2"),
             scheduler=parts.scheduler(stored.path / "scheduler"),

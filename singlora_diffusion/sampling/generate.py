@@ -74,9 +74,10 @@ def _load(settings: GenerateSettings, adapters: Sequence[AdapterSource]) -> Fami
         note(slow)
     try:
         packed = QUANTIZATIONS[settings.model.quantize].bytes if settings.model.quantize else None
+        vae = sources.autoencoder(settings.model, adapters)
         needed = memory.of_weights(models.find(wanted), packed or getattr(torch, dtype).itemsize)
         device.require(needed, where, f"{escaped(wanted)} in {dtype}")
-        family = models.load(wanted, dtype, where, settings.model.quantize)
+        family = models.load(wanted, dtype, where, settings.model.quantize, vae)
     except UserError as error:
         if named is not None:
             raise

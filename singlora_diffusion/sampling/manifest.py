@@ -29,6 +29,8 @@ TYPES: dict[str, tuple[type, ...]] = {
     "adapter_sha256": (str,),
     "base_model": (str,),
     "base_hash": (str,),
+    "vae": (str,),
+    "vae_hash": (str,),
     "scheduler": (str,),
     "dtype": (str,),
     "steps": (int,),

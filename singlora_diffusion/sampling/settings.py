@@ -33,8 +33,11 @@ class ModelSettings:
     """The base model."""
 
     pretrained_model_name_or_path: str | None = None
-    """`toyworld`, `toyworld-flow`, a diffusers folder, a hub id, or a .safetensors checkpoint. None: the first adapter's
+    """`toyworld`, `toyworld-flow`, a diffusers folder, a hub id, or a .safetensors checkpoint. None: the adapter's
     own."""
+    pretrained_vae_model_name_or_path: str | None = None
+    """Another autoencoder: a diffusers folder, a hub id or a .safetensors file. None: the one that the adapter was
+    trained with, else the base model's own."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """What the networks compute in. None: bfloat16 on a GPU that has it, float16 on an older one,
     float32 elsewhere."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..errors import UserError
 from ..files import reason, sha256
 from ..terminal import escaped, note
-from .settings import AdapterSettings, scales
+from .settings import AdapterSettings, ModelSettings, scales
 
 if TYPE_CHECKING:
     from ..formats import Header
@@ -66,6 +66,16 @@ def base_model(named: str | None, adapters: Sequence[AdapterSource]) -> str:
             f"{_shown(adapters[0])} does not say what model it is for: name it with --pretrained_model_name_or_path"
         )
     return header.base_model
+
+
+def autoencoder(wanted: ModelSettings, adapters: Sequence[AdapterSource]) -> str | None:
+    """The autoencoder in place of the base model's own: the one that the user names, else the one that the first
+    adapter was trained with, where its base model is used."""
+    header = adapters[0].header if adapters else None
+    named = wanted.pretrained_model_name_or_path
+    if wanted.pretrained_vae_model_name_or_path is not None or header is None:
+        return wanted.pretrained_vae_model_name_or_path
+    return header.vae if named in (None, header.base_model) else None
 
 
 def check_base(adapters: Sequence[AdapterSource], family: Family, *, asked_for: bool) -> None:

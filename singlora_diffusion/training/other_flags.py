@@ -90,7 +90,6 @@ REFUSED = _by_flag(
     {
         # the base model
         "hf download ID --revision NAME --local-dir DIR, and DIR as --pretrained_model_name_or_path": "revision",
-        "put the autoencoder into the folder of the base model, as its vae/": "vae pretrained_vae_model_name_or_path",
         "--quantize nf4 keeps the base in 4 bits, int8 in 8": "bnb_quantization_config_path do_fp8_training fp8_base "
         "fp8_base_unet",
         "the adapter is float32, always; --mixed_precision says what the base computes in": "full_fp16 full_bf16",

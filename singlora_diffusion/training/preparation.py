@@ -98,7 +98,8 @@ def load(recipe: Recipe, family: Family | None = None) -> Generator[Event, None,
     if slow:
         yield Remark(slow)
     if family is None:
-        family = models.load(recipe.model.pretrained_model_name_or_path, dtype, chosen, recipe.model.quantize)
+        base, vae = recipe.model.pretrained_model_name_or_path, recipe.model.pretrained_vae_model_name_or_path
+        family = models.load(base, dtype, chosen, recipe.model.quantize, vae)
     side = recipe.data.resolution
     resolution, _ = check_sides(family, side, side, ("--resolution", "--resolution"))
     process_of(family, recipe)

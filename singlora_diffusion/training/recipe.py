@@ -67,6 +67,9 @@ class ModelSettings:
     pretrained_model_name_or_path: str = "toyworld"
     """`toyworld` or `toyworld-flow` (they come with the package), a diffusers folder, a hub id, or a .safetensors
     checkpoint of Stable Diffusion 1, 2 or XL."""
+    pretrained_vae_model_name_or_path: Annotated[str | None, arg(aliases=["--vae"])] = None
+    """Another autoencoder: a diffusers folder, a hub id or a .safetensors file. Generating uses it too. None: the base
+    model's own."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     """What the frozen base computes in; no: float32. The adapter stays in float32. None: what suits the machine, which
     is bf16 on a GPU that has it, fp16 on an older one, no on a CPU."""
