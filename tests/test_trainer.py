@@ -41,7 +41,8 @@ PRIOR = {"with_prior_preservation": True}
     "change",
     [
         {"lr_scheduler": "cosine"},
-        {"ema_decay": 0.9, "noise_offset": 0.1, "dora": True},
+        {"ema_decay": 0.9, "noise_offset": 0.1, "dora": True, "lora_dropout": 0.2},
+        {"method": "dora", "lora_dropout": 0.2, "gradient_checkpointing": True, "gradient_accumulation_steps": 2},
         {**PRIOR, "num_class_images": 0, "min_timestep": 100, "max_timestep": 700},
         {"optimizer": "adafactor", "lr_scheduler": "cosine_with_restarts", "lr_num_cycles": 2},
         {"optimizer": "lion", "lr_scheduler": "polynomial", "lr_power": 2.0},
@@ -72,7 +73,11 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(
 
 
 @pytest.mark.numerical
-def test_accumulated_batches_equal_one_big_batch(recipe: Recipe, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "change", [{}, {"lora_dropout": 0.2, "train_text_encoder": True, **PRIOR, "num_class_images": 0}]
+)
+def test_accumulated_batches_equal_one_big_batch(recipe: Recipe, change: dict[str, object], tmp_path: Path) -> None:
+    recipe = replaced(recipe, **change)
     big = load_file(train_dreambooth.main(replaced(recipe, train_batch_size=4)))
     small = replaced(recipe, train_batch_size=2, gradient_accumulation_steps=2, output_dir=tmp_path / "small")
     for key, tensor in load_file(train_dreambooth.main(small)).items():
@@ -80,7 +85,11 @@ def test_accumulated_batches_equal_one_big_batch(recipe: Recipe, tmp_path: Path)
 
 
 @pytest.mark.numerical
-def test_gradient_checkpointing_trains_the_same_weights(recipe: Recipe, tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", [{}, {"lora_dropout": 0.2, "method": "lora"}], ids=str)
+def test_gradient_checkpointing_trains_the_same_weights(
+    recipe: Recipe, change: dict[str, object], tmp_path: Path
+) -> None:
+    recipe = replaced(recipe, **change)
     plain = load_file(train_dreambooth.main(recipe))
     less = replaced(recipe, gradient_checkpointing=True, output_dir=tmp_path / "less")
     for key, tensor in load_file(train_dreambooth.main(less)).items():
@@ -216,8 +225,9 @@ def test_mistakes_are_named_before_anything_is_written(recipe: Recipe, change: d
 
 
 def test_two_processes_train_the_same_weights_as_one(recipe: Recipe, tmp_path: Path) -> None:
-    one = load_file(train_dreambooth.main(replaced(recipe, train_batch_size=4)))
+    one = load_file(train_dreambooth.main(replaced(recipe, train_batch_size=4, lora_dropout=0.2)))
     flags = {
+        "lora_dropout": 0.2,
         "instance_data_dir": recipe.data.instance_data_dir,
         "instance_prompt": recipe.data.instance_prompt,
         "output_dir": tmp_path / "two",

@@ -99,15 +99,16 @@ def test_a_command_line_of_diffusers(capsys: pytest.CaptureFixture[str]) -> None
         --checkpointing_steps=100 --learning_rate=1e-4 --report_to="tensorboard" --lr_scheduler="constant"
         --lr_warmup_steps=0 --max_train_steps=500 --validation_prompt="A photo of sks dog in a bucket" --seed="7"
         --validation_epochs=50 --num_train_epochs 2 --revision=main --dataloader_num_workers=4 --local_rank -1
-        --enable_xformers_memory_efficient_attention --cache_latents --lora_dropout=0.0 --optimizer AdamW"""
+        --enable_xformers_memory_efficient_attention --cache_latents --lora_dropout=0.1 --optimizer AdamW"""
     )
     assert recipe.data.instance_data_dir == Path("dog") and recipe.data.resolution == 512
     assert recipe.optimization.learning_rate == 1e-4 and recipe.optimization.max_train_steps == 500
     assert recipe.optimization.seed == 7 and recipe.validation.validation_prompt == "A photo of sks dog in a bucket"
     notes = capsys.readouterr().err.splitlines()
+    assert recipe.adapter.lora_dropout == 0.1
     assert (
         recipe.optimization.optimizer == "adamw"
-        and len(notes) == 8
+        and len(notes) == 7
         and all(one.startswith("note: --") for one in notes)
     )
     assert "note: --validation_epochs: previews come every --validation_steps steps" in notes

@@ -16,6 +16,7 @@ from ..models.quantized import dequantized, is_quantized
 from . import inject, targets
 from .config import AdapterConfig
 from .delta import Delta, Factors
+from .dropout import Dropout
 
 
 class Layer(NamedTuple):
@@ -111,6 +112,24 @@ class Adapter:
         with self._unmerged():
             for layer in self._adapted.values():
                 layer.delta.set_scale(scale)
+
+    @contextmanager
+    def dropping(self, rows: Mapping[str, Sequence[int]]) -> Iterator[None]:
+        """Inside, there is dropout; outside, there never is. Backward passes belong inside.
+
+        Args:
+            rows: by role of network, a number of 32 bits for each row of what it is called with: equal numbers give
+                equal masks.
+        """
+        device = next(iter(self.parameters())).device
+        numbers = {role: torch.tensor(some, device=device) for role, some in rows.items()}
+        try:
+            for layer in self._adapted.values():
+                layer.delta.number_rows(numbers[layer.network.role])
+            yield
+        finally:
+            for layer in self._adapted.values():
+                layer.delta.number_rows(None)
 
     def layers(self) -> dict[str, nn.Linear]:
         """The adapted base layers by name."""
@@ -226,7 +245,10 @@ def of_deltas(
         for path, base in layers.items():
             # A layer's start depends on its name and the seed alone, not on which other layers are adapted.
             generator = torch.Generator().manual_seed(start_seed(seed, networks[name].layer(path)))
-            adapted.append(Layer(networks[name], path, base, form(base, rank, alpha, config, generator)))
+            delta = form(base, rank, alpha, config, generator)
+            if config.lora_dropout:
+                delta.dropout = dropout_of(config, networks[name].layer(path))
+            adapted.append(Layer(networks[name], path, base, delta))
 
     def put_in() -> Callable[[], None]:
         with ExitStack() as undo:
@@ -236,6 +258,11 @@ def of_deltas(
             return undo.pop_all().close
 
     return Adapter(config, adapted, put_in)
+
+
+def dropout_of(config: AdapterConfig, name: str) -> Dropout | None:
+    """The dropout of a layer; None: there is none."""
+    return Dropout(config.lora_dropout, zlib.crc32(name.encode())) if config.lora_dropout else None
 
 
 def start_seed(seed: int, name: str) -> int:

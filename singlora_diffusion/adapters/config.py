@@ -47,6 +47,9 @@ class AdapterConfig:
     """Alpha in the text encoders. None: equal to their rank."""
     text_targets: tuple[str, ...] | None = ()
     """Layers of the text encoders that are adapted, as `targets`. Empty: none. None: the model's default."""
+    lora_dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.0
+    """Dropout while training, as in PEFT: probability that a number of a layer's input is hidden from the update; 0.1
+    is usual. Not for oft and lokr, which have none of this kind."""
     init: Init = "kaiming"
     """SingLoRA: the start. kaiming: entries of variance 1 / (3 n), n = max(out, in). offset: the same, with the initial
     product subtracted, so that the update starts at exactly zero."""

@@ -7,6 +7,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from .dropout import Dropout
+
 
 class Factors(NamedTuple):
     """A change as other programs know it, float32.
@@ -40,6 +42,10 @@ class Delta(Protocol):
 
     def settle(self) -> None:
         """After an optimizer step: put back what left its range."""
+        ...
+
+    def number_rows(self, rows: Tensor | None) -> None:
+        """`Dropout.rows` of the next forward passes, where there is dropout; None: nothing is dropped."""
         ...
 
     def tensors(self) -> dict[str, Tensor]:
@@ -85,6 +91,7 @@ class LowRankDelta(nn.Module):
         # One number on the device, so that the ramp neither recompiles a compiled model nor makes the host wait.
         self.register_buffer("gain", torch.empty((), device=base.weight.device), persistent=False)
         self.scale = 1.0
+        self.dropout: Dropout | None = None
         self.set_ramp(1.0)
 
     def pair(self) -> tuple[Tensor, Tensor]:
@@ -108,6 +115,19 @@ class LowRankDelta(nn.Module):
     def settle(self) -> None:
         """Every number is allowed."""
 
+    def number_rows(self, rows: Tensor | None) -> None:
+        if self.dropout is not None:
+            self.dropout.rows = rows
+
+    @property
+    def drops(self) -> bool:
+        """Whether the update does not see all of its input."""
+        return self.dropout is not None and self.dropout.rows is not None
+
+    def seen(self, x: Tensor) -> Tensor:
+        """What the update reads of the layer's input (N, ..., in)."""
+        return x if self.dropout is None else self.dropout(x)
+
     def tensors(self) -> dict[str, Tensor]:
         return dict(self.state_dict(keep_vars=True))
 
@@ -122,7 +142,7 @@ class LowRankDelta(nn.Module):
         if self.scale == 0.0:  # the sums of a layer with its update may come in another order
             return base(x)
         up, down = (factor.to(x.dtype) for factor in self.pair())
-        return torch.add(base(x), (x @ down.T * self.gain.to(x.dtype)) @ up.T, alpha=self.scale)
+        return torch.add(base(x), (self.seen(x) @ down.T * self.gain.to(x.dtype)) @ up.T, alpha=self.scale)
 
     def delta_weight(self, weight: Tensor) -> Tensor:
         """dW, (out, in) float32. `weight` is W0, which an additive rule does not need."""

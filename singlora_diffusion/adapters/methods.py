@@ -129,7 +129,9 @@ def _split(size: int) -> tuple[int, int]:
     return first, size // first
 
 
-SINGLORA_OPTIONS = frozenset({"init", "signature", "dora", "ramp_steps", "magnitude_lr_ratio", "rate_by_width"})
+SINGLORA_OPTIONS = frozenset(
+    {"init", "signature", "dora", "ramp_steps", "magnitude_lr_ratio", "rate_by_width", "lora_dropout"}
+)
 
 METHODS: dict[str, Method] = {
     "singlora": Method(
@@ -140,9 +142,9 @@ METHODS: dict[str, Method] = {
         fixed=frozenset({"A0"}),
         magnitude="magnitude",
     ),
-    "lora": Method("LoRA", _peft, _lora),
-    "lora+": Method("LoRA+", _peft, _lora, options=frozenset({"loraplus_ratio"})),
-    "dora": Method("DoRA", _peft, _dora, magnitude="lora_magnitude_vector"),
+    "lora": Method("LoRA", _peft, _lora, options=frozenset({"lora_dropout"})),
+    "lora+": Method("LoRA+", _peft, _lora, options=frozenset({"loraplus_ratio", "lora_dropout"})),
+    "dora": Method("DoRA", _peft, _dora, options=frozenset({"lora_dropout"}), magnitude="lora_magnitude_vector"),
     "oft": Method("OFT", _peft, _oft, low_rank=False, takes=lambda rank, into: into % rank == 0),
     "lokr": Method("LoKr", _peft, _lokr, low_rank=False),
 }

@@ -25,10 +25,11 @@ from ..errors import UserError
 from ..models.linear_view import inside
 from ..models.network import NetworkSpec
 from . import inject, targets
-from .adapter import Adapter, start_seed
+from .adapter import Adapter, dropout_of, start_seed
 from .adapter import Layer as AdaptedLayer
 from .config import AdapterConfig
 from .delta import Factors
+from .dropout import Dropout
 from .methods import LOKR_FACTOR
 
 NAME = "default"  # PEFT's name for the one adapter of a layer; files do not carry it
@@ -108,9 +109,9 @@ class PeftDelta:
 
     u = 1.0
 
-    def __init__(self, layer: Layer, row: Row, ratio: float) -> None:
+    def __init__(self, layer: Layer, row: Row, ratio: float, dropout: Dropout | None) -> None:
         self.layer, self.scale = layer, 1.0
-        self._row, self._ratio = row, ratio
+        self._row, self._ratio, self._dropout = row, ratio, dropout
         if not row.scales:
             layer.register_forward_hook(self._blend)
 
@@ -128,6 +129,13 @@ class PeftDelta:
             self.layer.set_scale(NAME, self.scale)
 
     def settle(self) -> None: ...
+
+    def number_rows(self, rows: Tensor | None) -> None:
+        """PEFT's DoRA lets its base term read the same as the update where there is a dropout and the layer trains."""
+        if self._dropout is not None:
+            self._dropout.rows = rows
+            self.layer.lora_dropout[NAME] = nn.Identity() if rows is None else self._dropout  # not PEFT's own, whose
+            self.layer.training = rows is not None  # masks follow from what was drawn before
 
     def tensors(self) -> dict[str, Tensor]:
         return dict(self.trained())
@@ -175,11 +183,12 @@ def attach(networks: Mapping[str, NetworkSpec], config: AdapterConfig, seed: int
                 undo.callback(_freeze(free[name]))
             return undo.pop_all().close
 
-    adapted = [
-        AdaptedLayer(networks[name], path, base, PeftDelta(layers[name][path], row, config.loraplus_ratio))
-        for name, bases in chosen.items()
-        for path, base in bases.items()
-    ]
+    adapted = []
+    for name, bases in chosen.items():
+        for path, base in bases.items():
+            dropout = dropout_of(config, networks[name].layer(path))
+            delta = PeftDelta(layers[name][path], row, config.loraplus_ratio, dropout)
+            adapted.append(AdaptedLayer(networks[name], path, base, delta))
     return Adapter(config, adapted, put_in)
 
 

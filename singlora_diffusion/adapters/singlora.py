@@ -85,9 +85,11 @@ class SingLoRA(LowRankDelta):
         """Output of the adapted layer for x (..., in): base(x) + x dW^T, (..., out) in x.dtype."""
         if self.scale == 0.0:  # the fused sums may come in another order
             return base(x)
-        if self.A0 is None and singlora_fused.applies(base, x):  # an offset must be exactly zero at the start
+        if (
+            self.A0 is None and not self.drops and singlora_fused.applies(base, x)
+        ):  # an offset must be exactly zero at the start
             return singlora_fused.adapted_linear(base, x, self.A, self._scaling() * self.scale)
-        return torch.add(base(x), self._update(x), alpha=self.scale)
+        return torch.add(base(x), self._update(self.seen(x)), alpha=self.scale)
 
     def _update(self, x: Tensor) -> Tensor:
         """x dW^T at strength 1.

@@ -72,12 +72,13 @@ class DoraSingLoRA(SingLoRA):
             return base(x)
         ratio = self.magnitude / self.norm(dequantized(base))
         # As a change of y, so that what has not moved yet gives exactly what the base does, whatever the dtype.
-        if self.A0 is None and self.scale == 1.0 and singlora_fused.applies(base, x):
+        if self.A0 is None and self.scale == 1.0 and not self.drops and singlora_fused.applies(base, x):
             y = singlora_fused.adapted_linear(base, x, self.A, self._scaling())
             return torch.addcmul(y, (ratio - 1).to(x.dtype), y if base.bias is None else y - base.bias)
-        y = base(x)
-        linear = y if base.bias is None else y - base.bias
-        change = (ratio - 1).to(x.dtype) * linear + ratio.to(x.dtype) * self._update(x)
+        y, seen = base(x), self.seen(x)
+        linear = base(seen) if self.drops else y
+        linear = linear if base.bias is None else linear - base.bias
+        change = (ratio - 1).to(x.dtype) * linear + ratio.to(x.dtype) * self._update(seen)
         return torch.add(y, change, alpha=self.scale)
 
     def delta_weight(self, weight: Tensor) -> Tensor:

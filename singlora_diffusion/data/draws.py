@@ -16,6 +16,7 @@ from torch import Tensor
 from ..randomness import seeded
 
 INSTANCE, PRIOR, HELD_OUT = 0, 1, 2  # streams: images of the subject, of its class, and those not trained on
+TEXT = 3  # and the texts that text encoders read
 
 
 class Draw(NamedTuple):
@@ -57,6 +58,16 @@ def caption(seed: int, position: int, stream: int = INSTANCE) -> tuple[float, fl
     """
     dropped, order = np.random.default_rng((seed, stream, position, 1)).random(2)
     return float(dropped), float(order)
+
+
+def mask(seed: int, position: int, stream: int = INSTANCE) -> int:
+    """Of one example: a number of 32 bits, from which its dropout masks follow."""
+    return int(np.random.SeedSequence((seed, stream, position, 2)).generate_state(1)[0])
+
+
+def text_mask(seed: int, step: int, text: int) -> int:
+    """As `mask`, of a text that is encoded for all examples of a step that have it."""
+    return int(np.random.SeedSequence((seed, TEXT, step, text)).generate_state(1)[0])
 
 
 def draw(seed: int, positions: Sequence[int], shape: tuple[int, ...], stream: int = INSTANCE) -> Draw:

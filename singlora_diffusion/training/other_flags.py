@@ -112,7 +112,7 @@ REFUSED = _by_flag(
         "there are no masks; crop the images to the subject": "masked_loss",
         # the adapter
         "--targets, --method and --dora say which layers get what": "network_args lora_blocks block_dims",
-        "an update of one matrix per layer has no dropout": "lora_dropout network_dropout",
+        "--lora_dropout drops what a layer reads, as PEFT does; kohya's is between the two matrices": "network_dropout",
         "the denoiser is always trained; --train_text_encoder adds text encoders": "network_train_text_encoder_only",
         "a run goes on from its own checkpoints: --resume_from_checkpoint": "network_weights dim_from_weights",
         "weights are held small by --adam_weight_decay": "scale_weight_norms",
@@ -145,7 +145,6 @@ REFUSED = _by_flag(
 FINE = {
     "guidance_scale": "1",
     "image_interpolation_mode": "lanczos",
-    "lora_dropout": "0",
     "loss_type": "l2",
     "network_dropout": "0",
     "precondition_outputs": "1",

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..adapters import Adapter
+from ..data import draws
 from ..models.family import Conditioning, Family, Geometry, denoiser
 from . import averaging, objective, optimizers
 from .averaging import Average
@@ -47,13 +48,18 @@ class Denoiser(nn.Module):
     def forward(self, noisy: Tensor, times: Tensor, stream: Sequence[int], geometry: Geometry) -> Tensor:
         """The family's prediction for noisy latents (N, C, h, w); `stream` says whose prompt each example has."""
         if self.text is None:
-            used = sorted(set(stream))
+            used = texts_of(stream)
             text = self.family.encode_prompts([self.prompts[place] for place in used])
             own = text.select([used.index(place) for place in stream])
         else:
             own = self.text.select(stream)
         conditioning = self.family.with_geometry(own, geometry)
         return self.family.denoise(noisy, times, conditioning)
+
+
+def texts_of(stream: Sequence[int]) -> list[int]:
+    """The texts that examples have, each once, in the order in which they are encoded."""
+    return sorted(set(stream))
 
 
 class Stepper:
@@ -152,8 +158,9 @@ class Stepper:
             group["lr"] = peak * self.rate(step - 1)
         total = torch.zeros((), device=self.family.device)
         for positions in self._positions(step):
-            with self.accelerator.accumulate(self.denoiser):
-                loss = self._loss(self._batch(positions), prior=len(positions))
+            batch = self._batch(positions)
+            with self.accelerator.accumulate(self.denoiser), self._dropping(step, positions, batch):
+                loss = self._loss(batch, prior=len(positions))
                 self.accelerator.backward(loss)
                 total += loss.detach() / self.settings.gradient_accumulation_steps
         norm = self.accelerator.clip_grad_norm_(self.adapter.parameters(), self.settings.max_grad_norm)
@@ -200,6 +207,18 @@ class Stepper:
                 return asked._replace(target=base(asked.noisy, asked.times, asked.stream, asked.geometry))
         finally:
             self.adapter.set_scale(1.0)
+
+    def _dropping(self, step: int, positions: range, batch: Batch) -> AbstractContextManager[None]:
+        """Dropout as this part of a step has it, however the step is divided."""
+        if not self.adapter.config.lora_dropout:
+            return nullcontext()
+        seed, kinds = self.settings.seed, range(len(batch.stream) // len(positions))
+        return self.adapter.dropping(
+            {
+                "denoiser": [draws.mask(seed, position, kind) for kind in kinds for position in positions],
+                "text": [draws.text_mask(seed, step, text) for text in texts_of(batch.stream)],
+            }
+        )
 
     def _loss(self, batch: Batch, prior: int) -> Tensor:
         return objective.loss(
