@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -13,7 +13,13 @@ from . import crops, draws
 from .images import open_image
 
 if TYPE_CHECKING:
-    from ..models import Family
+    from ..models.family import Latents
+
+
+class ImageEncoder(Protocol):
+    """What encodes images: a `Family`, or something before it."""
+
+    def encode_images(self, pixels: Tensor) -> Latents: ...
 
 
 class EncodedImage(NamedTuple):
@@ -50,7 +56,7 @@ class Examples(NamedTuple):
     crop: Tensor
 
 
-def encode(family: Family, path: Path, resolution: int, flip: bool) -> EncodedImage:
+def encode(encoder: ImageEncoder, path: Path, resolution: int, flip: bool) -> EncodedImage:
     """Decode, crop and encode one image.
 
     Raises:
@@ -60,7 +66,7 @@ def encode(family: Family, path: Path, resolution: int, flip: bool) -> EncodedIm
     crop = crops.to_square(image, resolution)
     pixels = torch.from_numpy(crop.pixels)
     views = torch.stack([pixels, pixels.flip(-1)] if flip else [pixels])
-    mean, std = family.encode_images(views)
+    mean, std = encoder.encode_images(views)
     original, corner = torch.tensor([image.height, image.width]), torch.tensor([crop.top, crop.left])
     return EncodedImage(mean.cpu(), std.cpu(), original, corner)
 

@@ -125,6 +125,8 @@ class Family(Protocol):
     """What the user named as another autoencoder; None: the model's own."""
     vae_fingerprint: str
     """sha256 of samples of the autoencoder's weight files."""
+    text_fingerprint: str
+    """The same of the text encoders and tokenizers."""
     networks: dict[str, NetworkSpec]
     """What can be adapted, by name, the denoiser first."""
     vae: Any

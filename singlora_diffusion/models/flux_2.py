@@ -108,7 +108,9 @@ class Flux2Klein:
         self.tokenizer, self.scheduler, self.distilled = tokenizer, scheduler, distilled
         self.schedulers: Mapping[str, Any] = flow_matching.SCHEDULERS
         self.noise_process: NoiseProcess = flow_matching.of(scheduler, shift=self._sampling_shift)
-        self.source, self.fingerprint, self.vae_source, self.vae_fingerprint, hints = origin
+        self.source, self.fingerprint, self.vae_source = origin.source, origin.fingerprint, origin.vae_source
+        self.vae_fingerprint, self.text_fingerprint = origin.vae_fingerprint, origin.text_fingerprint
+        hints = origin.hints
         self.networks = network.specs_of(NETWORKS, self)
         self.multiple = PATCH * autoencoder.downsampling(vae)
         self.resolution = int(vae.config.sample_size)  # the transformer's own config names none

@@ -78,6 +78,8 @@ class Origin(NamedTuple):
     """What the user named as another autoencoder; None: the model's own."""
     vae_fingerprint: str
     """Of the autoencoder's weight files; of a single file with all weights, that of the file."""
+    text_fingerprint: str
+    """Likewise of the text encoders and their tokenizers."""
     hints: Mapping[str, Any]
     """As `hints` reads them."""
 
@@ -87,7 +89,16 @@ def origin(stored: Stored, denoiser: str) -> Origin:
     own, its = (weights(stored.path / name)[0] if stored.file is None else [stored.file] for name in (denoiser, "vae"))
     if stored.vae is not None:
         its = [stored.vae] if stored.vae.is_file() else weights(stored.vae)[0]
-    return Origin(stored.source, fingerprint(own), stored.vae_source, fingerprint(its), hints(stored.path))
+    text = [file for part in ("text_encoder*", "tokenizer*") for file in sorted(stored.path.glob(f"{part}/*"))]
+    readers = [*text, *([] if stored.file is None else [stored.file])]
+    return Origin(
+        stored.source,
+        fingerprint(own),
+        stored.vae_source,
+        fingerprint(its),
+        fingerprint(readers),
+        hints(stored.path),
+    )
 
 
 def existing(path: Path) -> Path:

@@ -49,7 +49,9 @@ class StableDiffusion:
         self.scheduler = scheduler
         self.schedulers: Mapping[str, Any] = SCHEDULERS
         self.noise_process: NoiseProcess = noise_schedule.of(scheduler)
-        self.source, self.fingerprint, self.vae_source, self.vae_fingerprint, hints = origin
+        self.source, self.fingerprint, self.vae_source = origin.source, origin.fingerprint, origin.vae_source
+        self.vae_fingerprint, self.text_fingerprint = origin.vae_fingerprint, origin.text_fingerprint
+        hints = origin.hints
         self.networks = network.specs_of(NETWORKS, self)
         downsampling = autoencoder.downsampling(vae)
         self.multiple = math.lcm(downsampling, 8)  # the stock pipeline asks for 8, whatever the autoencoder

@@ -91,7 +91,9 @@ class StableDiffusion3:
         self.tokenizer, self.tokenizer_2, self.tokenizer_3 = tokenizer, tokenizer_2, tokenizer_3
         self.schedulers: Mapping[str, Any] = flow_matching.SCHEDULERS
         self.noise_process: NoiseProcess = flow_matching.of(scheduler, flow_matching.logit_normal)
-        self.source, self.fingerprint, self.vae_source, self.vae_fingerprint, hints = origin
+        self.source, self.fingerprint, self.vae_source = origin.source, origin.fingerprint, origin.vae_source
+        self.vae_fingerprint, self.text_fingerprint = origin.vae_fingerprint, origin.text_fingerprint
+        hints = origin.hints
         self.networks = network.specs_of(NETWORKS, self)
         downsampling = autoencoder.downsampling(vae)
         self.multiple = int(transformer.config.patch_size) * downsampling

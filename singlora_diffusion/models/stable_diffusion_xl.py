@@ -51,7 +51,9 @@ class StableDiffusionXL:
         self.schedulers: Mapping[str, Any] = SCHEDULERS
         self.noise_process: NoiseProcess = noise_schedule.of(scheduler)
         self.force_zeros_for_empty_prompt = force_zeros_for_empty_prompt
-        self.source, self.fingerprint, self.vae_source, self.vae_fingerprint, hints = origin
+        self.source, self.fingerprint, self.vae_source = origin.source, origin.fingerprint, origin.vae_source
+        self.vae_fingerprint, self.text_fingerprint = origin.vae_fingerprint, origin.text_fingerprint
+        hints = origin.hints
         self.networks = network.specs_of(NETWORKS, self)
         downsampling = autoencoder.downsampling(vae)
         self.multiple = math.lcm(downsampling, 8)  # as the stock pipeline asks

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..data import draws, latents
 from ..data.captions import Texts
 from ..data.latents import Stream
-from ..models.family import Family, Geometry, NoiseProcess, noise_process
+from ..models.family import Conditioning, Family, Geometry, NoiseProcess, noise_process
 from .recipe import Recipe
 
 KINDS = (draws.INSTANCE, draws.PRIOR)
@@ -28,6 +28,8 @@ class Streams(NamedTuple):
     prompts: Sequence[str]
     captions: Texts | None = None
     """Of the instance images, in place of the first prompt."""
+    encoded: Conditioning | None = None
+    """What the text encoders say of `texts`; None: they are trained, so nothing of it stays."""
 
     @property
     def texts(self) -> list[str]:

@@ -111,7 +111,7 @@ def run(
         yield from preparation.cut_prompts(recipe, family, found)
         found = yield from preparation.class_images(recipe, accelerator, family, found, resolution)
         streams = yield from preparation.encoded(recipe, family, resolution, found)
-        held_out = yield from preparation.held_out(family, found.held_out, resolution)
+        held_out = yield from preparation.held_out(recipe, family, found.held_out, resolution)
         adapter = adapters.attach(family.networks, config, recipe.optimization.seed)
         stack.callback(adapter.detach)
         yield _loaded(family, adapter, resolution, found.subject.class_noun)

@@ -48,10 +48,12 @@ ACCEPTED = _by_flag(
         # computing
         "attention is PyTorch's own, which saves memory already": "xformers sdpa mem_eff_attn "
         "enable_xformers_memory_efficient_attention enable_npu_flash_attention",
-        "images are encoded once, before the first step, and kept": "cache_latents cache_latents_to_disk "
+        "images are encoded once, before the first step, and kept": "cache_latents "
         "vae_batch_size dataloader_num_workers max_data_loader_n_workers persistent_data_loader_workers",
         "prompts are encoded once, unless --train_text_encoder": "pre_compute_text_embeddings "
-        "cache_text_encoder_outputs cache_text_encoder_outputs_to_disk",
+        "cache_text_encoder_outputs",
+        "--encodings_dir DIR keeps what is encoded from run to run": "cache_latents_to_disk "
+        "cache_text_encoder_outputs_to_disk",
         "images are encoded where they do not overflow, always": "no_half_vae",
         "text encoders and autoencoder leave the device while steps are done, always": "offload highvram lowram",
         "gradients are dropped after each step, always": "set_grads_to_none",

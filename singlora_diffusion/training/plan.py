@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import UserError
+from ..settings import replaced
 from ..terminal import escaped
 from . import material, run_folder
 from .diagnosis import NotFinite, cause
@@ -186,7 +187,7 @@ def _measured(
     from .step import Stepper
 
     began = time.perf_counter()
-    streams = yield from preparation.encoded(recipe, family, resolution, found)
+    streams = yield from preparation.encoded(replaced(recipe, encodings_dir=None), family, resolution, found)
     encoding = (time.perf_counter() - began) / len(streams.images)
     counts = family.device.type == "cuda"
     seconds = 0.0

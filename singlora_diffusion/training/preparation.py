@@ -19,6 +19,7 @@ from ..terminal import escaped
 from . import checkpoint, identity
 from . import class_images as generating
 from .checkpoint import State
+from .encoding import Encoder
 from .events import Encoded, Event, Progress, Remark, Resumed
 from .examples import Streams, process_of
 from .material import Material
@@ -132,7 +133,7 @@ def class_images(
 
 def encoded(recipe: Recipe, family: Family, resolution: int, found: Material) -> Generator[Event, None, Streams]:
     """Instance images and class images as latents, with their prompts."""
-    data, report = recipe.data, found.report
+    data, report, encoder = recipe.data, found.report, Encoder(family, recipe)
     kinds = {
         "instance images": (found.instance, report.repeats),
         "class images": (found.classes, [1] * len(found.classes)),
@@ -140,28 +141,37 @@ def encoded(recipe: Recipe, family: Family, resolution: int, found: Material) ->
     streams: list[Stream] = []
     for what, (paths, repeats) in kinds.items():
         if paths:
-            images = yield from _as_latents(family, what, paths, resolution, data.random_flip)
+            images = yield from _as_latents(encoder, what, paths, resolution, data.random_flip)
             streams.append(Stream(images, repeats))
     texts = [found.prompt, *([found.class_prompt] if recipe.prior.with_prior_preservation else [])]
-    if not (found.said or data.shuffle_caption or data.caption_dropout):
-        return Streams(streams, texts)
-    own = captions.texts(
-        [report.name_of(path) for path in report.images],
-        found.said,
-        found.prompt,
-        seed=recipe.optimization.seed,
-        shuffle=data.shuffle_caption,
-        keep_tokens=data.keep_tokens,
-        dropout=data.caption_dropout,
-    )
-    return Streams(streams, texts, own)
+    own = None
+    if found.said or data.shuffle_caption or data.caption_dropout:
+        own = captions.texts(
+            [report.name_of(path) for path in report.images],
+            found.said,
+            found.prompt,
+            seed=recipe.optimization.seed,
+            shuffle=data.shuffle_caption,
+            keep_tokens=data.keep_tokens,
+            dropout=data.caption_dropout,
+        )
+    made = Streams(streams, texts, own)
+    if not recipe.optimization.train_text_encoder:
+        made = made._replace(encoded=encoder.encode_prompts(made.texts))
+    yield from encoder.remarks()
+    return made
 
 
 def held_out(
-    family: Family, paths: Sequence[Path], resolution: int
+    recipe: Recipe, family: Family, paths: Sequence[Path], resolution: int
 ) -> Generator[Event, None, Sequence[EncodedImage] | None]:
     """Held-out images as latents; None: there are none."""
-    return (yield from _as_latents(family, "held-out images", paths, resolution, flip=False)) if paths else None
+    if not paths:
+        return None
+    encoder = Encoder(family, recipe)
+    found = yield from _as_latents(encoder, "held-out images", paths, resolution, flip=False)
+    yield from encoder.remarks()
+    return found
 
 
 def scorer(recipe: Recipe, found: Material, scoring: Scoring | None) -> Generator[Event, None, Scorer | None]:
@@ -180,12 +190,12 @@ def scorer(recipe: Recipe, found: Material, scoring: Scoring | None) -> Generato
 
 
 def _as_latents(
-    family: Family, what: str, paths: Sequence[Path], resolution: int, flip: bool
+    encoder: Encoder, what: str, paths: Sequence[Path], resolution: int, flip: bool
 ) -> Generator[Event, None, Sequence[EncodedImage]]:
     found = []
     for number, path in enumerate(paths):
         yield Progress(f"encoding {what}", number, len(paths))
-        found.append(latents.encode(family, path, resolution, flip))
+        found.append(latents.encode(encoder, path, resolution, flip))
     yield Progress(f"encoding {what}", len(paths), len(paths))
     yield Encoded(what, len(paths))
     return found

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 from annotated_types import Interval
 from tyro.conf import arg
 
-from .. import settings
+from .. import files, settings
 from ..adapters.config import AdapterConfig, check_options
 from ..adapters.methods import METHODS
 from ..errors import UserError
@@ -56,6 +56,9 @@ class DataSettings:
     """Change the places of a caption's comma-separated tags at random, in 8 orders per image."""
     keep_tokens: CountOrZero = 0
     """So many tags at the beginning of a caption keep their places."""
+    encodings_dir: Annotated[Path | None, MayDiffer] = None
+    """Folder that keeps encoded images and prompts from run to run, known by their content. What is learned stays the
+    same. None: they are encoded in each run."""
     strict: Annotated[bool, MayDiffer] = False
     """Refuse a folder with images that cannot be used, instead of leaving these out."""
 
@@ -252,6 +255,8 @@ def check(recipe: Recipe) -> None:
         raise UserError("--overwrite begins anew and --resume_from_checkpoint goes on: use one of them")
     for name, value in settings.as_json(recipe).items():
         _check_text(name, value)
+    if recipe.data.encodings_dir is not None:
+        files.check_writable(recipe.data.encodings_dir, "--encodings_dir")
 
 
 def _check_optimization(optimization: OptimizationSettings) -> None:

@@ -85,19 +85,15 @@ class Stepper:
         self.prior_weight = recipe.prior.prior_loss_weight
         self.examples = Examples(family, streams, recipe, resolution)
         self.taught = len(streams.prompts) > len(streams.images)  # of the class, by the base model itself
-        text = None
-        if not self.settings.train_text_encoder:
-            with torch.no_grad():
-                text = family.encode_prompts(streams.texts)
         assert self.settings.learning_rate is not None  # see `preparation.for_model`
         groups = adapter.param_groups(self.settings.learning_rate, self.settings.text_encoder_lr)
         self.raw_optimizer = optimizers.make(groups, self.settings)
         self.peaks = [group["lr"] for group in self.raw_optimizer.param_groups]
         self.rate = optimizers.schedule(self.raw_optimizer, self.settings)
         self.average = self._averaged()
-        self.denoiser = Denoiser(family, streams.texts, text)
+        self.denoiser = Denoiser(family, streams.texts, streams.encoded)
         self.compiled = Compiled(denoiser(family).module, family.device) if self.settings.compile else None
-        self.resting = Resting(family, text=text is not None)
+        self.resting = Resting(family, text=streams.encoded is not None)
         self.optimizer: Any = None
 
     def _averaged(self) -> Average | None:
