@@ -15,7 +15,7 @@ import pytest
 from PIL import Image, ImageCms, ImageOps
 
 from singlora_diffusion.data import png
-from singlora_diffusion.data.crops import to_square
+from singlora_diffusion.data.crops import PLACES, Cropping, crop
 from singlora_diffusion.data.folders import image_files, read_folder
 from singlora_diffusion.data.images import is_one_colour, open_image
 from singlora_diffusion.errors import UserError
@@ -361,22 +361,22 @@ def test_one_colour() -> None:
 def test_centre_crop_keeps_the_middle_of_the_longer_side() -> None:
     stripes = np.zeros((20, 60, 3), dtype=np.uint8)
     stripes[:, 20:40] = 255
-    square = to_square(Image.fromarray(stripes), 20).pixels
+    square = crop(Image.fromarray(stripes), 20, 20).pixels
     assert square.shape == (3, 20, 20) and square.dtype == np.float32
     assert np.all(square == 1.0)
-    assert np.all(to_square(Image.fromarray(255 - stripes), 20).pixels == -1.0)
-    upright = to_square(Image.fromarray(stripes.transpose(1, 0, 2)), 20).pixels
+    assert np.all(crop(Image.fromarray(255 - stripes), 20, 20).pixels == -1.0)
+    upright = crop(Image.fromarray(stripes.transpose(1, 0, 2)), 20, 20).pixels
     assert np.all(upright == 1.0)
 
 
 def test_values_and_channels() -> None:
-    square = to_square(Image.new("RGB", (30, 30), (0, 255, 51)), 8).pixels
+    square = crop(Image.new("RGB", (30, 30), (0, 255, 51)), 8, 8).pixels
     assert np.allclose(square[:, 0, 0], [-1.0, 1.0, -0.6], atol=1e-6)
 
 
 def test_small_images_are_enlarged_and_long_ones_cost_nothing() -> None:
-    assert to_square(Image.new("RGB", (3, 5)), 64).pixels.shape == (3, 64, 64)
-    assert to_square(Image.new("RGB", (2, 30000)), 512).pixels.shape == (
+    assert crop(Image.new("RGB", (3, 5)), 64, 64).pixels.shape == (3, 64, 64)
+    assert crop(Image.new("RGB", (2, 30000)), 512, 512).pixels.shape == (
         3,
         512,
         512,
@@ -388,8 +388,24 @@ def test_small_images_are_enlarged_and_long_ones_cost_nothing() -> None:
 )
 def test_a_crop_knows_its_place_in_the_scaled_image(size: tuple[int, int], corner: tuple[int, int]) -> None:
     for scale in (1, 2, 3):
-        crop = to_square(Image.new("RGB", size), scale * min(size))
-        assert (crop.top, crop.left) == (scale * corner[0], scale * corner[1])
+        found = crop(Image.new("RGB", size), scale * min(size), scale * min(size))
+        assert (found.top, found.left) == (scale * corner[0], scale * corner[1])
+
+
+def test_crops_go_from_end_to_end_and_are_as_large_as_can_be() -> None:
+    ramp = Image.fromarray(np.tile(np.arange(0, 240, dtype=np.uint8), (40, 1))).convert("RGB")
+    cropping = Cropping(40, 80, random=True)
+    places = cropping.places(ramp.size)
+    assert len(places) == PLACES and (places[0], places[-1]) == (0.0, 1.0)
+    found = [crop(ramp, 40, 80, place) for place in places]
+    for one in found:  # nothing is scaled here, so pixels say where they come from
+        assert one.top == 0 and one.pixels.shape == (3, 40, 80)
+        np.testing.assert_allclose((one.pixels[0, 0, 0] + 1) * 127.5, one.left, atol=1)
+        assert one.left_mirrored == 240 - 80 - one.left
+    assert [one.left for one in found] == [round(160 * place) for place in places]
+    assert cropping.places((120, 60)) == Cropping(40, 80).places(ramp.size) == [0.5]  # nothing to choose from
+    upright = crop(ramp.rotate(90, expand=True), 80, 40, 1.0)
+    assert (upright.top, upright.left) == (160, 0)
 
 
 def test_torch_is_not_imported() -> None:

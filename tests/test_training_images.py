@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import train_dreambooth
-from singlora_diffusion import cli
+from singlora_diffusion import cli, models
+from singlora_diffusion.data import latents
+from singlora_diffusion.data.crops import Cropping
 from singlora_diffusion.data.folders import read_instance_folder
 from singlora_diffusion.errors import UserError
 from singlora_diffusion.settings import replaced
@@ -136,3 +138,51 @@ def test_check_reads_kohyas_folders(repeated: Path, tmp_path: Path, capsys: pyte
     (repeated / "1_sks dog").rename(repeated / "1_style")
     assert cli.run("check", [str(repeated)]) == 2
     assert "no identifier" in capsys.readouterr().err
+
+
+# --- random crops ----------------------------------------------------------------------------------------------------
+
+
+def gradient(size: tuple[int, int]) -> Image.Image:
+    """Another colour in every column."""
+    return Image.linear_gradient("L").rotate(90).resize(size).convert("RGB")
+
+
+@pytest.fixture
+def wide(tmp_path: Path) -> Path:
+    """Three images, of which crops differ."""
+    folder = tmp_path / "wide"
+    folder.mkdir()
+    for number, size in enumerate([(96, 32), (32, 96), (64, 32)]):
+        gradient(size).save(folder / f"{number}.png")
+    return folder
+
+
+def test_random_crops_are_drawn_by_position(wide: Path, trained: Trained, recipe: Recipe, tmp_path: Path) -> None:
+    """Resumed bit for bit, and the same in one batch of four as in two of two."""
+    changes = {"instance_data_dir": wide, "random_crop": True, "random_flip": True}
+    unbroken = trained(**changes, checkpointing_steps=2, output_dir=tmp_path / "unbroken")
+    shutil.copytree(tmp_path / "unbroken" / "checkpoint-2", tmp_path / "cut" / "checkpoint-2")
+    assert same(unbroken, trained(**changes, resume_from_checkpoint="latest", output_dir=tmp_path / "cut"))
+    assert not same(unbroken, trained(**{**changes, "random_crop": False}))
+
+    family = models.load(str(recipe.model.pretrained_model_name_or_path))
+    images = [latents.encode(family, path, Cropping(32, 32, random=True), flip=True) for path in sorted(wide.iterdir())]
+    assert images[0].mean.shape[:2] == (8, 2) and images[0].crop[:, 0].tolist() == [
+        [0, round(64 * k / 7)] for k in range(8)
+    ]
+    assert torch.equal(images[0].crop[:, 1, 1], images[0].crop[:, 0, 1].flip(0))  # mirrored, it begins at the other end
+    stream = latents.Stream(images, [1, 1, 1])
+    whole = latents.batch(stream, 3, range(40, 60), 0)
+    parts = [latents.batch(stream, 3, range(start, start + 5), 0) for start in range(40, 60, 5)]
+    assert all(torch.equal(one, other) for one, other in zip(whole, latents.joined(parts), strict=True))
+    assert len({tuple(corner) for corner in whole.crop.tolist()}) > 6  # of 3 x 8
+
+
+def test_of_squares_there_is_one_crop(trained: Trained, tmp_path: Path) -> None:
+    squares = tmp_path / "squares"
+    squares.mkdir()
+    for number in range(3):
+        gradient((40, 40)).rotate(90 * number).save(squares / f"{number}.png")
+    changes = {"instance_data_dir": squares, "max_train_steps": 2}
+    assert same(trained(**changes, random_crop=True), trained(**changes))

@@ -1,36 +1,70 @@
-"""Images cropped to a model's square."""
+"""Images cropped to what a model sees of them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+PLACES = 8
+"""Crops of an image that is cropped at random, evenly from one end of its longer side to the other: few enough to be
+encoded before the first step, and a photograph of 3:2 moves by a fourteenth of its height from one to the next."""
+MIDDLE = 0.5
+
 
 class Crop(NamedTuple):
-    """The largest square in the middle of an image, at a model's resolution."""
+    """Part of an image, scaled."""
 
     pixels: NDArray[np.float32]
-    """(3, resolution, resolution) in [-1, 1], channels R, G, B."""
+    """(3, height, width) in [-1, 1], channels R, G, B."""
     top: int
-    """Where it begins in the image that was scaled with it, in pixels; the same in the mirrored image."""
+    """Where it begins in the image that was scaled with it, in pixels."""
     left: int
+    left_mirrored: int
+    """Where its mirror image begins in the mirrored image."""
 
 
-def to_square(image: Image.Image, resolution: int) -> Crop:
-    """The shorter side becomes `resolution` pixels (Lanczos, either direction); of the longer one the middle is kept.
+class Cropping(NamedTuple):
+    """What a model is to see of an image."""
+
+    height: int
+    """In pixels."""
+    width: int
+    random: bool = False
+    """At one of `PLACES`, instead of in the middle."""
+
+    def places(self, size: tuple[int, int]) -> Sequence[float]:
+        """Where an image of this width and height is cropped, each as in `box`."""
+        whole = size[0] * self.height == size[1] * self.width
+        return [place / (PLACES - 1) for place in range(PLACES)] if self.random and not whole else [MIDDLE]
+
+
+def box(size: tuple[int, int], height: int, width: int, place: float = MIDDLE) -> tuple[float, float, float, float]:
+    """The largest part of an image with the proportions of (height, width): left, top, right and bottom in its pixels.
+
+    Args:
+        size: width and height of the image.
+        place: from 0.0, the left or upper end, to 1.0, the other one.
+    """
+    across, down = min(size[0], size[1] * width / height), min(size[1], size[0] * height / width)
+    left, top = (size[0] - across) * place, (size[1] - down) * place  # one of the two is 0
+    return left, top, min(left + across, size[0]), min(top + down, size[1])
+
+
+def crop(image: Image.Image, height: int, width: int, place: float = MIDDLE) -> Crop:
+    """The `box` of an image, scaled to height and width (Lanczos, either direction).
 
     Args:
         image: mode "RGB", as `open_image` gives it.
-        resolution: side of the result in pixels.
+        height, width: of the result in pixels.
     """
-    width, height = image.size
-    side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2  # one of the two is 0
+    left, top, right, bottom = box(image.size, height, width, place)
     # Cropping within the resize keeps a very long image from being enlarged whole.
-    square = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
-    pixels = np.asarray(square, dtype=np.float32).transpose(2, 0, 1) / np.float32(127.5) - np.float32(1.0)
-    scale = resolution / side
-    return Crop(np.ascontiguousarray(pixels), top=round(top * scale), left=round(left * scale))
+    part = image.resize((width, height), Image.Resampling.LANCZOS, box=(left, top, right, bottom))
+    pixels = np.asarray(part, dtype=np.float32).transpose(2, 0, 1) / np.float32(127.5) - np.float32(1.0)
+    scale = height / (bottom - top)
+    corner = (round(offset * scale) for offset in (top, left, image.width - right))
+    return Crop(np.ascontiguousarray(pixels), *corner)

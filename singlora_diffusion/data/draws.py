@@ -70,6 +70,11 @@ def text_mask(seed: int, step: int, text: int) -> int:
     return int(np.random.SeedSequence((seed, TEXT, step, text)).generate_state(1)[0])
 
 
+def crop(seed: int, position: int, stream: int = INSTANCE) -> float:
+    """Which crop an example has, in [0, 1). It has a generator of its own, as captions do."""
+    return float(np.random.default_rng((seed, stream, position, 3)).random())
+
+
 def draw(seed: int, positions: Sequence[int], shape: tuple[int, ...], stream: int = INSTANCE) -> Draw:
     """Noise, quantiles of the time and flips for the examples at these positions.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import crops, draws
+from .crops import Cropping
 from .images import open_image
 
 if TYPE_CHECKING:
@@ -26,12 +27,32 @@ class EncodedImage(NamedTuple):
     """The latent distributions of an image, as `Family.encode_images` gives them, and how it was cropped."""
 
     mean: Tensor
-    """(views, C, h, w) float32; views is 2, the second one mirrored, where images are flipped at random."""
+    """(crops, sides, C, h, w) float32; sides is 2, the second one mirrored, where images are flipped at random."""
     std: Tensor
     original: Tensor
     """(2,) int64: height and width of the image file."""
     crop: Tensor
-    """(2,) int64: top and left of the crop, after scaling."""
+    """(crops, sides, 2) int64: top and left of the crop, after scaling."""
+
+    def view(self, crop: int = 0, side: int = 0) -> View:
+        return View(self.mean[crop, side], self.std[crop, side], self.original, self.crop[crop, side])
+
+
+class View(NamedTuple):
+    """Of an encoded image: what it is where it is cropped at one place. Or N of them, then with another first axis."""
+
+    mean: Tensor
+    """(C, h, w)."""
+    std: Tensor
+    original: Tensor
+    """(2,)."""
+    crop: Tensor
+    """(2,)."""
+
+
+def together(views: Iterable[View]) -> View:
+    """Views of one size as one, in order."""
+    return View(*(torch.stack(column) for column in zip(*views, strict=True)))
 
 
 class Stream(NamedTuple):
@@ -54,21 +75,25 @@ class Examples(NamedTuple):
     original: Tensor
     """(N, 2), as in `EncodedImage`."""
     crop: Tensor
+    """(N, 2)."""
 
 
-def encode(encoder: ImageEncoder, path: Path, resolution: int, flip: bool) -> EncodedImage:
+def encode(encoder: ImageEncoder, path: Path, cropping: Cropping, flip: bool) -> EncodedImage:
     """Decode, crop and encode one image.
 
     Raises:
         UserError: the image cannot be read.
     """
     image = open_image(path)
-    crop = crops.to_square(image, resolution)
-    pixels = torch.from_numpy(crop.pixels)
-    views = torch.stack([pixels, pixels.flip(-1)] if flip else [pixels])
-    mean, std = encoder.encode_images(views)
-    original, corner = torch.tensor([image.height, image.width]), torch.tensor([crop.top, crop.left])
-    return EncodedImage(mean.cpu(), std.cpu(), original, corner)
+    found = []
+    for place in cropping.places(image.size):
+        crop = crops.crop(image, cropping.height, cropping.width, place)
+        pixels = torch.from_numpy(crop.pixels)
+        mean, std = encoder.encode_images(torch.stack([pixels, pixels.flip(-1)] if flip else [pixels]))
+        corners = torch.tensor([[crop.top, crop.left], [crop.top, crop.left_mirrored]])
+        found.append((mean.cpu(), std.cpu(), corners[: len(mean)]))
+    mean, std, corners = (torch.stack(column) for column in zip(*found, strict=True))
+    return EncodedImage(mean, std, torch.tensor([image.height, image.width]), corners)
 
 
 def batch(data: Stream, seed: int, positions: range, kind: int, noise_offset: float = 0.0) -> Examples:
@@ -78,14 +103,16 @@ def batch(data: Stream, seed: int, positions: range, kind: int, noise_offset: fl
         kind: of the stream, `draws.INSTANCE` or another.
         noise_offset: how much noise is added to a latent's channels as wholes.
     """
-    drawn = draws.draw(seed, positions, tuple(data.images[0].mean.shape[1:]), kind)
+    drawn = draws.draw(seed, positions, tuple(data.images[0].mean.shape[2:]), kind)
     chosen = [data.images[place] for place in draws.examples(seed, positions, data.repeats, kind)]
-    views = [int(flip) * (len(image.mean) - 1) for image, flip in zip(chosen, drawn.flip, strict=True)]
-    mean = torch.stack([image.mean[view] for image, view in zip(chosen, views, strict=True)])
-    std = torch.stack([image.std[view] for image, view in zip(chosen, views, strict=True)])
+    views = []
+    for image, position, flip in zip(chosen, positions, drawn.flip, strict=True):
+        crop = int(draws.crop(seed, position, kind) * len(image.mean))
+        side = int(flip) * (image.mean.shape[1] - 1)
+        views.append(image.view(crop, side))
+    seen = together(views)
     noise = drawn.noise + noise_offset * drawn.offset if noise_offset else drawn.noise
-    original, crop = (torch.stack(column) for column in ([i.original for i in chosen], [i.crop for i in chosen]))
-    return Examples(mean + std * drawn.latent_noise, noise, drawn.quantile, original, crop)
+    return Examples(seen.mean + seen.std * drawn.latent_noise, noise, drawn.quantile, seen.original, seen.crop)
 
 
 def joined(parts: Sequence[Examples]) -> Examples:

@@ -21,14 +21,8 @@ def batches(examples: Examples, images: Sequence[EncodedImage], size: int) -> It
     positions = range(len(images) * DRAWS)
     for start in range(0, len(positions), size):
         some = positions[start : start + size]
-        drawn = draws.draw(SEED, some, tuple(images[0].mean.shape[1:]), draws.HELD_OUT)
-        which = [images[position // DRAWS] for position in some]
+        drawn = draws.draw(SEED, some, tuple(images[0].mean.shape[2:]), draws.HELD_OUT)
+        seen = latents.together(images[position // DRAWS].view() for position in some)
         quantile = torch.tensor([(position % DRAWS + 0.5) / DRAWS for position in some], dtype=torch.float64)
-        shown = latents.Examples(
-            torch.stack([image.mean[0] for image in which]),
-            drawn.noise,
-            quantile,
-            torch.stack([image.original for image in which]),
-            torch.stack([image.crop for image in which]),
-        )
+        shown = latents.Examples(seen.mean, drawn.noise, quantile, seen.original, seen.crop)
         yield examples.batch(shown, [0] * len(some))

@@ -67,7 +67,7 @@ ACCEPTED = _by_flag(
         # what is learned
         "so it is with --optimizer prodigy": "prodigy_decouple prodigy_use_bias_correction prodigy_safeguard_warmup",
         "--max_train_steps alone says how long the training is": "repeats dataset_repeats",
-        "images are cropped in the middle, always": "center_crop",
+        "images are cropped in the middle, unless --random_crop is given": "center_crop",
         "class images are generated in --mixed_precision": "prior_generation_precision",
         "text encoders are trained with --train_text_encoder only": "network_train_unet_only",
         "--method and --dora say what the layers get": "network_module",
@@ -108,7 +108,7 @@ REFUSED = _by_flag(
         "brackets in prompts are plain text": "weighted_captions",
         "images are cropped to squares, so there are no buckets": "aspect_ratio_buckets enable_bucket min_bucket_reso "
         "max_bucket_reso bucket_reso_steps bucket_no_upscale",
-        "images are cropped in the middle; crop them yourself for more": "random_crop face_crop_aug_range",
+        "images are cropped in the middle, or with --random_crop at random": "face_crop_aug_range",
         "images are scaled by lanczos": "image_interpolation_mode",
         "colours are not changed": "color_aug",
         "there are no masks; crop the images to the subject": "masked_loss",

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 
 from .. import device, models, settings
 from ..data import captions, latents
+from ..data.crops import Cropping
 from ..data.latents import EncodedImage, Stream
 from ..errors import UserError
 from ..models import Family
@@ -134,6 +135,7 @@ def class_images(
 def encoded(recipe: Recipe, family: Family, resolution: int, found: Material) -> Generator[Event, None, Streams]:
     """Instance images and class images as latents, with their prompts."""
     data, report, encoder = recipe.data, found.report, Encoder(family, recipe)
+    cropping = Cropping(resolution, resolution, random=data.random_crop)
     kinds = {
         "instance images": (found.instance, report.repeats),
         "class images": (found.classes, [1] * len(found.classes)),
@@ -141,7 +143,7 @@ def encoded(recipe: Recipe, family: Family, resolution: int, found: Material) ->
     streams: list[Stream] = []
     for what, (paths, repeats) in kinds.items():
         if paths:
-            images = yield from _as_latents(encoder, what, paths, resolution, data.random_flip)
+            images = yield from _as_latents(encoder, what, paths, cropping, data.random_flip)
             streams.append(Stream(images, repeats))
     texts = [found.prompt, *([found.class_prompt] if recipe.prior.with_prior_preservation else [])]
     own = None
@@ -169,7 +171,7 @@ def held_out(
     if not paths:
         return None
     encoder = Encoder(family, recipe)
-    found = yield from _as_latents(encoder, "held-out images", paths, resolution, flip=False)
+    found = yield from _as_latents(encoder, "held-out images", paths, Cropping(resolution, resolution), flip=False)
     yield from encoder.remarks()
     return found
 
@@ -190,12 +192,12 @@ def scorer(recipe: Recipe, found: Material, scoring: Scoring | None) -> Generato
 
 
 def _as_latents(
-    encoder: Encoder, what: str, paths: Sequence[Path], resolution: int, flip: bool
+    encoder: Encoder, what: str, paths: Sequence[Path], cropping: Cropping, flip: bool
 ) -> Generator[Event, None, Sequence[EncodedImage]]:
     found = []
     for number, path in enumerate(paths):
         yield Progress(f"encoding {what}", number, len(paths))
-        found.append(latents.encode(encoder, path, resolution, flip))
+        found.append(latents.encode(encoder, path, cropping, flip))
     yield Progress(f"encoding {what}", len(paths), len(paths))
     yield Encoded(what, len(paths))
     return found

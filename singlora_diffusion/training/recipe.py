@@ -47,6 +47,8 @@ class DataSettings:
     """Side of the training images in pixels. None: the model's own."""
     random_flip: bool = False
     """Mirror images at random. Leave it off where left and right matter, as with writing."""
+    random_crop: bool = False
+    """Crop images at random, at one of 8 places along their longer side, instead of in the middle."""
     captions: Literal["auto", "none"] = "auto"
     """auto: an image with a caption beside it (dog.txt for dog.jpg, or a row of metadata.jsonl) has it as its prompt,
     the others have --instance_prompt; a folder without captions trains on that alone. none: captions are ignored."""
