@@ -17,7 +17,7 @@ from singlora_diffusion.data import draws
 from singlora_diffusion.errors import UserError
 from singlora_diffusion.settings import replaced
 from singlora_diffusion.training import averaging, compiling, loop, optimizers
-from singlora_diffusion.training.examples import quantile_of
+from singlora_diffusion.training.quantiles import quantile_of
 from singlora_diffusion.training.recipe import OptimizationSettings, Recipe, check
 
 

@@ -12,6 +12,7 @@ from ..data import draws, latents
 from ..data.captions import Texts
 from ..data.latents import Stream
 from ..models.family import Conditioning, Family, Geometry, NoiseProcess, noise_process
+from .quantiles import Quantiles
 from .recipe import Recipe
 
 KINDS = (draws.INSTANCE, draws.PRIOR)
@@ -62,8 +63,7 @@ class Examples:
         self.streams, self.device, self.process = streams, family.device, process_of(family, recipe)
         self.seed, self.noise_offset = recipe.optimization.seed, recipe.optimization.noise_offset
         self.resolution, self.caption_dropout = resolution, recipe.data.caption_dropout
-        steps = recipe.optimization.min_timestep, recipe.optimization.max_timestep
-        self.lowest, self.highest = (quantile_of(self.process, step / 1000) for step in steps)
+        self.quantiles = Quantiles(self.process, recipe.optimization)
 
     def at(self, positions: range) -> Batch:
         parts = [
@@ -79,8 +79,7 @@ class Examples:
 
     def batch(self, examples: latents.Examples, stream: Sequence[int]) -> Batch:
         """What the denoiser is asked of examples, and what it should predict."""
-        quantile = self.lowest + examples.quantile * (self.highest - self.lowest)
-        times = self.process.times(quantile).to(self.device)
+        times = self.process.times(self.quantiles(examples.quantile)).to(self.device)
         clean, noise = examples.latents.to(self.device), examples.noise.to(self.device)
         noisy, target = self.process.corrupt(clean, noise, times)
         target_size = torch.full_like(examples.crop, self.resolution)
@@ -112,19 +111,3 @@ def joined(first: Batch, last: Batch) -> Batch:
         stream=[*first.stream, *last.stream],
         geometry=Geometry(*(torch.cat(column) for column in zip(first.geometry, last.geometry, strict=True))),
     )
-
-
-def quantile_of(process: NoiseProcess, share: float) -> float:
-    """The lowest quantile whose time has gone this share of the way from image to noise; 0.0 and 1.0 are the ends.
-
-    Times rise with their quantiles: a bisection, to the last bit of a float64.
-    """
-    if share in (0.0, 1.0):
-        return share
-    last = process.times(torch.tensor([1.0 - 2.0**-53], dtype=torch.float64))
-    bound = share if last.is_floating_point() else share * (int(last) + 1)
-    low, high = 0.0, 1.0
-    while low < (middle := (low + high) / 2) < high:
-        reached = float(process.times(torch.tensor([middle], dtype=torch.float64))) >= bound
-        low, high = (low, middle) if reached else (middle, high)
-    return high

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
@@ -154,6 +155,17 @@ class OptimizationSettings:
     """Train on no less noise than at this of 1000 timesteps."""
     max_timestep: Annotated[int, Interval(ge=1, le=1000)] = 1000
     """Train on less noise than at this of 1000 timesteps."""
+    timestep_bias_strategy: Literal["none", "earlier", "later", "range"] = "none"
+    """Draw some timesteps more often, or less: earlier, those of little noise; later, those of much; range, from
+    --timestep_bias_begin to before --timestep_bias_end."""
+    timestep_bias_multiplier: Positive = 1.0
+    """How many times as often."""
+    timestep_bias_portion: Annotated[float, Interval(gt=0, lt=1)] = 0.25
+    """earlier and later: the share of all timesteps."""
+    timestep_bias_begin: Annotated[int, Interval(ge=0, le=999)] = 0
+    """range: the first of 1000 timesteps."""
+    timestep_bias_end: Annotated[int, Interval(ge=1, le=1000)] = 1000
+    """range: the first of 1000 timesteps after it."""
     compile: Annotated[bool, arg(aliases=["--torch_compile"])] = False
     """Compile the denoiser's blocks: the first steps take long, all others less. On GPUs."""
     allow_tf32: bool = False
@@ -225,6 +237,13 @@ class Recipe:
     output: OutputSettings = field(default_factory=OutputSettings)
 
 
+BIAS = {
+    "timestep_bias_multiplier": ("earlier", "later", "range"),
+    "timestep_bias_portion": ("earlier", "later"),
+    "timestep_bias_begin": ("range",),
+    "timestep_bias_end": ("range",),
+}
+"""An option of the timestep bias -> the strategies that it belongs to."""
 NEEDED = {
     "train_text_encoder": ("text_encoder_lr", "text_rank", "text_alpha", "text_targets"),
     "shuffle_caption": ("keep_tokens",),
@@ -292,10 +311,21 @@ def _check_optimization(optimization: OptimizationSettings) -> None:
         )
     if optimizer.averages and optimization.ema_decay is not None:
         raise UserError(f"--ema_decay: --optimizer {optimization.optimizer} averages already: leave it out")
-    if optimization.min_timestep >= optimization.max_timestep:
-        raise UserError(
-            f"--min_timestep {optimization.min_timestep}: must be less than --max_timestep {optimization.max_timestep}"
-        )
+    _check_times(optimization, changed)
+
+
+def _check_times(optimization: OptimizationSettings, changed: Collection[str]) -> None:
+    """Raises a UserError for settings of times that mean nothing together."""
+    for first, last in (("min_timestep", "max_timestep"), ("timestep_bias_begin", "timestep_bias_end")):
+        low, high = getattr(optimization, first), getattr(optimization, last)
+        if low >= high:
+            raise UserError(f"--{first} {low}: must be less than --{last} {high}")
+    strategy = optimization.timestep_bias_strategy
+    for name, strategies in BIAS.items():
+        if name in changed and strategy not in strategies:
+            raise UserError(f"--{name}: only with --timestep_bias_strategy {' or '.join(strategies)}")
+    if strategy != "none" and optimization.timestep_bias_multiplier == 1:
+        raise UserError(f"--timestep_bias_strategy {strategy}: changes nothing without --timestep_bias_multiplier")
 
 
 def adapter_config(recipe: Recipe, ramp_steps: int | None = None) -> AdapterConfig:
