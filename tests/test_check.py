@@ -18,6 +18,9 @@ from singlora_diffusion.data import captions, draws
 from singlora_diffusion.data.checking import check_folder, difference_hash, sharpness
 from singlora_diffusion.errors import UserError
 from singlora_diffusion.settings import replaced
+from singlora_diffusion.training import loop
+from singlora_diffusion.training.events import Event, Remark, Step
+from singlora_diffusion.training.examples import Streams
 from singlora_diffusion.training.recipe import Recipe
 
 
@@ -131,6 +134,54 @@ def test_tags_are_shuffled_but_for_the_kept_and_dropped_at_their_rate() -> None:
     assert abs(forms.count("") - 600) < 5 * (2000 * 0.3 * 0.7) ** 0.5  # five standard deviations
     assert {tuple(sorted(form.split(", "))) for form in forms if form} == {("grass", "sks dog", "sky", "sun")}
     assert all(form.startswith("sks dog, ") for form in forms if form) and len(set(forms)) > 3
+
+
+def test_captions_of_class_images_and_held_out_images_are_their_prompts(recipe: Recipe, tmp_path: Path) -> None:
+    folders = {}
+    for kind in ("class", "held"):
+        folders[kind] = tmp_path / kind
+        shutil.copytree(recipe.data.instance_data_dir, folders[kind])
+    recipe = replaced(
+        recipe,
+        with_prior_preservation=True,
+        class_data_dir=folders["class"],
+        num_class_images=3,
+        held_out_data_dir=folders["held"],
+        validation_steps=1,
+        num_validation_images=1,
+        max_train_steps=2,
+        checkpointing_steps=1,
+    )
+    (folders["class"] / "1.txt").write_text("a dog in the grass")
+    (folders["held"] / "metadata.jsonl").write_text('{"file_name": "2.png", "text": "a sks dog at night"}')
+
+    def ran(name: str, **change: object) -> list[Event]:
+        return list(loop.run(replaced(recipe, output_dir=tmp_path / name, **change)))
+
+    said, silent = ran("said"), ran("silent", captions="none")
+    remarks = [event.text for event in said if isinstance(event, Remark)]
+    assert [line.split(" have ")[0] for line in remarks] == ["1 of 3 held-out images", "1 of 3 class images"]
+    steps = [[event for event in run if isinstance(event, Step)] for run in (said, silent)]
+    assert steps[0][0].validation_loss != steps[1][0].validation_loss
+    weights = [load_file(tmp_path / name / "adapter.safetensors") for name in ("said", "silent")]
+    assert any(not torch.equal(tensor, weights[1][key]) for key, tensor in weights[0].items())
+
+    cut = tmp_path / "cut"
+    shutil.copytree(tmp_path / "said" / "checkpoint-1", cut / "checkpoint-1")
+    resumed = [event for event in ran("cut", resume_from_checkpoint="latest") if isinstance(event, Step)]
+    assert [(one.loss, one.validation_loss) for one in resumed] == [(steps[0][1].loss, steps[0][1].validation_loss)]
+    (folders["class"] / "1.txt").write_text("something else")
+    with pytest.raises(UserError, match="other captions of class images"):
+        ran("cut", resume_from_checkpoint="latest", max_train_steps=3)
+
+
+def test_what_an_example_says_follows_its_image_in_every_stream() -> None:
+    own = captions.texts(["a", "b"], {"a": "first"}, "sks dog", seed=0)
+    classes = captions.texts(["c", "d", "e"], {"d": "a dog, sitting"}, "dog", seed=0)
+    unseen = captions.texts(["f"], {"f": "not seen"}, "sks dog", seed=0)
+    streams = Streams([], ["sks dog", "dog"], (own, classes), unseen)
+    assert streams.texts == ["sks dog", "dog", "first", "sks dog", "dog", "a dog, sitting", "not seen"]
+    assert [streams.first_of(one) for one in (own, classes, unseen)] == [2, 4, 6]
 
 
 def test_training_with_captions_resumes_bit_for_bit(recipe: Recipe, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def prior(recipe: Recipe, tmp_path: Path) -> Recipe:
 
 
 def names(recipe: Recipe) -> list[str]:
-    return [path.name for path in class_images.images(recipe)]
+    return [path.name for path in class_images.images(recipe).images[: recipe.prior.num_class_images]]
 
 
 def test_missing_images_get_free_names(prior: Recipe, tmp_path: Path) -> None:

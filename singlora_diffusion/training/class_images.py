@@ -60,18 +60,19 @@ def prepare(recipe: Recipe, family: Family, prompt: str, resolution: int) -> Gen
         yield Progress(what, len(missing), len(missing))
 
 
-def images(recipe: Recipe) -> tuple[Path, ...]:
-    """The images that training takes, in its order.
+def images(recipe: Recipe) -> FolderReport:
+    """What the folder holds once nothing is missing; training takes the first of its images.
 
     Raises:
         UserError: there are too few that can be used.
     """
-    found = read_folder(folder_of(recipe)).images
-    if len(found) < recipe.prior.num_class_images:
+    found = read_folder(folder_of(recipe))
+    if len(found.images) < recipe.prior.num_class_images:
         raise UserError(
-            f"{escaped(folder_of(recipe), 1000)}: has {len(found)} class images, not {recipe.prior.num_class_images}"
+            f"{escaped(folder_of(recipe), 1000)}: has {len(found.images)} class images, not "
+            f"{recipe.prior.num_class_images}"
         )
-    return found[: recipe.prior.num_class_images]
+    return found
 
 
 def check_origin(paths: Iterable[Path], prompt: str, base: str, *, anew: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -27,15 +28,26 @@ class Streams(NamedTuple):
 
     images: Sequence[Stream]
     prompts: Sequence[str]
-    captions: Texts | None = None
-    """Of the instance images, in place of the first prompt."""
+    captions: Sequence[Texts | None] = (None, None)
+    """Of the images of each stream, in place of its prompt; None: they have none."""
+    held_out: Texts | None = None
+    """Captions of held-out images, in place of the first prompt."""
     encoded: Conditioning | None = None
     """What the text encoders say of `texts`; None: they are trained, so nothing of it stays."""
 
     @property
     def texts(self) -> list[str]:
         """All that is to be encoded: the prompts, then the captions. `Batch.stream` holds places in it."""
-        return [*self.prompts, *(self.captions.table if self.captions is not None else ())]
+        return [*self.prompts, *(text for captions in self._captions for text in captions.table)]
+
+    def first_of(self, captions: Texts) -> int:
+        """The place among `texts` at which the table of these captions begins."""
+        before = itertools.takewhile(lambda other: other is not captions, self._captions)
+        return len(self.prompts) + sum(len(other.table) for other in before)
+
+    @property
+    def _captions(self) -> list[Texts]:
+        return [one for one in (*self.captions, self.held_out) if one is not None]
 
 
 class Batch(NamedTuple):
@@ -70,12 +82,17 @@ class Examples:
             latents.batch(images, self.seed, positions, kind, self.noise_offset)
             for images, kind in zip(self.streams.images, KINDS, strict=False)
         ]
-        places = [number for number in range(len(parts)) for _ in positions]
-        if (captions := self.streams.captions) is not None:
-            images = draws.examples(self.seed, positions, self.streams.images[0].repeats)  # by image, never by step
-            drawn = captions.drawn(self.seed, positions, images, self.caption_dropout)
-            places[: len(positions)] = [len(self.streams.prompts) + place for place in drawn]
+        places = [place for number in range(len(parts)) for place in self._texts(number, positions)]
         return self.batch(latents.joined(parts), places)
+
+    def _texts(self, number: int, positions: range) -> list[int]:
+        """Places of what the examples of a stream say; a caption goes with its image, whatever the step."""
+        captions = self.streams.captions[number]
+        if captions is None:
+            return [number] * len(positions)
+        images = draws.examples(self.seed, positions, self.streams.images[number].repeats, KINDS[number])
+        first = self.streams.first_of(captions)
+        return [first + place for place in captions.drawn(self.seed, positions, images, self.caption_dropout)]
 
     def batch(self, examples: latents.Examples, stream: Sequence[int]) -> Batch:
         """What the denoiser is asked of examples, and what it should predict."""

@@ -28,6 +28,7 @@ def of(recipe: Recipe, base: str, found: Material) -> dict[str, Any]:
         "instance_images": {name: files.sha256(path) for name, path in images.items()},
         "class_images": {path.name: files.sha256(path) for path in found.classes},
         "captions": [found.said.get(name) for name in images] if found.said else [],
+        "class_captions": [found.said_classes.get(path.name) for path in found.classes] if found.said_classes else [],
         "repeats": list(found.report.repeats),
     }
 
@@ -47,8 +48,9 @@ def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     for key, kind in (("instance_images", "instance"), ("class_images", "class")):
         if words := _of_images(before[key], now[key]):
             return f"with other {kind} images ({words})"
-    if before.get("captions", []) != now["captions"]:
-        return "with other captions"
+    for key, kind in (("captions", "captions"), ("class_captions", "captions of class images")):
+        if before.get(key, []) != now[key]:
+            return f"with other {kind}"
     if before.get("repeats", [1] * len(now["repeats"])) != now["repeats"]:
         return "with images that were seen more or less often"
     return None

@@ -83,12 +83,11 @@ def run(
     Args:
         stop: asked after every step; once it says yes, the state is saved and the run ends.
         family: the recipe's base model, for those who train on it many times. It is left as it was. None: it is loaded.
-        scoring: makes what `--validate scores` asks, as `eval.previews.PreviewScorer`. Training knows no scores.
+        scoring: as `eval.previews.PreviewScorer`, which training does not know; `--validate scores` needs it.
 
     Raises:
         UserError: something in the recipe or its files must be mended first, the training diverged, or a file cannot be
             written. Nothing is left half-written, and checkpoints stay.
-        ValueError: scores are asked for, and there is no `scoring`.
     """
     check(recipe)
     run_folder.check(recipe.output)
@@ -108,8 +107,8 @@ def run(
     memory.require(family, config, recipe, resolution)
     with ExitStack() as stack:
         repository = (yield from _claim(recipe, stack)) if accelerator.is_main_process else None
-        yield from preparation.cut_prompts(recipe, family, found)
         found = yield from preparation.class_images(recipe, accelerator, family, found, resolution)
+        yield from preparation.cut_prompts(recipe, family, found)
         streams = yield from preparation.encoded(recipe, family, resolution, found)
         held_out = yield from preparation.held_out(recipe, family, found.held_out, resolution)
         adapter = adapters.attach(family.networks, config, recipe.optimization.seed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -32,8 +32,12 @@ class Material(NamedTuple):
     """What previews show."""
     held_out: Sequence[Path]
     """Images of the subject that are not trained on; none where nothing asks for them."""
+    said_held_out: dict[str, str]
+    """Name of a held-out image -> its caption; the others show what the instance prompt says."""
     classes: Sequence[Path] = ()
     """Images of the class, once there are all that are wanted."""
+    said_classes: Mapping[str, str] = {}
+    """Name of an image of the class -> its caption; the others show what the class prompt says."""
 
     @property
     def instance(self) -> tuple[Path, ...]:
@@ -67,18 +71,21 @@ def read(recipe: Recipe) -> Generator[Event, None, Material]:
     yield Images(report)
     prompt, subject = _prompt(data, report)
     class_prompt = recipe.prior.class_prompt or subject.without_identifier(prompt)
-    said = yield from _captions(data, report)
+    said = yield from captions_of(data, report, "images")
+    if data.shuffle_caption and not said:
+        yield Remark("--shuffle_caption: there are no captions; the tags of --instance_prompt are shuffled")
     if data.instance_prompt is None:
         for part in report.repeated:
             if part.prompt is not None and part.prompt != prompt:
                 for path in part.images:
                     said.setdefault(report.name_of(path), part.prompt)
-    held_out: Sequence[Path] = ()
+    shown, held_out, said_held_out = validation.validation_prompt or prompt, tuple[Path, ...](), dict[str, str]()
     if validation.held_out_data_dir is not None and validation.validation_steps:
         held = read_folder(validation.held_out_data_dir, strict=data.strict, resolution=data.resolution)
         yield Images(held)
         held_out = held.images
-    return Material(report, prompt, subject, class_prompt, said, validation.validation_prompt or prompt, held_out)
+        said_held_out = yield from captions_of(data, held, "held-out images")
+    return Material(report, prompt, subject, class_prompt, said, shown, held_out, said_held_out)
 
 
 def _prompt(data: DataSettings, report: FolderReport) -> tuple[str, InstancePrompt]:
@@ -91,16 +98,18 @@ def _prompt(data: DataSettings, report: FolderReport) -> tuple[str, InstanceProm
     return name, prompts.split_folder_name(name, data.identifier)
 
 
-def _captions(data: DataSettings, report: FolderReport) -> Generator[Event, None, dict[str, str]]:
-    """What the instance folder says of its images."""
+def captions_of(data: DataSettings, report: FolderReport, what: str) -> Generator[Event, None, dict[str, str]]:
+    """What a folder says of its images, by the names that the report gives them.
+
+    Raises:
+        UserError: a caption cannot be read.
+    """
     found = captions.of_report(report) if data.captions != "none" else Captions({}, {}, ())
     if found.texts:
         yield Remark(
-            f"{len(found.texts)} of {len(report.images)} images have captions, which are their prompts; "
+            f"{len(found.texts)} of {len(report.images)} {what} have captions, which are their prompts; "
             f"--captions none ignores them"
         )
-    elif data.shuffle_caption:
-        yield Remark("--shuffle_caption: there are no captions; the tags of --instance_prompt are shuffled")
     if found.orphans:
         shown = ", ".join(escaped(name) for name in found.orphans[:3])
         yield Remark(f"{len(found.orphans)} captions have no image and are left out: {shown}")

@@ -11,13 +11,14 @@ from accelerate import Accelerator
 
 from .. import device, models, settings
 from ..data import captions, latents
+from ..data.captions import Texts
 from ..data.crops import Cropping
 from ..data.latents import EncodedImage, Stream
 from ..errors import UserError
 from ..models import Family
 from ..models.family import check_sides
 from ..terminal import escaped
-from . import checkpoint, identity
+from . import checkpoint, identity, material
 from . import class_images as generating
 from .checkpoint import State
 from .encoding import Encoder
@@ -113,7 +114,7 @@ def cut_prompts(recipe: Recipe, family: Family, found: Material) -> Iterator[Rem
     prompts = [found.prompt, found.shown]
     if recipe.prior.with_prior_preservation:
         prompts.append(found.class_prompt)
-    prompts += found.said.values()
+    prompts += [*found.said.values(), *found.said_classes.values(), *found.said_held_out.values()]
     for prompt in dict.fromkeys(prompts):
         if count := family.prompt_overflow(prompt):
             source = escaped(family.source, 1000)
@@ -129,7 +130,9 @@ def class_images(
     if accelerator.is_main_process:
         yield from generating.prepare(recipe, family, found.class_prompt, resolution)
     accelerator.wait_for_everyone()
-    return found._replace(classes=generating.images(recipe))
+    report = generating.images(recipe)
+    said = yield from material.captions_of(recipe.data, report, "class images")
+    return found._replace(classes=report.images[: recipe.prior.num_class_images], said_classes=said)
 
 
 def encoded(recipe: Recipe, family: Family, resolution: int, found: Material) -> Generator[Event, None, Streams]:
@@ -146,22 +149,33 @@ def encoded(recipe: Recipe, family: Family, resolution: int, found: Material) ->
             images = yield from _as_latents(encoder, what, paths, cropping, data.random_flip)
             streams.append(Stream(images, repeats))
     texts = [found.prompt, *([found.class_prompt] if recipe.prior.with_prior_preservation else [])]
-    own = None
-    if found.said or data.shuffle_caption or data.caption_dropout:
-        own = captions.texts(
-            [report.name_of(path) for path in report.images],
-            found.said,
-            found.prompt,
-            seed=recipe.optimization.seed,
-            shuffle=data.shuffle_caption,
-            keep_tokens=data.keep_tokens,
-            dropout=data.caption_dropout,
-        )
-    made = Streams(streams, texts, own)
+    made = Streams(streams, texts, *_said(recipe, found))
     if not recipe.optimization.train_text_encoder:
         made = made._replace(encoded=encoder.encode_prompts(made.texts))
     yield from encoder.remarks()
     return made
+
+
+def _said(recipe: Recipe, found: Material) -> tuple[Sequence[Texts | None], Texts | None]:
+    """Captions of instance images and class images, and those of held-out images."""
+    data, seed = recipe.data, recipe.optimization.seed
+    own = classes = unseen = None
+    if found.said or data.shuffle_caption or data.caption_dropout:
+        own = captions.texts(
+            [found.report.name_of(path) for path in found.instance],
+            found.said,
+            found.prompt,
+            seed=seed,
+            shuffle=data.shuffle_caption,
+            keep_tokens=data.keep_tokens,
+            dropout=data.caption_dropout,
+        )
+    if found.said_classes:
+        names = [path.name for path in found.classes]
+        classes = captions.texts(names, found.said_classes, found.class_prompt, seed=seed)
+    if found.said_held_out:
+        unseen = captions.texts([path.name for path in found.held_out], found.said_held_out, found.prompt, seed=seed)
+    return (own, classes), unseen
 
 
 def held_out(
