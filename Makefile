@@ -1,7 +1,7 @@
 # make demo       train, generate and score on the embedded model; ends with runs/demo/report.html
 # make test       the test suite: offline, on the CPU
 # make numerical  those of its tests that compare floating-point numbers, as on the poorest processor
-# make extras     those of its tests that need optional packages (--quantize, --optimizer)
+# make extras     those of its tests that need optional packages (--quantize, --optimizer, HEIC)
 # make check      formatting, lint, types
 # make format     let ruff mend style and imports
 # make clean      remove the environment and the caches; runs/ stays
@@ -44,12 +44,13 @@ numerical: $(READY)
 EXTRAS := $(VENV)/extras
 $(EXTRAS)/.ready: $(READY)
 	$(BIN)/python -m pip install --disable-pip-version-check -q --upgrade --no-deps --target $(EXTRAS) \
-	    bitsandbytes torchao prodigyopt schedulefree
+	    bitsandbytes torchao prodigyopt schedulefree pillow-heif
 	@touch $@
 extras: export PYTHONPATH := $(EXTRAS)
 extras: $(EXTRAS)/.ready
 	$(BIN)/python -m pytest -q tests/test_quantized.py tests/test_training_pieces.py $(PYTEST_FLAGS)
 	$(BIN)/python -m pytest -q tests/test_trainer.py -k optimizer $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -q tests/test_images.py -k heic $(PYTEST_FLAGS)
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -203,6 +203,33 @@ def test_heic_without_its_package_says_what_to_install(tmp_path: Path, monkeypat
         open_image(tmp_path / "phone.heic")
 
 
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_heic_of_a_telephone(tmp_path: Path, orientation: int) -> None:
+    """Upright whatever its EXIF says, under any name; cut off, it is an error of one line."""
+    heif = pytest.importorskip("pillow_heif", reason="pillow-heif is not installed: `make extras` has it")
+    picture, exif = halves((48, 64)), Image.Exif()
+    exif[0x0112] = orientation
+    heif.from_pillow(picture.rotate(90, expand=True) if orientation == 6 else picture).save(
+        tmp_path / "phone.HEIC", quality=95, exif=exif.tobytes()
+    )
+    content = (tmp_path / "phone.HEIC").read_bytes()
+    assert content[4:8] == b"ftyp"
+    found = open_image(tmp_path / "phone.HEIC")
+    assert found.size == picture.size
+    for rows in (slice(2, 28), slice(36, 62)):  # the edge between the halves is smeared by the codec
+        found_rows, rows_wanted = (np.asarray(one).astype(int)[rows] for one in (found, picture))
+        assert np.abs(found_rows - rows_wanted).max() <= 12
+    (tmp_path / "renamed.jpg").write_bytes(content)
+    assert np.array_equal(np.asarray(open_image(tmp_path / "renamed.jpg")), np.asarray(found))
+    (tmp_path / "cut.heic").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=r"cut\.heic: cannot be decoded as HEIF.*save it again or remove it") as error:
+        open_image(tmp_path / "cut.heic")
+    assert "\n" not in str(error.value)
+    report = read_folder(tmp_path)
+    assert {path.name for path in report.images} <= {"phone.HEIC", "renamed.jpg"}
+    assert [one.name for one in report.trouble] == ["cut.heic"]
+
+
 # --- folders ---------------------------------------------------------------------------------------------------------
 
 
