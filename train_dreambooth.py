@@ -32,6 +32,8 @@ def train(asked: Training) -> None:
     from singlora_diffusion.training import plan
 
     planned = plan.make(asked.recipe)
+    if not _speaks():
+        return
     for remark in planned.remarks:
         terminal.note(remark)
     print(planned)
@@ -51,9 +53,9 @@ def main(recipe: Recipe, *, hint: bool = True) -> Path:
     from singlora_diffusion.training import interrupts, loop, run_folder
 
     scoring = partial(PreviewScorer, sources={"clip": recipe.validation.clip, "dino": recipe.validation.dino})
-    first, alone = os.environ.get("RANK", "0") == "0", os.environ.get("WORLD_SIZE", "1") == "1"
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
     signals = interrupts.Interrupts(echo=0.0 if alone else ECHO)
-    told = [signals, *(listeners(recipe, hint) if first else [])]  # of several processes, one speaks and writes
+    told = [signals, *(listeners(recipe, hint) if _speaks() else [])]
     try:
         for event in loop.run(recipe, stop=signals.asked, scoring=scoring):
             for listener in told:
@@ -64,6 +66,11 @@ def main(recipe: Recipe, *, hint: bool = True) -> Path:
         for listener in told:
             listener.close()
     return recipe.output.output_dir / run_folder.ADAPTER
+
+
+def _speaks() -> bool:
+    """Whether this process prints and writes; of several, the first one does."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def listeners(recipe: Recipe, hint: bool) -> list[Listener]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -12,6 +13,7 @@ import train_dreambooth
 from singlora_diffusion import cli, device, formats
 from singlora_diffusion.settings import as_json, command_line, replaced
 from singlora_diffusion.training import plan, preparation
+from singlora_diffusion.training.command_line import Training
 from singlora_diffusion.training.recipe import Recipe
 
 
@@ -47,6 +49,20 @@ def test_a_plan_at_the_terminal_is_a_config_file(
     assert cli.run("train", ["--config", str(tmp_path / "plan.yaml"), "--plan"]) == 0
     assert yaml.safe_load(capsys.readouterr().out) == yaml.safe_load(said)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.yaml"]
+
+
+def test_of_several_processes_one_says_the_plan(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Recipe] = []
+    monkeypatch.setattr(plan, "make", lambda asked: made.append(asked) or SimpleNamespace(remarks=["a remark"]))
+    said = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        train_dreambooth.train(Training(recipe, plan=True))
+        found = capsys.readouterr()
+        said.append(found.out + found.err)
+    assert len(made) == 2 and "a remark" in said[0] and said[1] == ""  # all of them do the step
 
 
 @pytest.mark.parametrize("count", [0, 2])
