@@ -249,12 +249,22 @@ def test_wandb_gets_the_recipe_curves_and_previews(held: Recipe, monkeypatch: py
     fake.__spec__ = SimpleNamespace()
     fake.init, fake.Image = lambda **options: told.append(options) or run, lambda pixels: pixels.shape
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    train_dreambooth.main(replaced(held, max_train_steps=2, report_to="wandb"))
+    train_dreambooth.main(replaced(held, max_train_steps=2, report_to="wandb", checkpointing_steps=2))
     begun, first, second, preview, ended = told
     assert (begun["name"], begun["config"]["rank"], ended) == ("run", 2, "finished")
     assert first[0] == 1 and first[1].keys() == {"loss", "lr", "u", "grad_norm"}
     assert second[0] == 2 and math.isfinite(second[1]["validation_loss"])
     assert preview[0] == 2 and len(preview[1]["preview"]) == 1
+
+    told.clear()  # a resumed training goes on in the run of that id, another one has another
+    more = replaced(held, max_train_steps=3, report_to="wandb", resume_from_checkpoint="latest")
+    train_dreambooth.main(more)
+    assert (told[0]["id"], told[0]["resume"]) == (begun["id"], "allow") and told[1][0] == 3
+    assert told[0]["allow_val_change"] and told[0]["config"]["max_train_steps"] == 3
+    told.clear()
+    train_dreambooth.main(replaced(held, max_train_steps=1, report_to="wandb", overwrite=True))
+    assert told[0]["id"] != begun["id"]
+    assert (held.output.output_dir / "wandb" / "run_id").read_text() == told[0]["id"]
 
     def refuse(**options: Any) -> None:
         raise RuntimeError("no\nkey")

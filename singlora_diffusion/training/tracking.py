@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
+from .. import files
 from ..errors import UserError
 from ..terminal import escaped
 from . import run_folder
@@ -25,7 +27,25 @@ def _wandb(recipe: Recipe, start: int) -> Any:
     from accelerate.tracking import WandBTracker
 
     out = recipe.output.output_dir
-    return WandBTracker("singlora", name=out.name, dir=str(out), config=recorded(recipe))
+    return WandBTracker(
+        "singlora",
+        name=out.name,
+        dir=str(out),
+        config=recorded(recipe),
+        id=_wandb_run(recipe),
+        resume="allow",
+        allow_val_change=True,  # --max_train_steps, when resuming
+    )
+
+
+def _wandb_run(recipe: Recipe) -> str:
+    """The id of the run on wandb, kept in the output folder so that a resumed training goes on in the same one."""
+    file = recipe.output.output_dir / "wandb" / "run_id"
+    if recipe.output.resume_from_checkpoint and file.is_file():
+        return file.read_text(encoding="utf-8").strip()
+    made = secrets.token_hex(4)
+    files.write_text(file, made)
+    return made
 
 
 class Row(NamedTuple):
