@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
 import pytest
+import torch
 import yaml
 from safetensors import safe_open
 
 import train_dreambooth
 from singlora_diffusion import formats
 from singlora_diffusion.errors import UserError
+from singlora_diffusion.formats import native
+from singlora_diffusion.formats.header import to_publish
 from singlora_diffusion.settings import replaced
-from singlora_diffusion.training import run_folder
-from singlora_diffusion.training.recipe import Recipe
+from singlora_diffusion.training import model_card, run_folder
+from singlora_diffusion.training.recipe import Recipe, recorded
 
 
 class Hub:
@@ -24,7 +29,7 @@ class Hub:
 
     def __init__(self) -> None:
         self.made: list[tuple[str, bool]] = []
-        self.uploaded: list[str] = []
+        self.contents: dict[str, bytes] = {}
         self.fails = False
 
     def create_repo(self, name: str, *, private: bool, exist_ok: bool) -> Any:
@@ -35,7 +40,7 @@ class Hub:
         if self.fails:
             raise OSError("the line is dead\nand more")
         found = {path for pattern in allow_patterns for path in Path(folder_path).glob(pattern)}
-        self.uploaded = sorted(str(path.relative_to(folder_path)) for path in found)
+        self.contents = {str(path.relative_to(folder_path)): path.read_bytes() for path in found}
 
 
 @pytest.fixture
@@ -63,7 +68,7 @@ def test_a_run_folder_as_other_programs_know_it(whole: Recipe, hub: Hub, capsys:
     assert "uploaded to https://huggingface.co/me/run" in said
     assert hub.made == [("run", True)]
     previews = ["previews/step-000001.png", "previews/step-000002.png"]
-    assert hub.uploaded == ["README.md", "adapter.safetensors", *previews, "pytorch_lora_weights.safetensors"]
+    assert sorted(hub.contents) == ["README.md", "adapter.safetensors", *previews, "pytorch_lora_weights.safetensors"]
 
     pipeline = StableDiffusionPipeline.from_pretrained(whole.model.pretrained_model_name_or_path, safety_checker=None)
     pipeline.load_lora_weights(str(out))  # by its usual name
@@ -87,6 +92,47 @@ def test_a_run_folder_as_other_programs_know_it(whole: Recipe, hub: Hub, capsys:
     (out / "README.md").write_text("# My own words\n")
     with pytest.raises(UserError, match=r"README\.md would be overwritten and was not written by this program"):
         train_dreambooth.main(replaced(whole, overwrite=True))
+
+
+def test_no_folder_of_this_machine_goes_to_the_hub(
+    whole: Recipe, hub: Hub, tmp_path: Path, training_images: Path
+) -> None:
+    out, base = whole.output.output_dir, Path(whole.model.pretrained_model_name_or_path)
+    named = {"held_out_data_dir": training_images, "encodings_dir": tmp_path / "encodings"}
+    train_dreambooth.main(
+        replaced(whole, push_to_hub=True, pretrained_vae_model_name_or_path=str(base), max_train_steps=1, **named)
+    )
+    for name, content in hub.contents.items():
+        for folder in (tmp_path, base.parent, training_images.parent):
+            assert str(folder).encode() not in content, name
+    # what stays here names the base model's folder, which generating needs, and no other
+    header = formats.read_header(out)
+    assert (header.base_model, header.vae) == (str(base), str(base))
+    paths = {name: value for name, value in header.recipe.items() if isinstance(value, str) and "/" in value}
+    assert paths.keys() == {"pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"}
+    assert header.recipe["instance_data_dir"] == training_images.name
+    whole_recipe = json.loads((out / "recipe.json").read_text())
+    assert whole_recipe["instance_data_dir"] == str(training_images) and whole_recipe["output_dir"] == str(out)
+    (tmp_path / "adapter.safetensors").write_bytes(hub.contents["adapter.safetensors"])
+    (there, published), (_, here) = native.read(tmp_path / "adapter.safetensors"), native.read(out)
+    assert there.base_model == there.vae == base.name and there.base_hash == header.base_hash
+    assert all(torch.equal(published[name], tensor) for name, tensor in here.items())
+    assert to_publish(replace(header, base_model="owner/name")).base_model == "owner/name"
+    assert to_publish(replace(header, base_model="toyworld")).base_model == "toyworld"
+
+
+def test_the_card_of_a_single_file(whole: Recipe, hub: Hub, tmp_path: Path) -> None:
+    family: Any = SimpleNamespace(source=str(tmp_path / "model.safetensors"), name="stable_diffusion")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    family.pipeline = lambda: SimpleNamespace()
+    about = {"instance_prompt": "a photo of sks dog", "identifier": "sks", "class_noun": "dog", "images": 3}
+    about |= {"resolution": 32, "recipe": recorded(replaced(whole, learning_rate=1e-3))}
+    card = model_card.write(whole, family, about, "ComfyUI").read_text()
+    assert str(tmp_path) not in card
+    assert yaml.safe_load(card.split("---\n")[1])["base_model"] == "model.safetensors"
+    code = card.partition("```python\n")[2].partition("```")[0]
+    assert 'SimpleNamespace.from_single_file("model.safetensors"' in code
+    compile(code, "card", "exec")
 
 
 def test_magnitudes_and_what_has_no_lora_form(whole: Recipe, capsys: pytest.CaptureFixture[str]) -> None:

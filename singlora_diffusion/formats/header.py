@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any
 
 from annotated_types import Interval
@@ -15,6 +16,7 @@ from torch import Tensor
 from ..adapters.config import AdapterConfig, from_json
 from ..adapters.methods import METHODS
 from ..errors import UserError
+from ..models import hub
 from ..models.network import Role, network_of
 from ..terminal import escaped
 from . import safetensors_io
@@ -55,7 +57,7 @@ class Header:
     started_at: Annotated[float, Interval(ge=0, le=1e11)] = 0.0
     """When the training began, in seconds since 1970; 0: unknown."""
     recipe: Mapping[str, Any] = field(default_factory=dict)
-    """The trainer's settings."""
+    """The trainer's settings, without this machine's folders."""
     layers: Mapping[str, tuple[Side, Side]] = field(default_factory=dict)
     """(out, in) of each adapted weight, so that the file can be read without its base model."""
     sha256: str = ""
@@ -86,6 +88,20 @@ class Header:
 
 ABOUT = frozenset(f.name for f in fields(Header)) - {"config", "u", "layers", "roles", "sha256", "version"}
 """The fields that the caller of `native.save` may set."""
+
+
+NAMED = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path")
+"""What a recipe says of the base model."""
+
+
+def to_publish(header: Header) -> Header:
+    """The header for others to see: a base model in a folder of this machine is called by the folder's name alone."""
+    recipe = {key: _public(value) if key in NAMED else value for key, value in header.recipe.items()}
+    return replace(header, base_model=_public(header.base_model), recipe=recipe)
+
+
+def _public(name: Any) -> Any:
+    return name if not isinstance(name, str) or hub.is_hub_id(name) else Path(name).name or name
 
 
 def signed(header: Header, tensors: Mapping[str, Tensor]) -> Header:

@@ -98,6 +98,16 @@ def write(
     return header
 
 
+def publish(path: str | Path, target: Path) -> None:
+    """A run's adapter once more, with a header for others to see: `header.to_publish`.
+
+    Raises:
+        UserError: damaged, or it cannot be written.
+    """
+    header, state = read(path)
+    write(target, state, headers.to_publish(header))
+
+
 def verify(path: str | Path, adapter: Adapter) -> None:
     """Compare a file with the adapter it was saved from: every tensor, exactly, at the stored precision.
 

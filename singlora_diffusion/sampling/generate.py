@@ -146,7 +146,6 @@ def _report(
     pace = f", {seconds / made:.2f} s each" if made else ""
     shown = escaped(folder, 1000)
     print(f"{shown}: {made} image{'s' * (made != 1)} made{pace}{kept}; see {shown}/{gallery.CONTACT_SHEET}")
-    header = adapters[0].header if adapters else None
-    references = str(header.recipe.get("instance_data_dir", "")) if header else ""
+    references = sources.references(adapters[0]) if adapters else None
     command = ["singlora", "score", "--images", str(folder), "--references", references or "REAL_IMAGES"]
     print(f"next: {escaped(shlex.join(command), 10_000)}")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from ..files import reason, sha256
+from ..files import read_json, reason, sha256
 from ..terminal import escaped, note
 from .settings import AdapterSettings, ModelSettings, scales
 
@@ -110,6 +111,15 @@ def check_base(adapters: Sequence[AdapterSource], family: Family, *, asked_for: 
                 f"{_shown(one)} was trained on {known}, {_shown(adapters[0])} on {found}: say which to use with "
                 f"--pretrained_model_name_or_path"
             )
+
+
+def references(adapter: AdapterSource) -> str | None:
+    """The folder of images that it was trained on, as the recipe beside it says, or else its header; None: neither."""
+    recipe = adapter.header.recipe if adapter.header else {}
+    with suppress(UserError):
+        recipe = read_json(adapter.path.with_name("recipe.json"))
+    found = recipe.get("instance_data_dir")
+    return found if isinstance(found, str) else None
 
 
 def attach(adapters: Sequence[AdapterSource], family: Family, wanted: AdapterSettings) -> Attached:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from ..errors import UserError
+from ..formats import native
 from ..terminal import escaped
 from . import run_folder
 from .recipe import OutputSettings
@@ -39,13 +42,26 @@ def upload(out: Path, repository: str) -> str:
     import huggingface_hub
 
     try:
-        huggingface_hub.upload_folder(repo_id=repository, folder_path=out, allow_patterns=list(SHARED))
+        with TemporaryDirectory(prefix="singlora-") as folder:
+            _copied(out, Path(folder))
+            huggingface_hub.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=list(SHARED))
     except Exception as error:
         again = f"hf upload {escaped(repository)} {escaped(out, 1000)}"
         raise UserError(
             f"the adapter is in {escaped(out, 1000)}, but uploading it failed ({_first_line(error)}); later: {again}"
         ) from error
     return f"{huggingface_hub.constants.ENDPOINT}/{repository}"
+
+
+def _copied(out: Path, folder: Path) -> None:
+    """What is to be uploaded, in another folder; the adapter's header names no folder of this machine."""
+    for file in (path for pattern in SHARED for path in out.glob(pattern)):
+        target = folder / file.relative_to(out)
+        target.parent.mkdir(exist_ok=True)
+        if file.name == run_folder.ADAPTER:
+            native.publish(file, target)
+        else:
+            shutil.copyfile(file, target)
 
 
 def _first_line(error: Exception) -> str:

@@ -42,7 +42,7 @@ def _lines(recipe: Recipe, family: Family, about: dict[str, Any], readers: str |
 
     out, prompt = recipe.output.output_dir, about["instance_prompt"]
     previews = sorted((out / run_folder.PREVIEWS).glob("step-*.png"))
-    base = Path(family.source).name if Path(family.source).is_dir() else family.source
+    base = Path(family.source).name if Path(family.source).exists() else family.source
     trigger = " ".join(word for word in (about["identifier"], about["class_noun"]) if word)
     head = {
         "base_model": base,
@@ -63,7 +63,7 @@ def _lines(recipe: Recipe, family: Family, about: dict[str, Any], readers: str |
         yield f"![{_plain(shown)}]({newest.as_posix()})\n"
     yield "## Use it\n"
     if readers:
-        yield from _in_diffusers(base, prompt)
+        yield from _in_diffusers(family, base, prompt)
         yield f"`{run_folder.LORA}` is an ordinary LoRA, read by {readers}.\n"
     if "ComfyUI" in (readers or ""):
         yield "In ComfyUI it goes into `models/loras`.\n"
@@ -76,12 +76,15 @@ def _lines(recipe: Recipe, family: Family, about: dict[str, Any], readers: str |
             yield f"| {name} | {_plain(settings[name])} |"
 
 
-def _in_diffusers(base: str, prompt: str) -> Iterator[str]:
+def _in_diffusers(family: Family, base: str, prompt: str) -> Iterator[str]:
+    kind, load = "DiffusionPipeline", "from_pretrained"
+    if Path(family.source).is_file():
+        kind, load = type(family.pipeline()).__name__, "from_single_file"
     yield f"""```python
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import {kind}
 
-pipeline = DiffusionPipeline.from_pretrained({json.dumps(base)}, torch_dtype=torch.float16).to("cuda")
+pipeline = {kind}.{load}({json.dumps(base)}, torch_dtype=torch.float16).to("cuda")
 pipeline.load_lora_weights("THIS FOLDER", weight_name="{run_folder.LORA}")
 image = pipeline({json.dumps(prompt)}).images[0]
 ```

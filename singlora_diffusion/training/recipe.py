@@ -348,6 +348,14 @@ def recorded(recipe: Recipe) -> dict[str, Any]:
     return settings.as_json(settings.replaced(recipe, resume_from_checkpoint=None, overwrite=False))
 
 
+def without_folders(recipe: Recipe) -> dict[str, Any]:
+    """`recorded` for files that leave this machine: of each folder and file only its name."""
+    groups = (getattr(recipe, one.name) for one in fields(recipe))
+    values = {one.name: getattr(group, one.name) for group in groups for one in fields(group)}
+    paths = {name for name, value in values.items() if isinstance(value, Path)}
+    return {name: Path(value).name if name in paths else value for name, value in recorded(recipe).items()}
+
+
 def to_be_shared(recipe: Recipe) -> dict[str, Any]:
     """The settings, flat, that a continuation must share with its run; the adapter's own are checked by its file."""
     return {key: value for key, value in settings.as_json(recipe).items() if key in _shared(Recipe)}

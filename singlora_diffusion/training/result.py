@@ -15,11 +15,14 @@ from ..errors import UserError
 from ..models import Family
 from ..models.network import NetworkSpec
 from .material import Material
-from .recipe import Recipe, recorded
+from .recipe import Recipe, without_folders
 
 
 def about(recipe: Recipe, family: Family, found: Material, resolution: int) -> dict[str, Any]:
-    """What the header of an adapter file says of its training; equal trainings say the same."""
+    """What the header of an adapter file says of its training; equal trainings say the same.
+
+    `base_model` and another autoencoder stay as the user named them: generating loads them.
+    """
     return {
         "family": family.name,
         "base_model": family.source,
@@ -30,7 +33,7 @@ def about(recipe: Recipe, family: Family, found: Material, resolution: int) -> d
         "class_noun": found.subject.class_noun,
         "resolution": resolution,
         "images": len(found.instance),
-        "recipe": recorded(recipe),
+        "recipe": without_folders(recipe),
     }
 
 
