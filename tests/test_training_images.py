@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,14 +19,16 @@ from torch import Tensor
 
 import train_dreambooth
 from singlora_diffusion import cli, models
-from singlora_diffusion.data import latents
+from singlora_diffusion.data import buckets, draws, latents
 from singlora_diffusion.data.crops import Cropping
-from singlora_diffusion.data.folders import read_instance_folder
+from singlora_diffusion.data.folders import read_folder, read_instance_folder
 from singlora_diffusion.errors import UserError
 from singlora_diffusion.settings import replaced
-from singlora_diffusion.training import loop, material
+from singlora_diffusion.training import loop, material, preparation
 from singlora_diffusion.training.events import Images, Loaded, Remark
+from singlora_diffusion.training.examples import Examples, Streams
 from singlora_diffusion.training.recipe import Recipe
+from singlora_diffusion.training.step import Stepper
 
 Trained = Callable[..., dict[str, Tensor]]
 
@@ -118,7 +124,7 @@ def test_what_folders_of_kohyas_can_hold(repeated: Path) -> None:
     assert report.trouble[0].name == "1_sks dog/broken.png"
     assert {one.name for one in report.skipped} == {"0_sks dog", "logs"}
     with pytest.raises(UserError, match=r"1_sks dog.broken\.png: is empty"):
-        read_instance_folder(repeated, strict=True)
+        read_instance_folder(repeated, partial(read_folder, strict=True))
 
 
 def test_images_seen_more_often_are_another_training(repeated: Path, recipe: Recipe) -> None:
@@ -172,9 +178,9 @@ def test_random_crops_are_drawn_by_position(wide: Path, trained: Trained, recipe
         [0, round(64 * k / 7)] for k in range(8)
     ]
     assert torch.equal(images[0].crop[:, 1, 1], images[0].crop[:, 0, 1].flip(0))  # mirrored, it begins at the other end
-    stream = latents.Stream(images, [1, 1, 1])
-    whole = latents.batch(stream, 3, range(40, 60), 0)
-    parts = [latents.batch(stream, 3, range(start, start + 5), 0) for start in range(40, 60, 5)]
+    shown = [images[number % 3] for number in range(20)]
+    whole = latents.batch(shown, 3, range(40, 60), 0)
+    parts = [latents.batch(shown[at : at + 5], 3, range(40 + at, 45 + at), 0) for at in range(0, 20, 5)]
     assert all(torch.equal(one, other) for one, other in zip(whole, latents.joined(parts), strict=True))
     assert len({tuple(corner) for corner in whole.crop.tolist()}) > 6  # of 3 x 8
 
@@ -186,3 +192,135 @@ def test_of_squares_there_is_one_crop(trained: Trained, tmp_path: Path) -> None:
         gradient((40, 40)).rotate(90 * number).save(squares / f"{number}.png")
     changes = {"instance_data_dir": squares, "max_train_steps": 2}
     assert same(trained(**changes, random_crop=True), trained(**changes))
+
+
+# --- buckets ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_bucket_is_the_nearest_that_enlarges_nothing() -> None:
+    sdxl = buckets.for_model(1024, 8)
+    assert sdxl == (1024, 64, 2048) and buckets.for_model(512, 16).step == 64
+    assert [buckets.for_model(side, 8).step for side in (32, 64, 256, 520, 1000)] == [8, 8, 32, 40, 40]
+    assert buckets.for_model(1024, 16, longest=1536).longest == 1536
+    rng = np.random.default_rng(0)
+    for width, height in [(6000, 4000), (64, 64), (3, 5000), *rng.integers(64, 4000, (200, 2)).tolist()]:
+        tall, wide = sdxl.size_of((width, height))
+        assert tall % 64 == wide % 64 == 0 and tall * wide <= 1024**2 and max(tall, wide) <= 2048
+        assert sdxl.size_of((height, width)) == (wide, tall)
+        assert wide <= max(width, 64) and tall <= max(height, 64)
+        off = abs(math.log(wide / tall * height / width))
+        for other in range(64, min(2048, width) + 1, 64):  # no better one of any width, with all the room there is
+            room = min(2048, height, 1024**2 // other) // 64 * 64
+            assert not room or abs(math.log(other / room * height / width)) >= off
+    assert [sdxl.size_of((side, side)) for side in (5000, 1024, 700, 40)] == [
+        (1024,) * 2,
+        (1024,) * 2,
+        (640,) * 2,
+        (64,) * 2,
+    ]
+    assert sdxl.size_of((6000, 4000)) == (832, 1216)  # as SDXL's own table has it
+
+
+def test_a_step_is_of_one_bucket_and_no_image_is_seen_less() -> None:
+    repeats, own = [2, 2, 4, 2], ["a", "b", "a", "b"]
+    steps, together = 2 * 5, 6
+    shown = draws.bucketed(3, range(steps * together), repeats, own, together)
+    for step in range(steps):
+        assert len({own[image] for image in shown[step * together : (step + 1) * together]}) == 1
+    counts = [shown.count(image) for image in range(4)]
+    assert counts == [repeat * together for repeat in repeats]  # an epoch's steps, by the common divisor
+    assert len({own[image] for image in shown[::together]}) == 2
+    by_position = [draws.bucketed(3, [position], repeats, own, together)[0] for position in range(60)]
+    assert by_position == shown  # so any split between processes and passes sees the same
+    assert draws.bucketed(3, range(60), repeats, ["a"] * 4, 7) == draws.examples(3, range(60), repeats)
+
+
+def test_squares_in_buckets_are_squares(trained: Trained, tmp_path: Path) -> None:
+    squares = tmp_path / "squares"
+    squares.mkdir()
+    for number in range(3):
+        gradient((40 + number, 40 + number)).save(squares / f"{number}.png")
+    changes = {"instance_data_dir": squares, "max_train_steps": 2, "random_flip": True}
+    assert same(trained(**changes, enable_bucket=True), trained(**changes))
+
+
+def test_training_in_buckets_resumes_bit_for_bit(wide: Path, trained: Trained, tmp_path: Path) -> None:
+    """With all that comes with it: class images, captions, random crops, images that are held out."""
+    changes = {"instance_data_dir": wide, "held_out_data_dir": wide, "validation_steps": 2, "num_validation_images": 1}
+    changes |= {"enable_bucket": True, "random_crop": True, "checkpointing_steps": 3, "max_train_steps": 6}
+    changes |= {"with_prior_preservation": True, "num_class_images": 2, "class_data_dir": tmp_path / "class"}
+    (wide / "1.txt").write_text("a photo of sks dog, upright")
+    unbroken = trained(**changes, output_dir=tmp_path / "unbroken")
+    shutil.copytree(tmp_path / "unbroken" / "checkpoint-3", tmp_path / "cut" / "checkpoint-3")
+    assert same(unbroken, trained(**changes, resume_from_checkpoint="latest", output_dir=tmp_path / "cut"))
+
+
+def test_two_processes_see_what_one_does(wide: Path, recipe: Recipe) -> None:
+    """Batches of 2 on two processes, or in two passes, are the batch of 4 on one."""
+    family = models.load(str(recipe.model.pretrained_model_name_or_path))
+    changed = replaced(recipe, instance_data_dir=wide, enable_bucket=True, random_crop=True, max_train_steps=8)
+
+    def seen(processes: int, size: int, passes: int) -> list[Tensor]:
+        asked = replaced(changed, train_batch_size=size, gradient_accumulation_steps=passes)
+        streams = list(_returned(preparation.encoded(asked, family, 32, _returned(material.read(asked)))))
+        examples = Examples(family, Streams(*streams), asked, together=processes * size * passes)
+        found = []
+        for step in range(1, 9):
+            ranges = []
+            for process in range(processes):
+                accelerator = SimpleNamespace(num_processes=processes, process_index=process)
+                stepper: Any = SimpleNamespace(settings=asked.optimization, accelerator=accelerator)
+                ranges.append(list(Stepper._positions(stepper, step)))
+            in_order = [ranges[process][number] for number in range(passes) for process in range(processes)]
+            found.append(torch.cat([examples.at(positions).noisy for positions in in_order]))
+        return found
+
+    alone = seen(1, 4, 1)
+    assert len({one.shape for one in alone}) > 1  # of several buckets
+    for other in (seen(2, 2, 1), seen(1, 2, 2), seen(2, 1, 2)):
+        assert all(torch.equal(one, two) for one, two in zip(alone, other, strict=True))
+
+
+def _returned(steps: Any) -> Any:
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+
+
+@pytest.mark.parametrize("model", ["tiny_sdxl", "tiny_flux", "tiny_sd3"])
+def test_families_are_told_the_size_of_the_bucket(
+    model: str, wide: Path, recipe: Recipe, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = models.load(str(request.getfixturevalue(model)), device="cpu")
+    told, shapes, step = set(), set(), type(family).denoise
+
+    def spy(self: Any, noisy: Tensor, times: Tensor, conditioning: Any) -> Tensor:
+        told.update(map(tuple, conditioning["sizes"].tolist()) if "sizes" in conditioning.tensors else [])
+        shapes.add(tuple(side * 32 // small for side in noisy.shape[2:]))
+        prediction = step(self, noisy, times, conditioning)
+        assert prediction.shape == noisy.shape
+        return prediction
+
+    small = family.encode_images(torch.zeros(1, 3, 32, 32)).mean.shape[2]
+    monkeypatch.setattr(type(family), "denoise", spy)
+    changes = {"instance_data_dir": wide, "enable_bucket": True, "resolution": 32, "max_train_steps": 6}
+    list(loop.run(replaced(recipe, **changes, portable=False), family=family))
+    assert shapes == {(16, 48), (48, 16), (24, 40)}
+    if model == "tiny_sdxl":  # of the file, of the crop's corner in the scaled image, of the crop
+        assert told == {(32, 96, 0, 0, 16, 48), (96, 32, 0, 0, 48, 16), (32, 64, 0, 4, 24, 40)}
+
+
+def test_the_sheet_shows_the_crops_of_buckets(wide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run("check", [str(wide), "--enable_bucket"]) == 2
+    assert "needs --resolution" in capsys.readouterr().err
+    sizes = []
+    for flags in ([], ["--enable_bucket"]):
+        sheet = tmp_path / "sheet.png"
+        assert cli.run("check", [str(wide), "--resolution", "32", "--sheet", str(sheet), *flags]) == 0
+        pixels = np.asarray(Image.open(sheet))[:232, :240]
+        rows, columns = np.nonzero((pixels == (220, 60, 50)).all(axis=2) | (pixels == (40, 190, 90)).all(axis=2))
+        sizes.append((np.ptp(columns) + 1, np.ptp(rows) + 1))
+    assert sizes[0][0] == pytest.approx(sizes[0][1], abs=1)
+    assert sizes[1][0] / sizes[1][1] == pytest.approx(96 / 32, rel=0.1)

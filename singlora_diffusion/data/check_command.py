@@ -12,11 +12,13 @@ from tyro.conf import Positional
 from ..errors import UserError
 from ..settings import Side, check
 from ..terminal import escaped
-from . import png
+from . import buckets, png
 from .checking import FolderCheck, check_folder
+from .crops import Cropping, box
 from .images import open_image
 
 CELL, GAP, LINE = 224, 8, 18  # pixels
+MULTIPLE = 8  # of which sides are multiples, whatever the model
 DRAWN, MARKED = (40, 190, 90), (220, 60, 50)
 
 
@@ -30,6 +32,8 @@ class CheckSettings:
     """Also check that the prompt has an identifier and a class noun."""
     resolution: Side | None = None
     """Side of the training images in pixels, to judge size and sharpness by. None: what is tiny anywhere."""
+    enable_bucket: bool = False
+    """The images will be cropped to buckets, not to squares; with --resolution."""
     sheet: Path | None = None
     """Where the contact sheet goes, `.png`, crops drawn on the images. None: no sheet."""
 
@@ -44,7 +48,17 @@ def run(settings: CheckSettings) -> None:
     sheet = settings.sheet
     if sheet is not None and (sheet.suffix.lower() != ".png" or (sheet.exists() and not png.is_ours(sheet))):
         raise UserError(f"--sheet {escaped(sheet, 1000)}: must end in .png, and be new or a sheet of this program")
-    found = check_folder(settings.folder, instance_prompt=settings.instance_prompt, resolution=settings.resolution)
+    cropping = Cropping(1, 1)
+    if settings.enable_bucket:
+        if settings.resolution is None or settings.resolution % MULTIPLE:
+            raise UserError(f"--enable_bucket: needs --resolution, a multiple of {MULTIPLE}: as the training has it")
+        cropping = Cropping(1, 1, buckets=buckets.for_model(settings.resolution, MULTIPLE))
+    found = check_folder(
+        settings.folder,
+        instance_prompt=settings.instance_prompt,
+        resolution=settings.resolution,
+        buckets=settings.enable_bucket,
+    )
     print(f"{len(found.images)} image{'s' * (len(found.images) != 1)} in {escaped(found.folder, 1000)}")
     for part in found.repeated:
         print(f"  {part}")
@@ -54,14 +68,14 @@ def run(settings: CheckSettings) -> None:
     if not found.findings:
         print("  nothing odd")
     if sheet is not None and found.images:
-        png.write(contact_sheet(found), sheet)
+        png.write(contact_sheet(found, cropping), sheet)
         print(f"wrote {escaped(sheet, 1000)}: the trainer sees what is inside the frames")
     if obstacles := [finding for finding in found.findings if finding.prevents]:
         raise UserError(f"{escaped(found.folder, 1000)}: {obstacles[0].what}; {obstacles[0].fix}")
 
 
-def contact_sheet(found: FolderCheck) -> Image.Image:
-    """All images, with the centre square framed that the trainer takes; red where there is a finding, named below."""
+def contact_sheet(found: FolderCheck, cropping: Cropping) -> Image.Image:
+    """All images, with the crop framed that the trainer takes; red where there is a finding, named below."""
     columns = min(6, max(1, math.ceil(math.sqrt(len(found.images)))))
     rows = math.ceil(len(found.images) / columns)
     height = CELL + 2 * LINE + GAP
@@ -71,13 +85,14 @@ def contact_sheet(found: FolderCheck) -> Image.Image:
         row, column = divmod(number, columns)
         left, top = GAP + column * (CELL + GAP), GAP + row * height
         image = open_image(path)
+        seen = cropping.size_of(image.size)
         image.thumbnail((CELL, CELL))
         x, y = left + (CELL - image.width) // 2, top + (CELL - image.height) // 2
         sheet.paste(image, (x, y))
-        side = min(image.size)
-        x, y = x + (image.width - side) // 2, y + (image.height - side) // 2
         kinds = [finding.kind for finding in found.of(name)]
-        pen.rectangle((x, y, x + side - 1, y + side - 1), outline=MARKED if kinds else DRAWN, width=3)
+        left_of, above, right_of, below = (int(edge) for edge in box(image.size, *seen))
+        frame = x + left_of, y + above, x + max(right_of - 1, left_of), y + max(below - 1, above)
+        pen.rectangle(frame, outline=MARKED if kinds else DRAWN, width=3)
         for line, text in enumerate((escaped(name, 32), ", ".join(kinds))):
             plain = text.encode("ascii", "replace").decode()
             pen.text((left, top + CELL + line * LINE), plain, fill=MARKED if line else "black", font=font)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image
 from ..errors import UserError
 from ..terminal import escaped
 from . import captions
-from .folders import EXTREME, SMALL, FolderReport, Part, read_instance_folder
+from .folders import EXTREME, EXTREME_IN_BUCKETS, SMALL, FolderReport, Part, read_folder, read_instance_folder
 from .images import Unusable, decoded, is_one_colour, kind_of
 from .prompts import split_folder_name, split_instance_prompt
 
@@ -80,26 +81,31 @@ class FolderCheck:
 
 
 def check_folder(
-    folder: str | Path, *, instance_prompt: str | None = None, resolution: int | None = None
+    folder: str | Path,
+    *,
+    instance_prompt: str | None = None,
+    resolution: int | None = None,
+    buckets: bool = False,
 ) -> FolderCheck:
     """Look at everything in a folder as the trainer would, and closer. Only reads.
 
     Args:
         instance_prompt: also checked, if given.
         resolution: side of the training images in pixels, to measure size and sharpness at.
+        buckets: they are cropped to buckets, not to squares.
     """
     folder = Path(folder)
     findings: list[Finding] = []
     if instance_prompt is not None:
         findings += _of_prompt(split_instance_prompt, instance_prompt)
     try:
-        report = read_instance_folder(folder, decode=False)
+        report = read_instance_folder(folder, partial(read_folder, decode=False))
     except UserError as error:
         what, fix = _halves(str(error).removeprefix(f"{escaped(folder, 1000)}: "))
         return FolderCheck(folder, {}, (*findings, Finding("", "folder", what, fix, prevents=True)))
     if instance_prompt is None and report.repeated:
         findings += _of_prompt(split_folder_name, report.repeated[0].prompt or "")
-    usable, on_images = _images(report, resolution)
+    usable, on_images = _images(report, resolution, buckets)
     findings += [Finding(name, "unreadable", *_halves(why)) for name, why in report.trouble]
     findings += on_images
     findings += _captions(report, list(usable))
@@ -143,7 +149,7 @@ def _of_prompt(split: Callable[[str], object], prompt: str) -> Iterator[Finding]
         yield Finding("", "prompt", *_halves(str(error)), prevents=True)
 
 
-def _images(report: FolderReport, resolution: int | None) -> tuple[dict[str, Path], list[Finding]]:
+def _images(report: FolderReport, resolution: int | None, buckets: bool) -> tuple[dict[str, Path], list[Finding]]:
     """The images that can be decoded, and what is to be said of each of them."""
     usable: dict[str, Path] = {}
     findings: list[Finding] = []
@@ -156,7 +162,7 @@ def _images(report: FolderReport, resolution: int | None) -> tuple[dict[str, Pat
             findings.append(Finding(name, "unreadable", *_halves(str(error))))
             continue
         usable[name] = path
-        findings += _of_one(name, path, image, resolution)
+        findings += _of_one(name, path, image, resolution, buckets)
         if is_one_colour(image):
             continue  # all of these look alike
         look, pixels = difference_hash(image), hash((image.size, image.tobytes()))
@@ -173,7 +179,7 @@ def _images(report: FolderReport, resolution: int | None) -> tuple[dict[str, Pat
     return usable, findings
 
 
-def _of_one(name: str, path: Path, image: Image.Image, resolution: int | None) -> list[Finding]:
+def _of_one(name: str, path: Path, image: Image.Image, resolution: int | None, buckets: bool) -> list[Finding]:
     short, long = sorted(image.size)
     size = f"is {image.width}x{image.height} pixels"
     found = []
@@ -183,9 +189,11 @@ def _of_one(name: str, path: Path, image: Image.Image, resolution: int | None) -
         fix = f"rename it to {escaped(path.stem)}{proper}; other programs go by the name"
         found.append(Finding(name, "suffix", f"is a {kind} file by its content", fix))
     if short < (resolution or SMALL):
-        what = f"{size}, less than the {resolution} that it is enlarged to" if resolution else f"{size}, which is tiny"
+        what = f"{size}, which is tiny"
+        if resolution:
+            what = f"{size}, less than {resolution}" + (" that it is enlarged to" if not buckets else "")
         found.append(Finding(name, "tiny", what, "use the original, or a lower --resolution"))
-    if long > EXTREME * short:
+    if long > (EXTREME_IN_BUCKETS if buckets else EXTREME) * short:
         fix = "crop it to the subject"
         found.append(Finding(name, "long", f"{size}: most of so long an image is cropped off", fix))
     if is_one_colour(image):

@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from .buckets import Buckets
+
 PLACES = 8
 """Crops of an image that is cropped at random, evenly from one end of its longer side to the other: few enough to be
 encoded before the first step, and a photograph of 3:2 moves by a fourteenth of its height from one to the next."""
@@ -35,10 +37,17 @@ class Cropping(NamedTuple):
     width: int
     random: bool = False
     """At one of `PLACES`, instead of in the middle."""
+    buckets: Buckets | None = None
+    """Height and width follow the image's own."""
+
+    def size_of(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width that are seen of an image of this width and height."""
+        return (self.height, self.width) if self.buckets is None else self.buckets.size_of(size)
 
     def places(self, size: tuple[int, int]) -> Sequence[float]:
         """Where an image of this width and height is cropped, each as in `box`."""
-        whole = size[0] * self.height == size[1] * self.width
+        height, width = self.size_of(size)
+        whole = size[0] * height == size[1] * width
         return [place / (PLACES - 1) for place in range(PLACES)] if self.random and not whole else [MIDDLE]
 
 

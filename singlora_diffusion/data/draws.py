@@ -6,7 +6,7 @@ run comes out of one process or two, of one big batch or several accumulated one
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -48,6 +48,38 @@ def examples(seed: int, positions: Sequence[int], repeats: Sequence[int], stream
         if epoch not in shuffles:
             shuffles[epoch] = entries[np.random.default_rng((seed, stream, epoch)).permutation(len(entries))]
         chosen.append(int(shuffles[epoch][place]))
+    return chosen
+
+
+def bucketed(
+    seed: int,
+    positions: Sequence[int],
+    repeats: Sequence[int],
+    buckets: Sequence[Hashable],
+    together: int,
+    stream: int = INSTANCE,
+) -> list[int]:
+    """As `examples`, but a step shows images of one bucket only, in that bucket's own order.
+
+    In as many steps as an epoch has examples, each bucket has as many steps as it has of these, in a fresh shuffle: so
+    all images are seen as often as without buckets. With one bucket this is `examples`.
+
+    Args:
+        buckets: of each image.
+        together: positions of a step.
+    """
+    weights = np.array(repeats) // np.gcd.reduce(repeats)
+    entries = [bucket for bucket, weight in zip(buckets, weights, strict=True) for _ in range(weight)]
+    chosen = []
+    for position in positions:
+        step, place = divmod(position, together)
+        epoch, number = divmod(step, len(entries))
+        order = np.random.default_rng((seed, stream, epoch, 4)).permutation(len(entries))
+        bucket = entries[order[number]]
+        earlier = epoch * entries.count(bucket) + sum(entries[entry] == bucket for entry in order[:number])
+        members = [image for image, its in enumerate(buckets) if its == bucket]
+        own = examples(seed, [earlier * together + place], [repeats[image] for image in members], stream)
+        chosen.append(members[own[0]])
     return chosen
 
 

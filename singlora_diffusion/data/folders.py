@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +20,10 @@ from .images import IMAGE_SUFFIX, RAW_SUFFIX, Unusable, decoded, kind_of, why_no
 
 CONTACT_SHEET = "contact_sheet.png"
 """What this program calls the sheets that it puts beside its images."""
-EXTREME = 3  # long side to short side
+EXTREME = 3
+"""Long side to short side, above which most of an image is cropped off."""
+EXTREME_IN_BUCKETS = 12
+"""The same where images are cropped to buckets, which have up to 4."""
 SMALL = 16  # pixels, where no resolution is known
 LISTED = 20  # names in one message
 REPEATED = re.compile(r"(\d{1,4})_(.+)", re.DOTALL)
@@ -97,7 +100,12 @@ class FolderReport:
 
 
 def read_folder(
-    folder: str | Path, *, strict: bool = False, decode: bool = True, resolution: int | None = None
+    folder: str | Path,
+    *,
+    strict: bool = False,
+    decode: bool = True,
+    resolution: int | None = None,
+    buckets: bool = False,
 ) -> FolderReport:
     """Look through a folder: its images, and everything else with the reason why it is left out.
 
@@ -107,6 +115,7 @@ def read_folder(
         strict: an image that cannot be used is an error, instead of being left out.
         decode: also decode every image, so that a damaged one is found now, and odd ones are noted.
         resolution: pixels that the images are used at; those much smaller are noted.
+        buckets: images are cropped to buckets, not to squares.
 
     Raises:
         UserError: no such folder, or no image that can be used; with `strict` all images that cannot be used.
@@ -116,7 +125,7 @@ def read_folder(
     found, skipped, trouble = _looked_through(entries)
     notes: list[Remark] = []
     if decode:
-        found, damaged, notes = _sift(found, resolution)
+        found, damaged, notes = _sift(found, resolution, buckets)
         trouble = sorted([*trouble, *damaged], key=lambda one: _natural_key(one.name))
     if trouble and (strict or not found):
         raise UserError(_all_trouble(folder, trouble))
@@ -125,10 +134,11 @@ def read_folder(
     return FolderReport(folder, (Part(folder, tuple(found)),), tuple(skipped), tuple(trouble), tuple(notes))
 
 
-def read_instance_folder(
-    folder: str | Path, *, strict: bool = False, decode: bool = True, resolution: int | None = None
-) -> FolderReport:
+def read_instance_folder(folder: str | Path, read: Callable[[Path], FolderReport] = read_folder) -> FolderReport:
     """`read_folder`; or, where there are no images but folders as kohya's trainers have them, these together.
+
+    Args:
+        read: `read_folder`, with the options to use.
 
     Raises:
         UserError: as `read_folder`, of the folder or of one of these.
@@ -138,7 +148,7 @@ def read_instance_folder(
     named = {entry: match for entry in entries if (match := REPEATED.fullmatch(entry.name)) and os.path.isdir(entry)}
     found, skipped, trouble = _looked_through(entries)
     if not named or found or trouble:
-        return read_folder(folder, strict=strict, decode=decode, resolution=resolution)
+        return read(folder)
     parts: list[Part] = []
     remarks: dict[str, list[Remark]] = {"skipped": [one for one in skipped if folder / one.name not in named]}
     for entry, match in named.items():
@@ -146,7 +156,7 @@ def read_instance_folder(
         if not repeats:
             remarks["skipped"].append(Remark(entry.name, "its name says 0 times"))
             continue
-        report = read_folder(entry, strict=strict, decode=decode, resolution=resolution)
+        report = read(entry)
         parts.append(Part(entry, report.images, repeats, " ".join(match[2].split())))
         for kind in ("skipped", "trouble", "notes"):
             of_part = (Remark(f"{entry.name}/{name}", why) for name, why in getattr(report, kind))
@@ -193,7 +203,9 @@ def _looked_through(entries: Iterable[Path]) -> tuple[list[Path], list[Remark], 
     return found, skipped, trouble
 
 
-def _sift(files: Iterable[Path], resolution: int | None) -> tuple[list[Path], list[Remark], list[Remark]]:
+def _sift(
+    files: Iterable[Path], resolution: int | None, buckets: bool
+) -> tuple[list[Path], list[Remark], list[Remark]]:
     """The files that can be decoded, trouble with the others, and what is odd about the images."""
     good: list[Path] = []
     trouble: list[Remark] = []
@@ -206,20 +218,20 @@ def _sift(files: Iterable[Path], resolution: int | None) -> tuple[list[Path], li
             trouble.append(Remark(path.name, str(error)))
             continue
         good.append(path)
-        notes += [Remark(path.name, what) for what in _oddities(image, resolution)]
+        notes += [Remark(path.name, what) for what in _oddities(image, resolution, buckets)]
         pixels = hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
         if (same := first.setdefault(pixels, path.name)) != path.name:
             notes.append(Remark(path.name, f"has the same pixels as {escaped(same)}"))
     return good, trouble, notes
 
 
-def _oddities(image: Image.Image, resolution: int | None) -> list[str]:
+def _oddities(image: Image.Image, resolution: int | None, buckets: bool) -> list[str]:
     short, long = sorted(image.size)
     size = f"is {image.width}x{image.height} pixels"
     odd = []
     if short * 2 < (resolution or SMALL):
         odd.append(f"{size}, which is less than half of {resolution}" if resolution else f"{size}, which is tiny")
-    if long > EXTREME * short:
+    if long > (EXTREME_IN_BUCKETS if buckets else EXTREME) * short:
         odd.append(f"{size}: most of so long an image is cropped off")
     return odd
 

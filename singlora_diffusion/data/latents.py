@@ -23,6 +23,10 @@ class ImageEncoder(Protocol):
     def encode_images(self, pixels: Tensor) -> Latents: ...
 
 
+Size = tuple[int, int]
+"""Height and width in pixels."""
+
+
 class EncodedImage(NamedTuple):
     """The latent distributions of an image, as `Family.encode_images` gives them, and how it was cropped."""
 
@@ -33,9 +37,17 @@ class EncodedImage(NamedTuple):
     """(2,) int64: height and width of the image file."""
     crop: Tensor
     """(crops, sides, 2) int64: top and left of the crop, after scaling."""
+    size: Tensor
+    """(2,) int64: height and width of the crop."""
 
     def view(self, crop: int = 0, side: int = 0) -> View:
-        return View(self.mean[crop, side], self.std[crop, side], self.original, self.crop[crop, side])
+        return View(self.mean[crop, side], self.std[crop, side], self.original, self.crop[crop, side], self.size)
+
+
+def size_of(image: EncodedImage) -> Size:
+    """At which an image is seen."""
+    height, width = image.size.tolist()
+    return height, width
 
 
 class View(NamedTuple):
@@ -47,6 +59,8 @@ class View(NamedTuple):
     original: Tensor
     """(2,)."""
     crop: Tensor
+    """(2,)."""
+    size: Tensor
     """(2,)."""
 
 
@@ -62,6 +76,11 @@ class Stream(NamedTuple):
     repeats: Sequence[int]
     """How often an epoch has each of them."""
 
+    @property
+    def sizes(self) -> list[Size]:
+        """Of the images as they are seen."""
+        return [size_of(image) for image in self.images]
+
 
 class Examples(NamedTuple):
     """What a step learns from, on the CPU, N examples."""
@@ -76,6 +95,8 @@ class Examples(NamedTuple):
     """(N, 2), as in `EncodedImage`."""
     crop: Tensor
     """(N, 2)."""
+    size: Tensor
+    """(N, 2)."""
 
 
 def encode(encoder: ImageEncoder, path: Path, cropping: Cropping, flip: bool) -> EncodedImage:
@@ -86,33 +107,38 @@ def encode(encoder: ImageEncoder, path: Path, cropping: Cropping, flip: bool) ->
     """
     image = open_image(path)
     found = []
+    height, width = cropping.size_of(image.size)
     for place in cropping.places(image.size):
-        crop = crops.crop(image, cropping.height, cropping.width, place)
+        crop = crops.crop(image, height, width, place)
         pixels = torch.from_numpy(crop.pixels)
         mean, std = encoder.encode_images(torch.stack([pixels, pixels.flip(-1)] if flip else [pixels]))
         corners = torch.tensor([[crop.top, crop.left], [crop.top, crop.left_mirrored]])
         found.append((mean.cpu(), std.cpu(), corners[: len(mean)]))
     mean, std, corners = (torch.stack(column) for column in zip(*found, strict=True))
-    return EncodedImage(mean, std, torch.tensor([image.height, image.width]), corners)
+    return EncodedImage(mean, std, torch.tensor([image.height, image.width]), corners, torch.tensor([height, width]))
 
 
-def batch(data: Stream, seed: int, positions: range, kind: int, noise_offset: float = 0.0) -> Examples:
+def batch(
+    images: Sequence[EncodedImage], seed: int, positions: range, kind: int, noise_offset: float = 0.0
+) -> Examples:
     """The examples at these positions of a stream.
 
     Args:
+        images: which stand there, all seen at one size.
         kind: of the stream, `draws.INSTANCE` or another.
         noise_offset: how much noise is added to a latent's channels as wholes.
     """
-    drawn = draws.draw(seed, positions, tuple(data.images[0].mean.shape[2:]), kind)
-    chosen = [data.images[place] for place in draws.examples(seed, positions, data.repeats, kind)]
+    drawn = draws.draw(seed, positions, tuple(images[0].mean.shape[2:]), kind)
     views = []
-    for image, position, flip in zip(chosen, positions, drawn.flip, strict=True):
+    for image, position, flip in zip(images, positions, drawn.flip, strict=True):
         crop = int(draws.crop(seed, position, kind) * len(image.mean))
         side = int(flip) * (image.mean.shape[1] - 1)
         views.append(image.view(crop, side))
     seen = together(views)
     noise = drawn.noise + noise_offset * drawn.offset if noise_offset else drawn.noise
-    return Examples(seen.mean + seen.std * drawn.latent_noise, noise, drawn.quantile, seen.original, seen.crop)
+    return Examples(
+        seen.mean + seen.std * drawn.latent_noise, noise, drawn.quantile, seen.original, seen.crop, seen.size
+    )
 
 
 def joined(parts: Sequence[Examples]) -> Examples:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,12 +11,10 @@ from torch import Tensor
 
 from ..data import draws, latents
 from ..data.captions import Texts
-from ..data.latents import Stream
+from ..data.latents import Size, Stream
 from ..models.family import Conditioning, Family, Geometry, NoiseProcess, noise_process
 from .quantiles import Quantiles
 from .recipe import Recipe
-
-KINDS = (draws.INSTANCE, draws.PRIOR)
 
 
 class Streams(NamedTuple):
@@ -26,7 +24,7 @@ class Streams(NamedTuple):
     are asked about once more with it, and the base model's own prediction is wanted.
     """
 
-    images: Sequence[Stream]
+    instance: Stream
     prompts: Sequence[str]
     captions: Sequence[Texts | None] = (None, None)
     """Of the images of each stream, in place of its prompt; None: they have none."""
@@ -34,6 +32,9 @@ class Streams(NamedTuple):
     """Captions of held-out images, in place of the first prompt."""
     encoded: Conditioning | None = None
     """What the text encoders say of `texts`; None: they are trained, so nothing of it stays."""
+    classes: Mapping[Size, Stream] = {}
+    """Images of the class at each size that instance images are seen at, since a batch has one; nothing where there are
+    none."""
 
     @property
     def texts(self) -> list[str]:
@@ -68,39 +69,44 @@ class Examples:
     """Batches by position. Equal positions give equal batches, whatever came before.
 
     Args:
-        resolution: side of the images in pixels.
+        together: instance images of a step, which are all of one size.
     """
 
-    def __init__(self, family: Family, streams: Streams, recipe: Recipe, resolution: int) -> None:
+    def __init__(self, family: Family, streams: Streams, recipe: Recipe, together: int) -> None:
         self.streams, self.device, self.process = streams, family.device, process_of(family, recipe)
         self.seed, self.noise_offset = recipe.optimization.seed, recipe.optimization.noise_offset
-        self.resolution, self.caption_dropout = resolution, recipe.data.caption_dropout
+        self.together, self.caption_dropout = together, recipe.data.caption_dropout
         self.quantiles = Quantiles(self.process, recipe.optimization)
 
     def at(self, positions: range) -> Batch:
-        parts = [
-            latents.batch(images, self.seed, positions, kind, self.noise_offset)
-            for images, kind in zip(self.streams.images, KINDS, strict=False)
-        ]
-        places = [place for number in range(len(parts)) for place in self._texts(number, positions)]
+        stream = self.streams.instance
+        shown = draws.bucketed(self.seed, positions, stream.repeats, stream.sizes, self.together)
+        parts, places = [self._part(stream, shown, positions, draws.INSTANCE)], self._texts(0, positions, shown)
+        if self.streams.classes:
+            classes = self.streams.classes[latents.size_of(stream.images[shown[0]])]
+            others = draws.examples(self.seed, positions, classes.repeats, draws.PRIOR)
+            parts.append(self._part(classes, others, positions, draws.PRIOR))
+            places += self._texts(1, positions, others)
         return self.batch(latents.joined(parts), places)
 
-    def _texts(self, number: int, positions: range) -> list[int]:
+    def _part(self, stream: Stream, shown: Sequence[int], positions: range, kind: int) -> latents.Examples:
+        images = [stream.images[number] for number in shown]
+        return latents.batch(images, self.seed, positions, kind, self.noise_offset)
+
+    def _texts(self, number: int, positions: range, shown: Sequence[int]) -> list[int]:
         """Places of what the examples of a stream say; a caption goes with its image, whatever the step."""
         captions = self.streams.captions[number]
         if captions is None:
             return [number] * len(positions)
-        images = draws.examples(self.seed, positions, self.streams.images[number].repeats, KINDS[number])
         first = self.streams.first_of(captions)
-        return [first + place for place in captions.drawn(self.seed, positions, images, self.caption_dropout)]
+        return [first + place for place in captions.drawn(self.seed, positions, shown, self.caption_dropout)]
 
     def batch(self, examples: latents.Examples, stream: Sequence[int]) -> Batch:
         """What the denoiser is asked of examples, and what it should predict."""
         times = self.process.times(self.quantiles(examples.quantile)).to(self.device)
         clean, noise = examples.latents.to(self.device), examples.noise.to(self.device)
         noisy, target = self.process.corrupt(clean, noise, times)
-        target_size = torch.full_like(examples.crop, self.resolution)
-        return Batch(noisy, target, times, stream, Geometry(examples.original, examples.crop, target_size))
+        return Batch(noisy, target, times, stream, Geometry(examples.original, examples.crop, examples.size))
 
 
 def process_of(family: Family, recipe: Recipe) -> NoiseProcess:

@@ -17,15 +17,22 @@ SEED = 0
 
 
 def batches(examples: Examples, images: Sequence[EncodedImage], size: int) -> Iterator[Batch]:
-    """All images with all their draws, each asked about with its caption, or else the instance prompt."""
-    positions, captions = range(len(images) * DRAWS), examples.streams.held_out
-    said = [0] * len(images)
+    """All images with all their draws, each asked about with its caption, or else the instance prompt; those of a batch
+    have one size."""
+    captions, said = examples.streams.held_out, [0] * len(images)
     if captions is not None:
         said = [examples.streams.first_of(captions) + own[0] for own in captions.of_image]
-    for start in range(0, len(positions), size):
-        some = positions[start : start + size]
-        drawn = draws.draw(SEED, some, tuple(images[0].mean.shape[2:]), draws.HELD_OUT)
+    for some in _positions(images, size):
+        drawn = draws.draw(SEED, some, tuple(images[some[0] // DRAWS].mean.shape[2:]), draws.HELD_OUT)
         seen = latents.together(images[position // DRAWS].view() for position in some)
         quantile = torch.tensor([(position % DRAWS + 0.5) / DRAWS for position in some], dtype=torch.float64)
-        shown = latents.Examples(seen.mean, drawn.noise, quantile, seen.original, seen.crop)
+        shown = latents.Examples(seen.mean, drawn.noise, quantile, seen.original, seen.crop, seen.size)
         yield examples.batch(shown, [said[position // DRAWS] for position in some])
+
+
+def _positions(images: Sequence[EncodedImage], size: int) -> Iterator[list[int]]:
+    of_size: dict[latents.Size, list[int]] = {}
+    for number, image in enumerate(images):
+        of_size.setdefault(latents.size_of(image), []).extend(range(number * DRAWS, (number + 1) * DRAWS))
+    for positions in of_size.values():
+        yield from (positions[start : start + size] for start in range(0, len(positions), size))

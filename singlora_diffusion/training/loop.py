@@ -114,7 +114,7 @@ def run(
         adapter = adapters.attach(family.networks, config, recipe.optimization.seed)
         stack.callback(adapter.detach)
         yield _loaded(family, adapter, resolution, found.subject.class_noun)
-        stepper = Stepper(accelerator, family, adapter, recipe, streams, resolution)
+        stepper = Stepper(accelerator, family, adapter, recipe, streams)
         identified = identity.of(recipe, family.fingerprint, found)
         yield from preparation.restore(state, recipe, identified, stepper)
         stack.callback(stepper.release)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,7 +68,8 @@ def read(recipe: Recipe) -> Generator[Event, None, Material]:
         UserError: no identifier in the prompt, no images that can be used, or captions that cannot be read.
     """
     data, validation = recipe.data, recipe.validation
-    report = read_instance_folder(data.instance_data_dir, strict=data.strict, resolution=data.resolution)
+    reading = partial(read_folder, strict=data.strict, resolution=data.resolution, buckets=data.enable_bucket)
+    report = read_instance_folder(data.instance_data_dir, reading)
     yield Images(report)
     prompt, subject = _prompt(data, report)
     class_prompt = recipe.prior.class_prompt or subject.without_identifier(prompt)
@@ -81,7 +83,7 @@ def read(recipe: Recipe) -> Generator[Event, None, Material]:
                     said.setdefault(report.name_of(path), part.prompt)
     shown, held_out, said_held_out = validation.validation_prompt or prompt, tuple[Path, ...](), dict[str, str]()
     if validation.held_out_data_dir is not None and validation.validation_steps:
-        held = read_folder(validation.held_out_data_dir, strict=data.strict, resolution=data.resolution)
+        held = reading(validation.held_out_data_dir)
         yield Images(held)
         held_out = held.images
         said_held_out = yield from captions_of(data, held, "held-out images")

@@ -65,6 +65,7 @@ ACCEPTED = _by_flag(
         "log in once with `hf auth login`, or set HF_TOKEN; a command line is no place for a token": "hub_token "
         "huggingface_token",
         # what is learned
+        "no image is enlarged for --enable_bucket, always": "bucket_no_upscale",
         "so it is with --optimizer prodigy": "prodigy_decouple prodigy_use_bias_correction prodigy_safeguard_warmup",
         "--max_train_steps alone says how long the training is": "repeats dataset_repeats",
         "images are cropped in the middle, unless --random_crop is given": "center_crop",
@@ -106,8 +107,8 @@ REFUSED = _by_flag(
         "captions are .txt files beside the images, or metadata.jsonl with file_name and text": "caption_column "
         "caption_extension caption_tag_dropout_rate caption_prefix",
         "brackets in prompts are plain text": "weighted_captions",
-        "images are cropped to squares, so there are no buckets": "aspect_ratio_buckets enable_bucket min_bucket_reso "
-        "max_bucket_reso bucket_reso_steps bucket_no_upscale",
+        "--enable_bucket finds buckets by the images, their sides are at most twice --resolution": "min_bucket_reso "
+        "max_bucket_reso bucket_reso_steps aspect_ratio_buckets",
         "images are cropped in the middle, or with --random_crop at random": "face_crop_aug_range",
         "images are scaled by lanczos": "image_interpolation_mode",
         "colours are not changed": "color_aug",
@@ -145,6 +146,7 @@ REFUSED = _by_flag(
 """What would change the result, or what somebody waits for in vain -> what to do instead."""
 
 FINE = {
+    "bucket_reso_steps": "64",
     "guidance_scale": "1",
     "image_interpolation_mode": "lanczos",
     "loss_type": "l2",

@@ -188,13 +188,13 @@ def _measured(
 
     began = time.perf_counter()
     streams = yield from preparation.encoded(replaced(recipe, encodings_dir=None), family, resolution, found)
-    encoding = (time.perf_counter() - began) / len(streams.images)
+    encoding = (time.perf_counter() - began) / (2 if streams.classes else 1)
     counts = family.device.type == "cuda"
     seconds = 0.0
     with ExitStack() as stack:
         adapter = adapters.attach(family.networks, adapter_config(recipe), recipe.optimization.seed)
         stack.callback(adapter.detach)
-        stepper = Stepper(accelerator, family, adapter, recipe, streams, resolution)
+        stepper = Stepper(accelerator, family, adapter, recipe, streams)
         stack.callback(stepper.release)
         stepper.prepare()
         if counts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from .. import device, models, settings
-from ..data import captions, latents
+from ..data import buckets, captions, latents
 from ..data.captions import Texts
 from ..data.crops import Cropping
 from ..data.latents import EncodedImage, Stream
@@ -135,21 +136,27 @@ def class_images(
     return found._replace(classes=report.images[: recipe.prior.num_class_images], said_classes=said)
 
 
+def cropping_of(recipe: Recipe, family: Family, resolution: int) -> Cropping:
+    """What the model sees of instance images."""
+    fitting = buckets.for_model(resolution, family.multiple, family.largest) if recipe.data.enable_bucket else None
+    return Cropping(resolution, resolution, random=recipe.data.random_crop, buckets=fitting)
+
+
 def encoded(recipe: Recipe, family: Family, resolution: int, found: Material) -> Generator[Event, None, Streams]:
     """Instance images and class images as latents, with their prompts."""
     data, report, encoder = recipe.data, found.report, Encoder(family, recipe)
-    cropping = Cropping(resolution, resolution, random=data.random_crop)
-    kinds = {
-        "instance images": (found.instance, report.repeats),
-        "class images": (found.classes, [1] * len(found.classes)),
-    }
-    streams: list[Stream] = []
-    for what, (paths, repeats) in kinds.items():
-        if paths:
-            images = yield from _as_latents(encoder, what, paths, cropping, data.random_flip)
-            streams.append(Stream(images, repeats))
+    cropping = cropping_of(recipe, family, resolution)
+    images = yield from _as_latents(encoder, "instance images", found.instance, cropping, data.random_flip)
+    instance = Stream(images, report.repeats)
+    if data.enable_bucket:
+        yield _buckets(instance)
+    classes = {}
+    for size in dict.fromkeys(instance.sizes) if found.classes else ():
+        cropped = Cropping(*size, random=data.random_crop)
+        images = yield from _as_latents(encoder, "class images", found.classes, cropped, data.random_flip)
+        classes[size] = Stream(images, [1] * len(images))
     texts = [found.prompt, *([found.class_prompt] if recipe.prior.with_prior_preservation else [])]
-    made = Streams(streams, texts, *_said(recipe, found))
+    made = Streams(instance, texts, *_said(recipe, found), classes=classes)
     if not recipe.optimization.train_text_encoder:
         made = made._replace(encoded=encoder.encode_prompts(made.texts))
     yield from encoder.remarks()
@@ -184,8 +191,8 @@ def held_out(
     """Held-out images as latents; None: there are none."""
     if not paths:
         return None
-    encoder = Encoder(family, recipe)
-    found = yield from _as_latents(encoder, "held-out images", paths, Cropping(resolution, resolution), flip=False)
+    encoder, cropping = Encoder(family, recipe), cropping_of(recipe, family, resolution)._replace(random=False)
+    found = yield from _as_latents(encoder, "held-out images", paths, cropping, flip=False)
     yield from encoder.remarks()
     return found
 
@@ -203,6 +210,12 @@ def scorer(recipe: Recipe, found: Material, scoring: Scoring | None) -> Generato
         )
     prompt = found.subject.without_identifier(found.shown)
     return scoring(found.references, prompt, recipe.model.pretrained_model_name_or_path)
+
+
+def _buckets(stream: Stream) -> Remark:
+    counts = Counter(stream.sizes)
+    listed = ", ".join(f"{width}x{height} ({counts[height, width]})" for height, width in sorted(counts))
+    return Remark(f"buckets, with how many images: {listed}; the images of a step are of one of them")
 
 
 def _as_latents(

@@ -50,6 +50,9 @@ class DataSettings:
     """Mirror images at random. Leave it off where left and right matter, as with writing."""
     random_crop: bool = False
     """Crop images at random, at one of 8 places along their longer side, instead of in the middle."""
+    enable_bucket: bool = False
+    """Crop images to buckets, which have about their own proportions and no more area than the square of --resolution,
+    instead of to squares. No image is enlarged for it."""
     captions: Literal["auto", "none"] = "auto"
     """auto: an image with a caption beside it (dog.txt for dog.jpg, or a row of metadata.jsonl) has it as its prompt,
     the others have --instance_prompt; a folder without captions trains on that alone. none: captions are ignored."""

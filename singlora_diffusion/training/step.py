@@ -66,9 +66,6 @@ class Stepper:
     """The optimization of an attached adapter.
 
     From `prepare` to `release`, the base model is arranged for steps: what they do not call rests, blocks are compiled.
-
-    Args:
-        resolution: side of the images in pixels.
     """
 
     def __init__(
@@ -78,13 +75,15 @@ class Stepper:
         adapter: Adapter,
         recipe: Recipe,
         streams: Streams,
-        resolution: int,
     ) -> None:
         self.accelerator, self.family, self.adapter = accelerator, family, adapter
         self.settings: OptimizationSettings = recipe.optimization
         self.prior_weight = recipe.prior.prior_loss_weight
-        self.examples = Examples(family, streams, recipe, resolution)
-        self.taught = len(streams.prompts) > len(streams.images)  # of the class, by the base model itself
+        together = (
+            self.settings.train_batch_size * self.settings.gradient_accumulation_steps * accelerator.num_processes
+        )
+        self.examples = Examples(family, streams, recipe, together)
+        self.taught = len(streams.prompts) > 1 and not streams.classes  # of the class, by the base model itself
         assert self.settings.learning_rate is not None  # see `preparation.for_model`
         groups = adapter.param_groups(self.settings.learning_rate, self.settings.text_encoder_lr)
         self.raw_optimizer = optimizers.make(groups, self.settings)
