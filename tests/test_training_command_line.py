@@ -147,7 +147,7 @@ def test_a_command_line_of_kohya_is_answered_flag_by_flag() -> None:
         --max_train_epochs=10 --enable_bucket --optimizer_args "weight_decay=0.1" "betas=.9,.99" --clip_skip=2
         --caption_extension=".txt" --shuffle_caption --keep_tokens=1 --network_dmi=32 --text_encoder_lr=5e-5"""
     )
-    said = "max_train_epochs enable_bucket optimizer_args clip_skip caption_extension"
+    said = "max_train_epochs optimizer_args clip_skip caption_extension"
     assert [one.partition(": ")[0][2:] for one in lines] == [*said.split(), "network_dmi"]
     assert lines[-1] == "--network_dmi: do you mean --network_dim?"
 
