@@ -41,6 +41,14 @@ PRIOR = {"with_prior_preservation": True}
     "change",
     [
         {"lr_scheduler": "cosine"},
+        {
+            **PRIOR,
+            "num_class_images": 2,
+            "random_flip": True,
+            "random_crop": True,
+            "caption_dropout": 0.3,
+            "snr_gamma": 5.0,
+        },
         {"ema_decay": 0.9, "noise_offset": 0.1, "dora": True, "lora_dropout": 0.2},
         {"method": "dora", "lora_dropout": 0.2, "gradient_checkpointing": True, "gradient_accumulation_steps": 2},
         {
@@ -177,7 +185,7 @@ def test_each_of_several_processes_takes_its_own_gpu(recipe: Recipe, named: str,
     class Accelerator(SimpleNamespace):
         num_processes, device = 2, torch.device("cuda:1")
 
-    def load(name: str, dtype: str, where: str, quantization: str | None) -> None:
+    def load(name: str, dtype: str, where: str, *others: str | None) -> None:
         raise UserError(where)
 
     monkeypatch.setattr(preparation, "Accelerator", Accelerator)
@@ -278,4 +286,4 @@ def test_encoders_come_back_for_previews_and_for_the_next_training(recipe: Recip
     for event in loop.run(replaced(recipe, validation_steps=3, num_validation_images=1), family=family):
         moves.append(type(event).__name__)
     told = [move for move in moves if move in ("cpu", "Started", "Step", "Preview", "Saved")]
-    assert told == ["cpu", "Started", "Step", "Step", "Step", "cpu", "cpu", "Preview", "Step", "Saved", "cpu"]
+    assert told == ["cpu", "Started", "Step", "Step", "cpu", "cpu", "Step", "Preview", "Step", "Saved", "cpu"]
