@@ -176,7 +176,7 @@ def test_a_new_score_trains_nothing(done: CompareSettings, tmp_path: Path, monke
     record = cells.known(plan, cell)
     del record["scores"]["rank_one"]  # as if it had been added to the table since
     (plan.folder(cell) / "cell.json").write_text(json.dumps(record))
-    assert cells.lacking(plan, cell, record) == ["rank_one"] and cells.is_decided(plan, cell)
+    assert cells.lacking(plan, cell, record) == ["rank_one"] and cells.decides(plan, record)
     monkeypatch.setattr(cells, "_train", None)
     cells.run(plan, cell)
     assert cells.is_done(plan, cell)

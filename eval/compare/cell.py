@@ -123,10 +123,9 @@ def is_done(plan: Plan, cell: Cell) -> bool:
     return record is not None and not lacking(plan, cell, record)
 
 
-def is_decided(plan: Plan, cell: Cell) -> bool:
-    """Whether it has the scores that decide."""
-    record = read(plan, cell)
-    return record is not None and set(plan.settings.decision.primary) <= set(record.get("scores", {}))
+def decides(plan: Plan, record: Mapping[str, Any]) -> bool:
+    """Whether a record has the scores that decide."""
+    return set(plan.settings.decision.primary) <= set(record.get("scores", {}))
 
 
 def known(plan: Plan, cell: Cell) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 from singlora_diffusion import files
@@ -11,7 +11,7 @@ from singlora_diffusion.settings import command_line, replaced
 from singlora_diffusion.terminal import escaped
 
 from . import cell as cells
-from . import engines, grid, page, results, scoring, subjects, tuning, verdicts
+from . import engines, grid, page, records, results, scoring, subjects, tuning, verdicts
 from .grid import Cell, Plan
 from .results import Results
 from .settings import CompareSettings, check
@@ -37,8 +37,9 @@ def compare(settings: CompareSettings) -> None:
         tune = list(grid.tuning_cells(settings, known.tuning))
         _run(plan, [*bases, *tune], "base model and tuning")
         choices = {}
-        if all(cells.is_decided(plan, cell) for cell in tune):
-            choices = tuning.choose(settings, (cells.known(plan, cell) for cell in tune))
+        tuned = records.done(plan, tune)
+        if len(tuned) == len(tune):
+            choices = tuning.choose(settings, (one.record for one in tuned))
         for method, choice in choices.items():
             edge = ", at the edge of its grid" if choice.at_the_edge else ""
             print(f"{method:<{width}} learning rate {choice.rate:g}{edge}")
@@ -61,14 +62,12 @@ def _report(found: Results) -> None:
         print(f"written: {escaped(path, 4096)}")
 
 
-def _missing(plan: Plan, todo: Iterable[Cell]) -> list[Cell]:
-    return [cell for cell in todo if not cells.is_done(plan, cell)]
-
-
 def _run(plan: Plan, todo: Sequence[Cell], what: str) -> None:
     """Run those that are not done."""
-    missing = _missing(plan, todo)
-    print(f"{what}: {len(todo)} cells, {len(todo) - len(missing)} of them there already", flush=True)
+    missing = [cell for cell in todo if not cells.is_done(plan, cell)]
+    scored = len(records.done(plan, missing))
+    more = f", {scored} more lack a score or a size that is new" if scored else ""
+    print(f"{what}: {len(todo)} cells, {len(todo) - len(missing)} of them there already{more}", flush=True)
     if plan.settings.run.report_only:
         return
     began = time.monotonic()

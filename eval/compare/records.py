@@ -38,7 +38,8 @@ class Done:
 
 def done(plan: Plan, todo: Iterable[Cell]) -> list[Done]:
     """Those of the cells that have the scores that decide, in their order."""
-    return [Done(cell, cells.known(plan, cell)) for cell in todo if cells.is_decided(plan, cell)]
+    read = ((cell, cells.read(plan, cell)) for cell in todo)
+    return [Done(cell, record) for cell, record in read if record is not None and cells.decides(plan, record)]
 
 
 def by_kind(plan: Plan, found: Iterable[Done]) -> dict[str, list[Done]]:

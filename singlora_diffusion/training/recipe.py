@@ -361,7 +361,8 @@ def without_folders(recipe: Recipe) -> dict[str, Any]:
 
 def to_be_shared(recipe: Recipe) -> dict[str, Any]:
     """The settings, flat, that a continuation must share with its run; the adapter's own are checked by its file."""
-    return {key: value for key, value in settings.as_json(recipe).items() if key in _shared(Recipe)}
+    shared = _shared(Recipe)
+    return {key: value for key, value in settings.as_json(recipe).items() if key in shared}
 
 
 def _shared(kind: Any) -> set[str]:
