@@ -44,13 +44,15 @@ numerical: $(READY)
 EXTRAS := $(VENV)/extras
 $(EXTRAS)/.ready: $(READY)
 	$(BIN)/python -m pip install --disable-pip-version-check -q --upgrade --no-deps --target $(EXTRAS) \
-	    bitsandbytes torchao prodigyopt schedulefree pillow-heif
+	    bitsandbytes torchao prodigyopt schedulefree pillow-heif \
+	    ray msgpack jsonschema jsonschema-specifications referencing rpds-py attrs
 	@touch $@
 extras: export PYTHONPATH := $(EXTRAS)
 extras: $(EXTRAS)/.ready
 	$(BIN)/python -m pytest -q tests/test_quantized.py tests/test_training_pieces.py $(PYTEST_FLAGS)
 	$(BIN)/python -m pytest -q tests/test_trainer.py -k optimizer $(PYTEST_FLAGS)
 	$(BIN)/python -m pytest -q tests/test_images.py -k heic $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -q tests/test_compare_ray.py $(PYTEST_FLAGS)
 
 check: $(READY)
 	$(BIN)/ruff check .
