@@ -67,6 +67,11 @@ COMMANDS = {
         "singlora_diffusion.toyworld.command:write",
         "write a toyworld subject's images: singlora toyworld subject --name dog-1",
     ),
+    "app": Command(
+        "singlora_diffusion.app.settings:AppSettings",
+        "singlora_diffusion.app.server:run",
+        "all of it as pages in a browser, on this machine",
+    ),
     "budget": Command(
         "singlora_diffusion.adapters.budget:BudgetSettings",
         "singlora_diffusion.adapters.budget:budget",

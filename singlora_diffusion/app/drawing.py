@@ -1,0 +1,56 @@
+"""The losses of a training as inline SVG, which follows the page's colours and takes no time to draw."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..training.progress_figure import smoothed
+
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 640, 200, 48, 24, 12
+MOST = 300
+"""Points of a line."""
+
+
+def losses(rows: Sequence[dict[str, Any]], total: int) -> str:
+    """The running mean of the loss over the steps, and the loss on held-out images as dots, the lowest one filled.
+
+    Args:
+        rows: of the log.
+        total: steps that the axis is for.
+    """
+    steps = [row["step"] for row in rows if row["loss"] is not None]
+    means = smoothed([row["loss"] for row in rows if row["loss"] is not None])
+    held_out = [(row["step"], row["validation_loss"]) for row in rows if row.get("validation_loss") is not None]
+    if not steps:
+        return ""
+    every = -(-len(steps) // MOST)
+    line = list(zip(steps, means, strict=True))[:: every or 1]
+    values = [value for _, value in (*line, *held_out)]
+    low, high = min(values), max(values)
+    high += (high == low) * (abs(high) or 1.0) * 0.1
+
+    def place(step: float, value: float) -> tuple[float, float]:
+        x = LEFT + (WIDTH - LEFT - 8) * step / max(total, steps[-1])
+        return round(x, 1), round(TOP + (HEIGHT - TOP - BOTTOM) * (high - value) / (high - low), 1)
+
+    points = " ".join(f"{x},{y}" for x, y in (place(*one) for one in line))
+    lowest = min(held_out, key=lambda one: (one[1], one[0]), default=None)
+    dots = "".join(
+        f'<circle class="held-out{" best" * (one == lowest)}" cx="{x}" cy="{y}" r="4">'
+        f"<title>step {one[0]}: {one[1]:.4g} on held-out images</title></circle>"
+        for one, (x, y) in ((one, place(*one)) for one in held_out)
+    )
+    said = f"Loss over {steps[-1]} steps, from {means[0]:.3g} to {means[-1]:.3g}"
+    if lowest is not None:
+        said += f"; on held-out images lowest at step {lowest[0]}, {lowest[1]:.3g}"
+    floor = HEIGHT - BOTTOM
+    return (
+        f'<svg class="losses" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{said}">'
+        f'<path class="axis" d="M{LEFT} {TOP}V{floor}H{WIDTH - 8}"/>'
+        f'<text x="{LEFT - 6}" y="{TOP + 4}" text-anchor="end">{high:.3g}</text>'
+        f'<text x="{LEFT - 6}" y="{floor}" text-anchor="end">{low:.3g}</text>'
+        f'<text x="{LEFT}" y="{HEIGHT - 6}">loss, running mean</text>'
+        f'<text x="{WIDTH - 8}" y="{HEIGHT - 6}" text-anchor="end">step {max(total, steps[-1])}</text>'
+        f'<polyline class="mean" points="{points}"/>{dots}</svg>'
+    )

@@ -1,0 +1,310 @@
+"""Train: what is learned, how much of it, what that comes to; then how far it is."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from ... import settings
+from ...adapters import budget
+from ...adapters.methods import METHODS
+from ...errors import UserError
+from ...training import config_file, run_folder
+from ...training import recipe as recipes
+from ...training.recipe import Recipe
+from .. import drawing, fields, jobs, progress, saying
+from ..places import Places
+from ..widgets import command, command_line, grouped, listed, told, values
+from .subject import SubjectFields, prompt_of
+
+MAIN = ("pretrained_model_name_or_path", "method", "rank", "max_train_steps", "learning_rate")
+"""Settings with a place of their own."""
+OWN = (*MAIN, "identifier", "output_dir", "resume_from_checkpoint", "overwrite")
+LOOK = 2.0
+"""Seconds between two looks at what runs."""
+LABELS = {
+    "waiting": "waits for its turn",
+    "running": "training",
+    "stopping": "stops after this step",
+    "done": "done",
+    "stopped": "stopped",
+    "failed": "failed",
+    "lost": "broken off",
+    "withdrawn": "taken out of the row",
+}
+
+
+def build(places: Places, subject: SubjectFields, page: gr.Blocks) -> gr.Dropdown:
+    advanced_fields = [one for one in fields.of(Recipe) if one.name not in OWN]
+    with gr.Row():
+        with gr.Column(scale=2, min_width=300):
+            gr.HTML("<h2>What is to be learned, and how?</h2>")
+            name = gr.Textbox(label="Name of the run", info="Empty: the subject's name.")
+            base = gr.Dropdown(
+                places.models(),
+                value="toyworld",
+                label="Base model",
+                allow_custom_value=True,
+                info="A folder, or an id of the Hugging Face hub. toyworld comes with the package.",
+            )
+            method = gr.Radio(
+                [(row.label, key) for key, row in METHODS.items()],
+                value="singlora",
+                label="Method",
+                info="SingLoRA trains one matrix per layer; the others are there to compare with.",
+            )
+            rank = gr.Slider(
+                1, 128, value=16, step=1, label="Size (rank)", info="How much can be learned. More takes more images."
+            )
+            sizes = gr.HTML()
+            steps = gr.Number(400, precision=0, minimum=1, label="Steps", info="How long it learns.")
+            rate = gr.Textbox(
+                "", label="Learning rate", info="Empty: what is usual for the base model.", placeholder="1e-3"
+            )
+            with gr.Accordion("Advanced: every other setting, by its flag's name", open=False):
+                advanced = grouped(advanced_fields)
+            with gr.Row():
+                plan = gr.Button("Plan: time and memory", elem_id="plan")
+                start = gr.Button("Start training", variant="primary", elem_id="start")
+            planned = gr.HTML()
+            line = command_line()
+        with gr.Column(scale=3, min_width=300):
+            run = gr.Dropdown(listed(places, places.runs()), value=None, label="Run", elem_id="run")
+            status = gr.HTML("<p>Nothing has been trained yet.</p>", elem_id="status")
+            with gr.Row():
+                stop = gr.Button("Stop, with a checkpoint", elem_id="stop", interactive=False)
+                go_on = gr.Button("Go on", elem_id="go-on", interactive=False)
+            preview = gr.Image(label="Preview", interactive=False, visible=False, buttons=["fullscreen"])
+            row = gr.HTML(elem_id="row")
+    main = [name, base, method, rank, steps, rate]
+    form = [*subject.all, *main, *advanced.values()]
+
+    def recipe(given: Sequence[Any]) -> Recipe:
+        return asked(places, list(advanced), given)
+
+    @told
+    def show_sizes(model: str, chosen: str, size: float) -> str:
+        return _sizes(places.base(model), chosen, int(size))
+
+    @told
+    def show_plan(*given: Any) -> Any:
+        wanted = recipe(given)
+        words = settings.command_line("train", wanted)
+        return _plan(wanted), command(words)
+
+    @told
+    def begin(*given: Any) -> Any:
+        wanted = recipe(given)
+        run_folder.check(wanted.output)
+        words = settings.command_line("train", wanted)
+        job = jobs.add(places.queue, shlex.split(words)[1:], wanted.output.output_dir)
+        return command(words), gr.update(choices=_runs(places), value=str(job.run))
+
+    @told
+    def end(shown: str | None) -> None:
+        job = jobs.latest(places.queue, places.inside(shown, "Run"))
+        if job is not None:
+            jobs.stop(job)
+
+    @told
+    def continue_(shown: str | None) -> Any:
+        wanted = continuation(places, places.inside(shown, "Run"))
+        words = settings.command_line("train", wanted)
+        jobs.add(places.queue, shlex.split(words)[1:], wanted.output.output_dir)
+        return command(words)
+
+    seen = gr.State({})
+
+    @told
+    def look(shown: str | None, before: dict[str, Any]) -> Any:
+        """What has changed since the last look; nothing else is sent."""
+        jobs.start_worker(places.queue)
+        now = _look(places, shown)
+        keys = ("status", "stop", "go_on", "preview", "row")
+        changes = [gr.skip() if before.get(key) == now[key] else _update(key, now[key]) for key in keys]
+        return [*changes, now if now != before else gr.skip()]
+
+    def find() -> Any:
+        """The run that goes on, or else the last one: what a reload shows."""
+        there = jobs.jobs(places.queue)
+        going = next((one for one in there if one.state in ("running", "stopping")), there[-1] if there else None)
+        return gr.update(choices=_runs(places), value=str(going.run) if going else None)
+
+    gr.on([base.change, method.change, rank.change], show_sizes, [base, method, rank], sizes, show_progress="hidden")
+    plan.click(show_plan, form, [planned, line])
+    start.click(begin, form, [line, run])
+    stop.click(end, run, None)
+    go_on.click(continue_, run, line)
+    watched = [status, stop, go_on, preview, row, seen]
+    gr.Timer(LOOK).tick(look, [run, seen], watched, show_progress="hidden", queue=False)
+    run.change(look, [run, seen], watched, show_progress="hidden")
+    page.load(find, None, run, show_progress="hidden")
+    page.load(show_sizes, [base, method, rank], sizes, show_progress="hidden")
+    return run
+
+
+def asked(places: Places, advanced: Sequence[str], given: Sequence[Any]) -> Recipe:
+    """The recipe that the page asks for.
+
+    Args:
+        advanced: names of the settings that the form ends with.
+        given: folder, identifier and class noun, the page's own fields, and the advanced ones.
+
+    Raises:
+        UserError: as the command line would.
+    """
+    folder, identifier, class_noun, name, base, method, rank, steps, rate = given[:9]
+    images = places.inside(folder, "Subject: images")
+    out = places.new(places.root, (name or "").strip() or images.name, "Name of the run")
+    wanted = fields.read(
+        Recipe,
+        {
+            **values(dict.fromkeys(advanced), given[9:]),
+            "pretrained_model_name_or_path": places.base(base),
+            "method": method,
+            "rank": f"{rank:g}",
+            "max_train_steps": f"{steps or 0:g}",
+            "learning_rate": rate,
+            "identifier": _unusual(identifier, class_noun),
+        },
+        {"instance_data_dir": images, "instance_prompt": prompt_of(identifier, class_noun), "output_dir": out},
+    )
+    for setting, value in settings.changed(wanted).items():
+        if isinstance(value, Path):
+            places.inside(value, f"--{setting}")
+    recipes.check(wanted)
+    return wanted
+
+
+def _unusual(identifier: str, class_noun: str) -> str | None:
+    """The identifier, if the trainer would not find it by itself."""
+    from ...data.prompts import split_instance_prompt
+
+    try:
+        if split_instance_prompt(prompt_of(identifier, class_noun)).identifier == identifier.strip():
+            return None
+    except UserError:
+        pass
+    return identifier.strip()
+
+
+def continuation(places: Places, run: Path) -> Recipe:
+    """How a run that was stopped or broken off goes on: from its last checkpoint, or from its beginning.
+
+    Raises:
+        UserError: it says nothing of how it was begun.
+    """
+    found, _ = config_file.read(run / run_folder.RECIPE)
+    resume = "latest" if run_folder.checkpoints(run) else None
+    return settings.build(Recipe, **{**found, "output_dir": run, "resume_from_checkpoint": resume})
+
+
+@lru_cache(maxsize=8)
+def _shapes(base: str) -> tuple[budget.Shape, ...]:
+    return tuple(budget.shapes(base, None))
+
+
+@lru_cache(maxsize=256)
+def _matches(base: str, method: str, rank: int) -> dict[str, budget.Match]:
+    layers = _shapes(base)
+    goal = budget.count(method, rank, layers)
+    return {row: budget.match(goal, row, layers) for row in METHODS}
+
+
+def _sizes(base: str, method: str, rank: int) -> str:
+    """Exact numbers of trained parameters and sizes of files: of what is chosen, and of the others of its size."""
+    goal = budget.count(method, rank, _shapes(base))
+    rows = "".join(
+        f'<tr{" class=chosen" * (row == method)}><th scope="row">{METHODS[row].label}</th>'
+        f"<td>{rank if row == method else one.rank}</td><td>{goal if row == method else one.parameters:,}</td>"
+        f"<td>{4 * (goal if row == method else one.parameters) / 1e6:.2f} MB</td></tr>"
+        for row, one in _matches(base, method, rank).items()
+    )
+    head = '<th scope="col">method</th><th scope="col">rank</th><th scope="col">parameters</th><th scope="col">file</th>'
+    return f'<table class="sizes"><caption>About the same size in each method</caption><tr>{head}</tr>{rows}</table>'
+
+
+def _plan(wanted: Recipe) -> str:
+    """What `--plan` says, asked of a process of its own, which gives its memory back."""
+    words = [*shlex.split(settings.command_line("train", wanted))[1:], "--plan"]
+    done = subprocess.run(
+        [sys.executable, "-m", "singlora_diffusion.cli", *words], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise UserError(*(done.stderr.strip().splitlines()[-1:] or ["the plan was broken off"]))
+    figures = [line.removeprefix("# ") for line in done.stdout.splitlines() if line.startswith("# ")]
+    notes = [one for one in done.stderr.splitlines() if one.startswith("note: ")]
+    return f"<ul>{''.join(f'<li>{saying.safe(one)}</li>' for one in (*figures, *notes))}</ul>"
+
+
+def _runs(places: Places) -> list[tuple[str, str]]:
+    waiting = [one.run for one in jobs.jobs(places.queue) if one.open]
+    return listed(places, list(dict.fromkeys([*reversed(waiting), *places.runs()])))
+
+
+_LOGS: dict[Path, progress.Log] = {}
+
+
+def _look(places: Places, shown: str | None) -> dict[str, Any]:
+    there = jobs.jobs(places.queue)
+    row = "".join(
+        f"<li>{saying.safe(places.shown(one.run))}: {LABELS[one.state]}</li>" for one in there if one.open
+    )
+    found: dict[str, Any] = {"status": "<p>Nothing has been trained yet.</p>", "stop": False, "go_on": False}
+    found |= {"preview": None, "row": f"<h2>The row</h2><ol>{row}</ol>" if row else ""}
+    if not shown:
+        return found
+    run = places.inside(shown, "Run")
+    job = next((one for one in reversed(there) if one.run == run), None)
+    log = _LOGS.setdefault(run, progress.Log(run / run_folder.log_file.NAME))
+    now = progress.read(run, log)
+    finished = now.adapter is not None and now.step >= now.total
+    found["status"] = _status(places, run, job, now, finished)
+    found["stop"] = job is not None and job.state in ("waiting", "running")
+    found["go_on"] = bool(now.recipe) and not (job is not None and job.open) and not finished
+    found["preview"] = str(now.previews[-1]) if now.previews else None
+    return found
+
+
+def _update(key: str, value: Any) -> Any:
+    if key == "preview":
+        label = f"Preview, {Path(value).stem.replace('step-', 'step ').replace(' 0', ' ').strip()}" if value else None
+        return gr.update(value=value, visible=bool(value), label=label)
+    return gr.update(interactive=value) if isinstance(value, bool) else value
+
+
+def _status(places: Places, run: Path, job: jobs.Job | None, now: progress.Progress, finished: bool) -> str:
+    state = LABELS[job.state] if job is not None else "done" if finished else "not finished"
+    if job is not None and job.state == "running" and not now.rows:
+        state = "loading"
+    step = f"step {now.step} of {now.total}" if now.total else ""
+    left = f"{saying.clock(now.left)} left" if now.left and job is not None and job.open else ""
+    took = f"{saying.clock(now.seconds)} so far" if now.rows and not finished else ""
+    lines = [f"<h2>{saying.safe(places.shown(run))}: {state}</h2>"]
+    if now.total:
+        lines.append(f'<progress max="{now.total}" value="{now.step}" aria-label="steps done"></progress>')
+    said = ", ".join(filter(None, (step, left, took)))
+    lines.append(f"<p>{said}</p>" if said else "")
+    lines.append(drawing.losses(now.rows, now.total))
+    if now.best is not None:
+        lines.append(f"<p>Best on held-out images: step {now.best.step}, loss {now.best.loss:.4g}.</p>")
+    if now.checkpoints:
+        lines.append(f"<p>Checkpoints: {', '.join(map(str, now.checkpoints))}.</p>")
+    if job is not None and job.state in ("failed", "lost") and not finished:
+        end = "\n".join(one for one in job.output.strip().splitlines()[-6:])
+        lines.append(f'<pre role="alert">{saying.html.escape(_printable(end))}</pre>')
+    if finished:
+        lines.append("<p>The adapter is ready: go to <b>Generate</b>, or hand it on under <b>Files</b>.</p>")
+    return "".join(lines)
+
+
+def _printable(text: str) -> str:
+    return "\n".join(saying.escaped(one, 500) for one in text.splitlines())
+

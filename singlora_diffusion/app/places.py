@@ -1,0 +1,157 @@
+"""What lies where: the folders that the page may use, and what is found in them. Nothing outside of them is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import UserError
+from ..terminal import escaped
+from ..training import run_folder
+from . import progress
+
+NAME = re.compile(r"[^\W_][\w .-]{0,60}")
+"""What a run or a subject may be called."""
+MANIFEST, REPORT = "manifest.jsonl", "report.html"
+SUBJECTS, GALLERIES, ADAPTERS, QUEUE = "subjects", "images", "adapters", ".queue"
+
+
+@dataclass(frozen=True)
+class Places:
+    """The folders that the page was started with.
+
+    Attributes:
+        root: absolute; what is made goes there.
+        others: absolute; they are only read.
+    """
+
+    root: Path
+    others: tuple[Path, ...] = ()
+
+    @property
+    def queue(self) -> Path:
+        return self.root / QUEUE
+
+    @property
+    def subjects(self) -> Path:
+        return self.root / SUBJECTS
+
+    @property
+    def galleries(self) -> Path:
+        return self.root / GALLERIES
+
+    @property
+    def adapters(self) -> Path:
+        return self.root / ADAPTERS
+
+    def inside(self, named: str | Path | None, what: str = "the folder") -> Path:
+        """A file or folder that the page may use; links are followed before it is decided.
+
+        Raises:
+            UserError: nothing is named, or it lies elsewhere.
+        """
+        if not named or not str(named).strip():
+            raise UserError(f"{what}: name one")
+        try:
+            path = Path(named).expanduser().absolute()
+            real = path.resolve()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"{what} {escaped(named)}: is no path ({error})") from error
+        if not any(real.is_relative_to(folder.resolve()) for folder in (self.root, *self.others)):
+            raise UserError(
+                f"{what} {escaped(named, 1000)}: lies outside of the folders that the page was started with; start it "
+                f"with --folders {escaped(path.parent, 1000)}"
+            )
+        return path
+
+    def base(self, named: str | None) -> str:
+        """A base model: a name is left as it is, a folder must be one that the page may use.
+
+        Raises:
+            UserError: nothing is named, or a folder elsewhere.
+        """
+        named = (named or "").strip()
+        if not named:
+            raise UserError("the base model: name one, such as toyworld")
+        is_path = named.startswith(("/", ".", "~")) or Path(named).exists()
+        return str(self.inside(named, "the base model")) if is_path else named
+
+    def new(self, parent: Path, name: str | None, what: str) -> Path:
+        """The path of a file or folder that is to be made.
+
+        Raises:
+            UserError: the name has more in it than letters, digits, spaces, dots and dashes.
+        """
+        name = (name or "").strip()
+        if NAME.fullmatch(name) is None or name in (SUBJECTS, GALLERIES, ADAPTERS):
+            raise UserError(
+                f'{what} "{escaped(name)}": take a name of letters, digits, spaces, dots and dashes, which begins with '
+                f"a letter or a digit"
+            )
+        return parent / name
+
+    def shown(self, path: Path) -> str:
+        """A path as lists on the page have it: below OUTPUT_DIR without that."""
+        return str(path.relative_to(self.root)) if path.is_relative_to(self.root) else str(path)
+
+    def named(self, shown: str) -> Path:
+        """The path that `shown` stands for.
+
+        Raises:
+            UserError: it lies elsewhere.
+        """
+        return self.inside(self.root / shown if shown else "")
+
+    def image_folders(self) -> list[Path]:
+        """Folders of images to train on, or to compare with."""
+        found = [*_folders(self.subjects)]
+        for other in self.others:
+            found += [one for one in (other, *_folders(other)) if _has(one, ("*.png", "*.jp*g", "*.webp", "*.PNG"))]
+        return found
+
+    def models(self) -> list[str]:
+        """Base models: those of the package, and the diffusers folders that are there."""
+        folders = [one for other in (self.root, *self.others) for one in (other, *_folders(other))]
+        return ["toyworld", "toyworld-flow", *(str(one) for one in folders if (one / "model_index.json").exists())]
+
+    def runs(self) -> list[Path]:
+        """Run folders, the youngest first."""
+        return [run for folder in (self.root, *self.others) for run in progress.runs(folder)]
+
+    def adapter_files(self) -> list[Path]:
+        """Everything to generate with: finished runs, best steps, checkpoints, and files."""
+        found: list[Path] = []
+        for run in self.runs():
+            found += [run] if (run / run_folder.ADAPTER).exists() else []
+            found += [run / run_folder.BEST] if (run / run_folder.BEST / run_folder.ADAPTER).exists() else []
+            found += reversed(run_folder.checkpoints(run))
+        for folder in (self.adapters, *self.others):
+            found += sorted(folder.glob("*.safetensors"))
+        return found
+
+    def generated(self) -> list[Path]:
+        """Folders of generated images, the youngest first."""
+        folders = [*_folders(self.galleries), *(one for run in self.runs() for one in _folders(run))]
+        return _young_first(one for one in folders if (one / MANIFEST).exists())
+
+    def reports(self) -> list[Path]:
+        """Pages that `singlora report` and `singlora compare` left."""
+        folders = [self.root, *_folders(self.root), *_folders(self.galleries)]
+        return _young_first(one / REPORT for one in folders if (one / REPORT).exists())
+
+
+def _folders(path: Path) -> list[Path]:
+    try:
+        return sorted(one for one in path.iterdir() if one.is_dir() and not one.name.startswith("."))
+    except OSError:
+        return []
+
+
+def _has(folder: Path, patterns: Iterable[str]) -> bool:
+    return any(next(folder.glob(pattern), None) is not None for pattern in patterns)
+
+
+def _young_first(paths: Iterable[Path]) -> list[Path]:
+    return sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)

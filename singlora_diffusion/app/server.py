@@ -1,0 +1,163 @@
+"""`singlora app`: the page and the server behind it, for this machine alone unless it is told otherwise."""
+
+from __future__ import annotations
+
+import hmac
+import os
+import secrets
+import tempfile
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import files
+from .. import settings as ranges
+from ..errors import UserError
+from ..terminal import escaped
+from .places import Places
+from .settings import LOOPBACK, PASSWORD, AppSettings
+
+if TYPE_CHECKING:
+    import gradio as gr
+
+LARGEST = 200 << 20
+"""Bytes of an uploaded file: more than a photograph or an adapter usually has."""
+POLICY = (
+    "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; connect-src 'self'; frame-ancestors 'self'; "
+    "form-action 'self'; base-uri 'self'"
+)
+"""Content-Security-Policy: the browser itself asks nobody else for anything."""
+QUIET = {
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    "GRADIO_SHARE": "False",
+    "GRADIO_ALLOWED_PATHS": "",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+
+
+def run(settings: AppSettings) -> None:
+    """Serve the page until Ctrl-C. Trainings go on then; the next start finds them.
+
+    Raises:
+        UserError: Gradio is not installed, a folder cannot be used, or the port is taken.
+    """
+    ranges.check(settings)
+    places = Places(settings.output_dir.absolute(), tuple(one.absolute() for one in settings.folders))
+    for folder in places.others:
+        if not folder.is_dir():
+            raise UserError(f"--folders {escaped(folder, 1000)}: no such folder")
+    files.check_writable(places.root, "--output_dir")
+    places.root.mkdir(parents=True, exist_ok=True)
+    os.environ.update(QUIET)
+    try:
+        import gradio  # noqa: F401
+    except ImportError as error:
+        raise UserError("the page needs Gradio: pip install 'singlora-diffusion[app]'") from error
+    with tempfile.TemporaryDirectory(prefix="singlora-app-") as uploads:
+        os.environ["GRADIO_TEMP_DIR"] = uploads
+        page = build(places)
+        try:
+            url = launch(page, settings, places)
+            print(f"{url}: open it in a browser; Ctrl-C ends the page, trainings go on", flush=True)
+            threading.Thread(target=_warm, daemon=True).start()
+            threading.Event().wait()
+        finally:
+            page.close(verbose=False)
+
+
+def build(places: Places) -> gr.Blocks:
+    """The page."""
+    import gradio as gr
+
+    from .pages import subject, train
+
+    with gr.Blocks(title="SingLoRA", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as page:
+        gr.HTML("<h1>SingLoRA</h1><p>Teach an image model one subject. All of it stays on this machine.</p>")
+        with gr.Tab("Subject"):
+            of_subject = subject.build(places)
+        with gr.Tab("Train"):
+            train.build(places, of_subject, page)
+    return page
+
+
+def launch(page: gr.Blocks, settings: AppSettings, places: Places) -> str:
+    """Serve the page in a thread; returns its address.
+
+    Raises:
+        UserError: the port is taken, or the host is none of this machine's.
+    """
+    import gradio as gr
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    here = settings.host in LOOPBACK
+    password = None if here else os.environ.get(PASSWORD) or secrets.token_urlsafe(12)
+    if password and not os.environ.get(PASSWORD):
+        print(f"password (any name goes with it): {password}", flush=True)
+    hosts = ["127.0.0.1", "localhost", "[::1]"] if here else ["*"]  # else a page elsewhere could name itself as ours
+    theme = gr.themes.Default(
+        primary_hue="teal",
+        secondary_hue="teal",
+        neutral_hue="stone",
+        font=["system-ui", "sans-serif"],
+        font_mono=["ui-monospace", "monospace"],
+    )
+    try:
+        _, url, _ = page.queue(default_concurrency_limit=4).launch(
+            server_name=settings.host,
+            server_port=settings.port or _free_port(settings.host),
+            inbrowser=settings.browser,
+            prevent_thread_lock=True,
+            quiet=True,
+            share=False,
+            ssr_mode=False,
+            pwa=False,
+            mcp_server=False,
+            enable_monitoring=False,
+            run_history=False,
+            auth=None if password is None else lambda _, given: hmac.compare_digest(given.encode(), password.encode()),
+            max_file_size=LARGEST,
+            allowed_paths=[str(places.root), *map(str, places.others)],
+            footer_links=[],
+            theme=theme,
+            css_paths=[Path(__file__).with_name("page.css")],
+            app_kwargs={
+                "middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=hosts), Middleware(Policy)],
+                "docs_url": None,
+                "redoc_url": None,
+            },
+        )
+    except OSError as error:
+        raise UserError(f"--port {settings.port}: cannot be listened on ({error}); try --port 0") from error
+    return str(url)
+
+
+class Policy:
+    """Says with every answer what the browser may ask for."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def with_policy(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                said = [(b"content-security-policy", POLICY.encode()), (b"referrer-policy", b"no-referrer")]
+                message = {**message, "headers": [*message["headers"], *said]}
+            await send(message)
+
+        await self.app(scope, receive, with_policy)
+
+
+def _free_port(host: str) -> int:
+    import socket
+
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as one:
+        one.bind((host, 0))
+        return int(one.getsockname()[1])
+
+
+def _warm() -> None:
+    """Load what the first click would wait for."""
+    from .. import models
+
+    models.meta_networks("toyworld")
