@@ -1,7 +1,9 @@
 # make demo       train, generate and score on the embedded model; ends with runs/demo/report.html
+# make app        all commands as pages in a browser, with a toyworld subject to begin with
 # make test       the test suite: offline, on the CPU
 # make numerical  those of its tests that compare floating-point numbers, as on the poorest processor
 # make extras     those of its tests that need optional packages (--quantize, --optimizer, HEIC)
+# make app-tests  the pages in Debian's chromium (apt install chromium); also writes the images in docs/
 # make check      formatting, lint, types
 # make format     let ruff mend style and imports
 # make clean      remove the environment and the caches; runs/ stays
@@ -18,13 +20,26 @@ export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test numerical extras check format clean
+.PHONY: help demo app test numerical extras app-tests check format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
 demo: $(READY)
 	$(BIN)/singlora demo --output_dir runs/demo
+
+# An environment on top of the first one: what Gradio brings along would change what other libraries import.
+APP := $(VENV)/app
+$(APP)/.ready: $(READY)
+	$(BIN)/python -m venv $(APP)
+	$(APP)/bin/python -c 'import site, sysconfig; open(sysconfig.get_path("purelib") + "/below.pth", "w").write( \
+	    "import site; site.addsitedir(\"" + "$(abspath $(VENV))/" + sysconfig.get_path("purelib").split("/app/")[-1] + "\")")'
+	$(APP)/bin/python -m pip install --disable-pip-version-check -q "gradio>=6" playwright axe-playwright-python
+	@touch $@
+
+app: $(APP)/.ready
+	@test -d runs/app/subjects/dog-1 || $(BIN)/singlora toyworld subject --name dog-1 --output_dir runs/app/subjects/dog-1
+	$(APP)/bin/python -m singlora_diffusion.cli app --output_dir runs/app
 
 PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 4
 test numerical extras: export HF_HUB_OFFLINE := 1
@@ -53,6 +68,11 @@ extras: $(EXTRAS)/.ready
 	$(BIN)/python -m pytest -q tests/test_trainer.py -k optimizer $(PYTEST_FLAGS)
 	$(BIN)/python -m pytest -q tests/test_images.py -k heic $(PYTEST_FLAGS)
 	$(BIN)/python -m pytest -q tests/test_compare_ray.py $(PYTEST_FLAGS)
+
+app-tests: export HF_HUB_OFFLINE := 1
+app-tests: export CUDA_VISIBLE_DEVICES :=
+app-tests: $(APP)/.ready
+	$(APP)/bin/python -m pytest -q tests/test_app.py $(PYTEST_FLAGS)
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -265,12 +265,24 @@ def changed(settings: Any) -> dict[str, Any]:
 
 def command_line(command: str, settings: Any) -> str:
     """The command line that says the same as a settings dataclass."""
-    words = ["singlora", command]
-    for name, value in changed(settings).items():
-        words.append(f"--no_{name}" if value is False else f"--{name}")
+    kind: Any = type(settings)
+    words, positional = ["singlora", command], _positional(kind)
+    for name, value in sorted(changed(settings).items(), key=lambda one: one[0] not in positional):
+        if name not in positional:
+            words.append(f"--no_{name}" if value is False else f"--{name}")
         if not isinstance(value, bool):
             words += [str(part) for part in value] if isinstance(value, tuple) else [str(value)]
     return shlex.join(words)
+
+
+@cache
+def _positional(kind: Any) -> frozenset[str]:
+    """The fields of a command that are written without their names."""
+    from tyro.conf import Positional
+
+    marks = Positional[int].__metadata__  # type: ignore[attr-defined]
+    hints = get_type_hints(kind, include_extras=True)
+    return frozenset(name for name, hint in hints.items() if set(marks) & set(getattr(hint, "__metadata__", ())))
 
 
 def _flat(settings: Any) -> Iterator[tuple[Field[Any], Any]]:

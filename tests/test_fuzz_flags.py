@@ -169,6 +169,7 @@ def right(command: str, here: Here, number: int) -> dict[str, list[str]]:
         "demo": {**model, "output_dir": out, "device": ["cpu"]},
         "toyworld": {"what": ["subject"], "name": ["dog-1"], "output_dir": out},
         "budget": model,
+        "app": {"output_dir": out},
         "check": {"folder": images},
         "export": {"adapter": [str(here.adapter)], "output": file},
         "import": {"file": [str(here.adapter)], "output": file, **model},
@@ -206,6 +207,7 @@ def stopped(here: Here, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(models, "load", reached)
     monkeypatch.setattr(nn.Module, "__call__", reached)
     monkeypatch.setattr(subjects, "render", reached)
+    monkeypatch.setattr(server, "serve", reached)
     monkeypatch.setattr(engines, "processes", reached)
     monkeypatch.setattr(engines, "ray", reached)
     monkeypatch.setattr(device, "free_memory", lambda name: BYTES)

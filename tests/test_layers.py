@@ -53,6 +53,7 @@ ONLY = {
 models no adapter, scores neither; only a comparison, which trains and generates, knows all of them."""
 
 ONLY_IN = {
+    "gradio": ("singlora_diffusion.app.",),
     "peft": (
         "singlora_diffusion.adapters.peft_baselines",
         "singlora_diffusion.formats.peft_folder",

@@ -53,13 +53,14 @@ def read(kind: type[Settings], given: Mapping[str, Any], fixed: Mapping[str, Any
     Raises:
         UserError: one line for each field whose text is not of its type.
     """
-    named = {one.name: one for one in of(kind)}
+    table: Any = kind
+    named = {one.name: one for one in of(table)}
     values: dict[str, Any] = {}
     for name, value in given.items():
         one = named[name]
-        text = value if isinstance(value, bool) else str("" if value is None else value).strip()
-        if text != one.default:
-            values[name] = None if text == "" else _words(name, text) if one.several else text
+        held = value if isinstance(value, bool) else str("" if value is None else value).strip()
+        if held != one.default:
+            values[name] = None if held == "" else _words(name, str(held)) if one.several else held
     found, lines = settings.typed(kind, values)
     if lines:
         raise UserError(*lines)
@@ -120,5 +121,3 @@ def _docstrings(kind: Any) -> dict[str, str]:
             text = ast.literal_eval(following.value) if isinstance(following.value, ast.Constant) else ""
             found[field.target.id] = " ".join(str(text).split())
     return found
-
-

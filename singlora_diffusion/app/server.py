@@ -47,12 +47,17 @@ def run(settings: AppSettings) -> None:
         if not folder.is_dir():
             raise UserError(f"--folders {escaped(folder, 1000)}: no such folder")
     files.check_writable(places.root, "--output_dir")
-    places.root.mkdir(parents=True, exist_ok=True)
+    serve(settings, places)
+
+
+def serve(settings: AppSettings, places: Places) -> None:
+    """Until this process is told to end."""
     os.environ.update(QUIET)
     try:
         import gradio  # noqa: F401
     except ImportError as error:
         raise UserError("the page needs Gradio: pip install 'singlora-diffusion[app]'") from error
+    places.root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="singlora-app-") as uploads:
         os.environ["GRADIO_TEMP_DIR"] = uploads
         page = build(places)
@@ -69,7 +74,9 @@ def build(places: Places) -> gr.Blocks:
     """The page."""
     import gradio as gr
 
-    from .pages import subject, train
+    from . import making
+    from .pages import files as files_page
+    from .pages import generate, score, subject, train
 
     with gr.Blocks(title="SingLoRA", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as page:
         gr.HTML("<h1>SingLoRA</h1><p>Teach an image model one subject. All of it stays on this machine.</p>")
@@ -77,6 +84,12 @@ def build(places: Places) -> gr.Blocks:
             of_subject = subject.build(places)
         with gr.Tab("Train"):
             train.build(places, of_subject, page)
+        with gr.Tab("Generate") as tab:
+            generate.build(places, page, tab, making.Maker())
+        with gr.Tab("Score") as tab:
+            score.build(places, page, tab)
+        with gr.Tab("Files") as tab:
+            files_page.build(places, page, tab)
     return page
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import html
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +74,3 @@ def grouped(settings: Sequence[Field]) -> dict[str, gr.components.Component]:
             for one in members:
                 made[one.name] = field(one)
     return made
-
-
-def values(names: Mapping[str, Any], given: Sequence[Any]) -> dict[str, Any]:
-    """What fields hold, by name."""
-    return dict(zip(names, given, strict=True))

@@ -37,7 +37,7 @@ def generate(settings: GenerateSettings, *, quiet: bool = False, family: Family 
     """
     check(settings)
     adapters = [sources.read_adapter(path) for path in settings.adapters.adapter]
-    family = family or _load(settings, adapters)
+    family = family or load(settings, adapters)
     plan = records.plan(settings, family, adapters)
     _require_memory(family, plan[0], min(settings.sampling.batch_size, len(plan)))
     records.note_cut_prompts(family, plan)
@@ -59,8 +59,12 @@ def generate(settings: GenerateSettings, *, quiet: bool = False, family: Family 
     return plan
 
 
-def _load(settings: GenerateSettings, adapters: Sequence[AdapterSource]) -> Family:
-    """The base model, on the device and in the dtype that are asked for."""
+def load(settings: GenerateSettings, adapters: Sequence[AdapterSource]) -> Family:
+    """The base model that the settings and the adapters mean, on the device and in the dtype that are asked for.
+
+    Raises:
+        UserError: there is no such model, it does not fit into memory, or it is not what the adapters are for.
+    """
     import torch
 
     from ..models.quantized import QUANTIZATIONS

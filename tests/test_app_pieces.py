@@ -1,0 +1,243 @@
+"""What stands behind the pages, without a browser and without Gradio."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from singlora_diffusion import settings
+from singlora_diffusion.app import asking, drawing, fields, making, saying, subjects
+from singlora_diffusion.app.places import Places
+from singlora_diffusion.data import captions, png
+from singlora_diffusion.errors import UserError
+from singlora_diffusion.sampling import gallery
+from singlora_diffusion.sampling.settings import GenerateSettings
+from singlora_diffusion.training import command_line, run_folder
+from singlora_diffusion.training.recipe import Recipe
+
+ADVANCED = [one.name for one in fields.of(Recipe) if one.name not in asking.OWN]
+DEFAULTS = [one.default for one in fields.of(Recipe) if one.name not in asking.OWN]
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> Places:
+    root, other = tmp_path / "runs", tmp_path / "photos"
+    root.mkdir()
+    other.mkdir()
+    return Places(root, (other,))
+
+
+def noise(path: Path, seed: int = 0, size: tuple[int, int] = (80, 60)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    levels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    Image.fromarray(levels).save(path)
+    return path
+
+
+def test_a_form_has_every_flag_with_its_help_and_choices() -> None:
+    own = {"instance_data_dir", "instance_prompt"}
+    form = {one.name: one for one in fields.of(Recipe)}
+    assert set(form) == set(settings.spellings(Recipe).values()) - own
+    assert all(one.help for one in form.values())
+    assert form["lr_scheduler"].choices[:2] == ("constant", "constant_with_warmup")
+    assert form["mixed_precision"].choices == ("no", "fp16", "bf16", "")
+    assert form["targets"].several and not form["rank"].several and form["random_flip"].default is False
+
+
+def test_a_form_and_the_command_line_mean_the_same() -> None:
+    """Whatever stands in the form, the command line made of it gives the same recipe."""
+    held = {one.name: one.default for one in fields.of(Recipe)}
+    held |= {"learning_rate": " 3e-4 ", "targets": "to_q attn2.to_k", "random_flip": True, "rank": "8"}
+    held |= {"mixed_precision": "no", "validation_prompt": "it's a dog", "portable": False, "output_dir": "a b"}
+    recipe = fields.read(Recipe, held, {"instance_data_dir": Path("x"), "instance_prompt": "a photo of sks dog"})
+    assert recipe.optimization.learning_rate == 3e-4 and recipe.adapter.targets == ("to_q", "attn2.to_k")
+    words = shlex.split(settings.command_line("train", recipe))[2:]
+    assert command_line.parse(command_line.Training, words, "", "").recipe == recipe
+    again = fields.held(Recipe, json.loads(json.dumps(settings.as_json(recipe))))
+    assert again == {**held, "learning_rate": "0.0003"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [("rank", "many", "--rank many: is not valid"), ("targets", "'to_q", "--targets: a quotation mark")],
+)
+def test_a_field_that_cannot_be_read_is_named(name: str, text: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        fields.read(Recipe, {name: text}, {"instance_data_dir": Path("x"), "instance_prompt": "a"})
+
+
+def test_the_training_page_asks_for_a_recipe(places: Places) -> None:
+    folder = noise(places.subjects / "rex" / "1.png").parent
+    main = ["", "toyworld", "lora", 8, 120, ""]
+    recipe = asking.training(places, ADVANCED, [str(folder), "sks", "dog", *main, *DEFAULTS])
+    assert settings.changed(recipe) == {
+        "instance_data_dir": folder,
+        "instance_prompt": "a photo of sks dog",
+        "output_dir": places.root / "rex",
+        "method": "lora",
+        "rank": 8,
+        "max_train_steps": 120,
+    }
+    unusual = asking.training(places, ADVANCED, [str(folder), "qqq", "dog", *main, *DEFAULTS])
+    assert unusual.data.identifier == "qqq"
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        (0, "/etc", "lies outside of the folders"),
+        (0, "", "name one"),
+        (1, " ", "write the rare word"),
+        (3, "../../x", "take a name of letters"),
+        (3, "images", "take a name of letters"),
+        (4, "/etc", "lies outside of the folders"),
+        (7, 0, "--max_train_steps 0: must be at least 1"),
+    ],
+)
+def test_what_the_training_page_refuses(places: Places, place: int, value: object, said: str) -> None:
+    folder = noise(places.subjects / "rex" / "1.png").parent
+    given = [str(folder), "sks", "dog", "", "toyworld", "singlora", 8, 120, "", *DEFAULTS]
+    given[place] = value  # type: ignore[call-overload]
+    with pytest.raises(UserError, match=said):
+        asking.training(places, ADVANCED, given)
+
+
+def test_paths_among_the_advanced_settings_stay_inside(places: Places) -> None:
+    folder = noise(places.subjects / "rex" / "1.png").parent
+    held = dict(zip(ADVANCED, DEFAULTS, strict=True)) | {"held_out_data_dir": "/etc"}
+    given = [str(folder), "sks", "dog", "", "toyworld", "singlora", 8, 120, "", *held.values()]
+    with pytest.raises(UserError, match="--held_out_data_dir /etc: lies outside"):
+        asking.training(places, list(held), given)
+
+
+def test_a_link_out_of_the_folders_is_outside(places: Places, tmp_path: Path) -> None:
+    (tmp_path / "secret").mkdir()
+    (places.root / "link").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match="lies outside"):
+        places.inside(places.root / "link")
+    with pytest.raises(UserError, match="lies outside"):
+        places.inside(places.root / ".." / "secret")
+    assert places.inside(places.others[0]) == places.others[0]
+
+
+def test_a_run_goes_on_from_its_last_checkpoint_or_from_its_beginning(places: Places, recipe: Recipe) -> None:
+    run = places.root / "rex"
+    run.mkdir()
+    (run / run_folder.RECIPE).write_text(json.dumps(settings.as_json(recipe)))
+    began = asking.continuation(places, run)
+    assert began == settings.replaced(recipe, output_dir=run)
+    (run / "checkpoint-3").mkdir()
+    (run / "checkpoint-3" / "state.json").write_text("{}")
+    assert asking.continuation(places, run) == settings.replaced(began, resume_from_checkpoint="latest")
+
+
+def test_what_is_dropped_is_kept_and_nothing_is_replaced(tmp_path: Path) -> None:
+    drop, folder = tmp_path / "drop", tmp_path / "subject"
+    first, other = noise(drop / "a" / "dog.png"), noise(drop / "b" / "dog.png", seed=1)
+    (drop / "dog.txt").write_text("a dog")
+    (drop / "note.txt").write_bytes(b"\xff\xfe\xff")
+    (drop / "page.png").write_text("<script>alert(1)</script>")
+    hidden = noise(drop / ".hidden.png", seed=2)
+    refused = subjects.take(folder, [first, other, drop / "dog.txt", drop / "note.txt", drop / "page.png", hidden])
+    assert sorted(path.name for path in folder.iterdir()) == ["dog-2.png", "dog.png", "dog.txt", "hidden.png"]
+    assert (folder / "dog.png").read_bytes() == first.read_bytes()
+    assert (folder / "dog-2.png").read_bytes() == other.read_bytes()
+    assert [one.partition(":")[0] for one in refused] == ["note.txt", "page.png"]
+    assert subjects.take(folder, [first, other]) == [] and len(list(folder.iterdir())) == 4  # the same once more
+
+
+def test_a_subject_is_shown_as_it_is_trained_on(tmp_path: Path) -> None:
+    """A thumbnail is the trainer's crop, findings stand with the image they are about, captions are read back."""
+    noise(tmp_path / "1.png", size=(300, 90))
+    noise(tmp_path / "2.png", seed=1)
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "3.png")
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    found = subjects.look(tmp_path)
+    kinds = {one.path.name: [finding.kind for finding in one.findings] for one in found.images}
+    assert kinds == {"1.png": ["long"], "2.png": [], "3.png": ["one-colour"]}
+    assert [(one.name, one.kind) for one in found.findings] == [("broken.png", "unreadable")]
+    subjects.write_caption(tmp_path / "2.png", "  a dog\n on <b>grass</b> ")
+    assert captions.read(tmp_path, ["2.png"]).texts == {"2.png": "a dog on <b>grass</b>"}
+    assert [one.caption for one in subjects.look(tmp_path).images] == ["", "a dog on <b>grass</b>", ""]
+    subjects.write_caption(tmp_path / "2.png", "")
+    assert captions.read(tmp_path, ["2.png"]).texts == {}
+    with pytest.raises(UserError, match="a caption has up to"):
+        subjects.write_caption(tmp_path / "2.png", "x" * 3000)
+
+
+def test_an_image_says_how_it_was_made(tmp_path: Path) -> None:
+    record = {"file": "000-7.png", "prompt": "a <b>dog</b>", "seed": 7, "adapter": "runs/a + runs/b"}
+    record |= {"scale": "1.0 + 0.5", "steps": 25, "guidance_scale": 7.5, "base_model": "toyworld"}
+    png.write(Image.new("RGB", (8, 8)), tmp_path / "made.png", **{gallery.PNG_KEY: json.dumps(record)})
+    assert making.restored(tmp_path / "made.png") == {
+        "adapter": ("runs/a", "runs/b"),
+        "scale": (1.0, 0.5),
+        "pretrained_model_name_or_path": "toyworld",
+        "prompt": "a <b>dog</b>",
+        "negative_prompt": "",
+        "seeds": "7",
+        "num_inference_steps": 25,
+        "guidance_scale": 7.5,
+    }
+    for text in ("", "{", "[" * 100_000, json.dumps({"file": "../x"}), json.dumps({**record, "seed": "7"})):
+        png.write(Image.new("RGB", (8, 8)), tmp_path / "other.png", **{gallery.PNG_KEY: text})
+        with pytest.raises(UserError, match=r"other\.png: does not say how it was made"):
+            making.restored(tmp_path / "other.png")
+
+
+def test_equal_images_meet_in_a_folder_and_others_do_not(tmp_path: Path) -> None:
+    def out(**given: object) -> Path:
+        return making.wanted(
+            tmp_path, {"prompt": ("a dog",), "pretrained_model_name_or_path": "toyworld", **given}
+        ).output.output_dir
+
+    assert out(seeds="0") == out(seeds="0-3", scheduler="", negative_prompt=None)
+    assert len({out(), out(prompt=("a cat",)), out(guidance_scale=3.0), out(scheduler="ddim")}) == 4
+
+
+def test_the_generate_page_asks_for_two_sets(places: Places) -> None:
+    held = ["a dog", None, None, None, 1, 1, 1, asking.BASE, "0-1", "toyworld", "", "", "", ""]
+    one, other = asking.images(places, held)
+    assert isinstance(one, GenerateSettings) and other is not None
+    assert one.prompting.prompt == ("a dog",) and one.sampling.seeds == "0-1" and one.adapters.adapter == ()
+    held[11] = "few"
+    with pytest.raises(UserError, match="--num_inference_steps few"):
+        asking.images(places, held)
+    held[11], held[1] = "", "/etc/passwd"
+    with pytest.raises(UserError, match="lies outside"):
+        asking.images(places, held)
+
+
+def test_losses_are_drawn_within_their_frame() -> None:
+    rows = [
+        {"step": n, "loss": 1.0 / n, "validation_loss": 0.5 if n == 700 else 0.6 if n % 100 == 0 else None}
+        for n in range(1, 1001)
+    ]
+    drawn = ET.fromstring(drawing.losses(rows, 2000))
+    line = next(one for one in drawn.iter() if one.tag.endswith("polyline"))
+    points = [tuple(map(float, one.split(","))) for one in line.attrib["points"].split()]
+    assert 100 <= len(points) <= drawing.MOST
+    assert all(0 <= x <= drawing.WIDTH and 0 <= y <= drawing.HEIGHT for x, y in points)
+    assert [y for _, y in points] == sorted(y for _, y in points)  # it falls: further down on the page
+    dots = [one for one in drawn.iter() if one.tag.endswith("circle")]
+    assert [("best" in one.attrib["class"]) for one in dots] == [n == 700 for n in range(100, 1001, 100)]
+    assert "lowest at step 700" in drawn.attrib["aria-label"]
+    assert drawing.losses([], 10) == "" and drawing.losses([{"step": 1, "loss": None}], 10) == ""
+    ET.fromstring(drawing.losses([{"step": 1, "loss": 0.0}], 10))
+
+
+def test_what_is_shown_is_text() -> None:
+    assert (
+        saying.safe("<img src=x onerror=alert(1)>\x1b[31m")
+        == "&lt;img src=x onerror=alert(1)&gt;\N{REPLACEMENT CHARACTER}[31m"
+    )
+    assert saying.line(UserError("a", "b")) == "a; b"
+    assert saying.line(FileNotFoundError(2, "No such file or directory", "x")) == "x: No such file or directory"
+    assert saying.line(RuntimeError("a bug")) is None
+    assert [saying.clock(seconds) for seconds in (5, 125, 3723)] == ["0:05", "2:05", "1:02:03"]
