@@ -199,6 +199,7 @@ def stopped(here: Here, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     from eval.compare import engines
     from singlora_diffusion import device, models
+    from singlora_diffusion.app import server as app_server
     from singlora_diffusion.toyworld import subjects
 
     def reached(*_: Any, **__: Any) -> None:
@@ -207,7 +208,7 @@ def stopped(here: Here, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(models, "load", reached)
     monkeypatch.setattr(nn.Module, "__call__", reached)
     monkeypatch.setattr(subjects, "render", reached)
-    monkeypatch.setattr(server, "serve", reached)
+    monkeypatch.setattr(app_server, "serve", reached)
     monkeypatch.setattr(engines, "processes", reached)
     monkeypatch.setattr(engines, "ray", reached)
     monkeypatch.setattr(device, "free_memory", lambda name: BYTES)
