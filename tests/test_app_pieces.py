@@ -41,7 +41,7 @@ def noise(path: Path, seed: int = 0, size: tuple[int, int] = (80, 60)) -> Path:
 
 
 def test_a_form_has_every_flag_with_its_help_and_choices() -> None:
-    own = {"instance_data_dir", "instance_prompt"}
+    own = {"instance_data_dir"}
     form = {one.name: one for one in fields.of(Recipe)}
     assert set(form) == set(settings.spellings(Recipe).values()) - own
     assert all(one.help for one in form.values())
@@ -55,7 +55,8 @@ def test_a_form_and_the_command_line_mean_the_same() -> None:
     held = {one.name: one.default for one in fields.of(Recipe)}
     held |= {"learning_rate": " 3e-4 ", "targets": "to_q attn2.to_k", "random_flip": True, "rank": "8"}
     held |= {"mixed_precision": "no", "validation_prompt": "it's a dog", "portable": False, "output_dir": "a b"}
-    recipe = fields.read(Recipe, held, {"instance_data_dir": Path("x"), "instance_prompt": "a photo of sks dog"})
+    held |= {"instance_prompt": "a photo of sks dog"}
+    recipe = fields.read(Recipe, held, {"instance_data_dir": Path("x")})
     assert recipe.optimization.learning_rate == 3e-4 and recipe.adapter.targets == ("to_q", "attn2.to_k")
     words = shlex.split(settings.command_line("train", recipe))[2:]
     assert command_line.parse(command_line.Training, words, "", "").recipe == recipe
@@ -69,7 +70,7 @@ def test_a_form_and_the_command_line_mean_the_same() -> None:
 )
 def test_a_field_that_cannot_be_read_is_named(name: str, text: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        fields.read(Recipe, {name: text}, {"instance_data_dir": Path("x"), "instance_prompt": "a"})
+        fields.read(Recipe, {name: text}, {"instance_data_dir": Path("x")})
 
 
 def test_the_training_page_asks_for_a_recipe(places: Places) -> None:
@@ -159,7 +160,7 @@ def test_a_subject_is_shown_as_it_is_trained_on(tmp_path: Path) -> None:
     Image.new("RGB", (64, 64), "red").save(tmp_path / "3.png")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     found = subjects.look(tmp_path)
-    kinds = {one.path.name: [finding.kind for finding in one.findings] for one in found.images}
+    kinds = {one.name: [finding.kind for finding in one.findings] for one in found.images}
     assert kinds == {"1.png": ["long"], "2.png": [], "3.png": ["one-colour"]}
     assert [(one.name, one.kind) for one in found.findings] == [("broken.png", "unreadable")]
     subjects.write_caption(tmp_path / "2.png", "  a dog\n on <b>grass</b> ")
@@ -230,6 +231,20 @@ def test_losses_are_drawn_within_their_frame() -> None:
     assert "lowest at step 700" in drawn.attrib["aria-label"]
     assert drawing.losses([], 10) == "" and drawing.losses([{"step": 1, "loss": None}], 10) == ""
     ET.fromstring(drawing.losses([{"step": 1, "loss": 0.0}], 10))
+
+
+def test_scores_are_drawn_with_the_best_step_filled() -> None:
+    """By the rule of the trainer: the largest product."""
+    rows = [{"step": n, "loss": 1.0} for n in range(1, 5)]
+    figures = {1: (0.2, 0.9), 2: (0.6, 0.8), 4: (0.7, 0.5)}
+    rows = [row | dict(zip(("dino", "clip_t"), figures.get(int(row["step"]), ()), strict=False)) for row in rows]
+    drawn = ET.fromstring(drawing.scores(rows))
+    dots = [one for one in drawn.iter() if one.tag.endswith("circle")]
+    assert ["best" in one.attrib["class"] for one in dots] == [False, True, False]
+    right, left = float(dots[0].attrib["cx"]), float(dots[2].attrib["cx"])
+    assert left < float(dots[1].attrib["cx"]) < right <= drawing.WIDTH
+    assert float(dots[2].attrib["cy"]) < float(dots[1].attrib["cy"]) < float(dots[0].attrib["cy"]) < drawing.HEIGHT
+    assert drawing.scores([{"step": 1, "loss": 1.0}]) == "" != drawing.scores(rows[:1])
 
 
 def test_what_is_shown_is_text() -> None:

@@ -20,7 +20,7 @@ from .places import Places
 
 MAIN = ("pretrained_model_name_or_path", "method", "rank", "max_train_steps", "learning_rate")
 """Settings of the training page that have a place of their own."""
-OWN = (*MAIN, "identifier", "output_dir", "resume_from_checkpoint", "overwrite")
+OWN = (*MAIN, "instance_prompt", "identifier", "output_dir", "resume_from_checkpoint", "overwrite")
 SLOTS = 3
 """Adapters at once."""
 NOTHING, BASE = "", "base"

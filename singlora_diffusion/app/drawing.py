@@ -1,10 +1,11 @@
-"""The losses of a training as inline SVG, which follows the page's colours and takes no time to draw."""
+"""Losses and scores of a training as inline SVG, which follows the page's colours and takes no time to draw."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+from ..training.best import RULES
 from ..training.progress_figure import smoothed
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 640, 200, 48, 24, 12
@@ -54,3 +55,42 @@ def losses(rows: Sequence[dict[str, Any]], total: int) -> str:
         f'<text x="{WIDTH - 8}" y="{HEIGHT - 6}" text-anchor="end">step {max(total, steps[-1])}</text>'
         f'<polyline class="mean" points="{points}"/>{dots}</svg>'
     )
+
+
+def scores(rows: Sequence[dict[str, Any]]) -> str:
+    """Likeness to the subject against agreement with the prompt, a dot for each scored step, the best one filled."""
+    scored = [row for row in rows if row.get("dino") is not None and row.get("clip_t") is not None]
+    if not scored:
+        return ""
+    best = max(scored, key=RULES["scores"].value)
+    spans = [
+        (low - (high == low) * 0.01, high + (high == low) * 0.01)
+        for low, high in ((min(values), max(values)) for values in zip(*map(_figures, scored), strict=True))
+    ]
+    (left, right), (bottom, top) = spans
+    places = [
+        (
+            round(LEFT + 8 + (WIDTH - LEFT - 64) * (x - left) / (right - left), 1),
+            round(TOP + 8 + (HEIGHT - TOP - BOTTOM - 16) * (top - y) / (top - bottom), 1),
+        )
+        for x, y in map(_figures, scored)
+    ]
+    dots = "".join(
+        f'<circle class="held-out{" best" * (row is best)}" cx="{x}" cy="{y}" r="4"><title>step {row["step"]}: likeness '
+        f"{row['dino']:.3f}, prompt {row['clip_t']:.3f}</title></circle>"
+        f'<text x="{x + 7}" y="{y + 4}">{row["step"]}</text>'
+        for row, (x, y) in zip(scored, places, strict=True)
+    )
+    said = f"Likeness against agreement with the prompt at {len(scored)} steps; best at step {best['step']}"
+    return (
+        f'<svg class="losses" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{said}">'
+        f'<path class="axis" d="M{LEFT} {TOP}V{HEIGHT - BOTTOM}H{WIDTH - 8}"/>'
+        f'<polyline class="path" points="{" ".join(f"{x},{y}" for x, y in places)}"/>{dots}'
+        f'<text x="{LEFT}" y="{TOP - 2}">likeness {bottom:.3f} to {top:.3f}</text>'
+        f'<text x="{WIDTH - 8}" y="{HEIGHT - 6}" text-anchor="end">agreement with the prompt {left:.3f} to {right:.3f}'
+        f"</text></svg>"
+    )
+
+
+def _figures(row: dict[str, Any]) -> tuple[float, float]:
+    return row["clip_t"], row["dino"]

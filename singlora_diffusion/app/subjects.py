@@ -12,6 +12,7 @@ from pathlib import Path
 from .. import files
 from ..data import captions, crops, images
 from ..data.checking import Finding, check_folder
+from ..data.folders import read_folder
 from ..errors import UserError
 from ..terminal import escaped
 
@@ -26,9 +27,11 @@ class Shown:
     """An image of the folder.
 
     Attributes:
+        name: as findings have it.
         thumbnail: as a data URI.
     """
 
+    name: str
     path: Path
     thumbnail: str
     caption: str
@@ -48,15 +51,14 @@ def look(folder: Path, prompt: str | None = None) -> Subject:
     """What `singlora check` finds, image by image, each in the trainer's crop."""
     found = check_folder(folder, instance_prompt=prompt)
     try:
-        texts = captions.read(folder, [path.name for path in found.images]).texts
+        texts = captions.of_report(read_folder(folder, decode=False)).texts
     except UserError:  # which is among the findings
         texts = {}
     shown = tuple(
-        Shown(path, _thumbnail(path, path.stat().st_mtime_ns), texts.get(path.name, ""), found.of(path.name))
-        for path in found.images
+        Shown(name, path, _thumbnail(path, path.stat().st_mtime_ns), texts.get(name, ""), found.of(name))
+        for name, path in found.images.items()
     )
-    names = {path.name for path in found.images}
-    return Subject(folder, shown, tuple(one for one in found.findings if one.name not in names))
+    return Subject(folder, shown, tuple(one for one in found.findings if one.name not in found.images))
 
 
 def take(folder: Path, uploads: Sequence[Path]) -> list[str]:

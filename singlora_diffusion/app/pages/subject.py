@@ -11,7 +11,6 @@ import gradio as gr
 from ... import settings
 from ...data.check_command import CheckSettings
 from ...data.checking import Finding
-from ...errors import UserError
 from .. import saying, subjects
 from ..places import Places
 from ..widgets import command, command_line, listed, told
@@ -33,32 +32,25 @@ class SubjectFields:
         return [self.folder, self.identifier, self.class_noun]
 
 
-def prompt_of(identifier: str | None, class_noun: str | None) -> str:
-    """The instance prompt.
-
-    Raises:
-        UserError: a word is missing.
-    """
-    for word, what in ((identifier, "the rare word"), (class_noun, "what the subject is")):
-        if not (word or "").strip():
-            raise UserError(f"Subject: write {what}")
-    return f"a photo of {str(identifier).strip()} {str(class_noun).strip()}"
-
-
 def build(places: Places) -> SubjectFields:
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             gr.HTML("<h2>Who or what is it?</h2><p>3 to 20 images of one subject, from different sides.</p>")
-            name = gr.Textbox(label="Name", placeholder="rex", info="A folder of this name is made for the images.")
-            drop = gr.File(label="Drop the images here", file_count="multiple", height=140)
+            name = gr.Textbox(
+                elem_id="name", label="Name", placeholder="rex", info="A folder of this name is made for the images."
+            )
+            drop = gr.File(elem_id="drop", label="Drop the images here", file_count="multiple", height=140)
             folder = gr.Dropdown(
                 listed(places, places.image_folders()),
                 value=None,
+                elem_id="folder",
                 label="Images",
                 allow_custom_value=True,
                 info="A subject that is there already, or a folder.",
             )
-            class_noun = gr.Textbox(label="What is it?", placeholder="dog", info="The class noun, as in dog or teapot.")
+            class_noun = gr.Textbox(
+                elem_id="noun", label="What is it?", placeholder="dog", info="The class noun, as in dog or teapot."
+            )
             identifier = gr.Textbox(
                 "sks",
                 label="Rare word",
@@ -88,7 +80,7 @@ def build(places: Places) -> SubjectFields:
             return "<p>No images yet.</p>", None, gr.update(visible=False)
         found = subjects.look(places.inside(named, "Images"))
         checked = CheckSettings(found.folder)
-        return _summary(found), found, command(settings.command_line("check", checked).replace("--folder ", ""))
+        return _summary(found), found, command(settings.command_line("check", checked))
 
     drop.upload(take, [name, drop], [folder, drop, name])
     folder.change(look, folder, [summary, shown, line])
@@ -108,7 +100,7 @@ def _grid(shown: gr.State) -> None:
                     gr.HTML(_card(one))
                     text = gr.Textbox(
                         one.caption,
-                        label=f"Caption of {saying.escaped(one.path.name, 40)}",
+                        label=f"Caption of {saying.escaped(one.name, 40)}",
                         placeholder="none: the prompt is used",
                         lines=1,
                         max_lines=4,
@@ -122,7 +114,7 @@ def _grid(shown: gr.State) -> None:
 
 
 def _card(one: subjects.Shown) -> str:
-    name = saying.safe(one.path.name)
+    name = saying.safe(one.name)
     said = "".join(f"<li>{_said(finding)}</li>" for finding in one.findings)
     return (
         f'<figure class="{"odd" if said else "fine"}"><img src="{one.thumbnail}" alt="{name}, as it is trained on">'

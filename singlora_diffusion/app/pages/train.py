@@ -16,17 +16,13 @@ from ... import settings
 from ...adapters import budget
 from ...adapters.methods import METHODS
 from ...errors import UserError
-from ...training import config_file, run_folder
-from ...training import recipe as recipes
+from ...training import run_folder
 from ...training.recipe import Recipe
-from .. import drawing, fields, jobs, progress, saying
+from .. import asking, drawing, fields, jobs, progress, saying
 from ..places import Places
-from ..widgets import command, command_line, grouped, listed, told, values
-from .subject import SubjectFields, prompt_of
+from ..widgets import command, command_line, grouped, listed, told
+from .subject import SubjectFields
 
-MAIN = ("pretrained_model_name_or_path", "method", "rank", "max_train_steps", "learning_rate")
-"""Settings with a place of their own."""
-OWN = (*MAIN, "identifier", "output_dir", "resume_from_checkpoint", "overwrite")
 LOOK = 2.0
 """Seconds between two looks at what runs."""
 LABELS = {
@@ -42,14 +38,15 @@ LABELS = {
 
 
 def build(places: Places, subject: SubjectFields, page: gr.Blocks) -> gr.Dropdown:
-    advanced_fields = [one for one in fields.of(Recipe) if one.name not in OWN]
+    advanced_fields = [one for one in fields.of(Recipe) if one.name not in asking.OWN]
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             gr.HTML("<h2>What is to be learned, and how?</h2>")
-            name = gr.Textbox(label="Name of the run", info="Empty: the subject's name.")
+            name = gr.Textbox(elem_id="run-name", label="Name of the run", info="Empty: the subject's name.")
             base = gr.Dropdown(
                 places.models(),
                 value="toyworld",
+                elem_id="base",
                 label="Base model",
                 allow_custom_value=True,
                 info="A folder, or an id of the Hugging Face hub. toyworld comes with the package.",
@@ -64,7 +61,7 @@ def build(places: Places, subject: SubjectFields, page: gr.Blocks) -> gr.Dropdow
                 1, 128, value=16, step=1, label="Size (rank)", info="How much can be learned. More takes more images."
             )
             sizes = gr.HTML()
-            steps = gr.Number(400, precision=0, minimum=1, label="Steps", info="How long it learns.")
+            steps = gr.Number(400, elem_id="steps", precision=0, label="Steps", info="How long it learns.")
             rate = gr.Textbox(
                 "", label="Learning rate", info="Empty: what is usual for the base model.", placeholder="1e-3"
             )
@@ -87,7 +84,7 @@ def build(places: Places, subject: SubjectFields, page: gr.Blocks) -> gr.Dropdow
     form = [*subject.all, *main, *advanced.values()]
 
     def recipe(given: Sequence[Any]) -> Recipe:
-        return asked(places, list(advanced), given)
+        return asking.training(places, list(advanced), given)
 
     @told
     def show_sizes(model: str, chosen: str, size: float) -> str:
@@ -115,7 +112,7 @@ def build(places: Places, subject: SubjectFields, page: gr.Blocks) -> gr.Dropdow
 
     @told
     def continue_(shown: str | None) -> Any:
-        wanted = continuation(places, places.inside(shown, "Run"))
+        wanted = asking.continuation(places, places.inside(shown, "Run"))
         words = settings.command_line("train", wanted)
         jobs.add(places.queue, shlex.split(words)[1:], wanted.output.output_dir)
         return command(words)
@@ -150,62 +147,6 @@ def build(places: Places, subject: SubjectFields, page: gr.Blocks) -> gr.Dropdow
     return run
 
 
-def asked(places: Places, advanced: Sequence[str], given: Sequence[Any]) -> Recipe:
-    """The recipe that the page asks for.
-
-    Args:
-        advanced: names of the settings that the form ends with.
-        given: folder, identifier and class noun, the page's own fields, and the advanced ones.
-
-    Raises:
-        UserError: as the command line would.
-    """
-    folder, identifier, class_noun, name, base, method, rank, steps, rate = given[:9]
-    images = places.inside(folder, "Subject: images")
-    out = places.new(places.root, (name or "").strip() or images.name, "Name of the run")
-    wanted = fields.read(
-        Recipe,
-        {
-            **values(dict.fromkeys(advanced), given[9:]),
-            "pretrained_model_name_or_path": places.base(base),
-            "method": method,
-            "rank": f"{rank:g}",
-            "max_train_steps": f"{steps or 0:g}",
-            "learning_rate": rate,
-            "identifier": _unusual(identifier, class_noun),
-        },
-        {"instance_data_dir": images, "instance_prompt": prompt_of(identifier, class_noun), "output_dir": out},
-    )
-    for setting, value in settings.changed(wanted).items():
-        if isinstance(value, Path):
-            places.inside(value, f"--{setting}")
-    recipes.check(wanted)
-    return wanted
-
-
-def _unusual(identifier: str, class_noun: str) -> str | None:
-    """The identifier, if the trainer would not find it by itself."""
-    from ...data.prompts import split_instance_prompt
-
-    try:
-        if split_instance_prompt(prompt_of(identifier, class_noun)).identifier == identifier.strip():
-            return None
-    except UserError:
-        pass
-    return identifier.strip()
-
-
-def continuation(places: Places, run: Path) -> Recipe:
-    """How a run that was stopped or broken off goes on: from its last checkpoint, or from its beginning.
-
-    Raises:
-        UserError: it says nothing of how it was begun.
-    """
-    found, _ = config_file.read(run / run_folder.RECIPE)
-    resume = "latest" if run_folder.checkpoints(run) else None
-    return settings.build(Recipe, **{**found, "output_dir": run, "resume_from_checkpoint": resume})
-
-
 @lru_cache(maxsize=8)
 def _shapes(base: str) -> tuple[budget.Shape, ...]:
     return tuple(budget.shapes(base, None))
@@ -227,7 +168,9 @@ def _sizes(base: str, method: str, rank: int) -> str:
         f"<td>{4 * (goal if row == method else one.parameters) / 1e6:.2f} MB</td></tr>"
         for row, one in _matches(base, method, rank).items()
     )
-    head = '<th scope="col">method</th><th scope="col">rank</th><th scope="col">parameters</th><th scope="col">file</th>'
+    head = (
+        '<th scope="col">method</th><th scope="col">rank</th><th scope="col">parameters</th><th scope="col">file</th>'
+    )
     return f'<table class="sizes"><caption>About the same size in each method</caption><tr>{head}</tr>{rows}</table>'
 
 
@@ -254,9 +197,7 @@ _LOGS: dict[Path, progress.Log] = {}
 
 def _look(places: Places, shown: str | None) -> dict[str, Any]:
     there = jobs.jobs(places.queue)
-    row = "".join(
-        f"<li>{saying.safe(places.shown(one.run))}: {LABELS[one.state]}</li>" for one in there if one.open
-    )
+    row = "".join(f"<li>{saying.safe(places.shown(one.run))}: {LABELS[one.state]}</li>" for one in there if one.open)
     found: dict[str, Any] = {"status": "<p>Nothing has been trained yet.</p>", "stop": False, "go_on": False}
     found |= {"preview": None, "row": f"<h2>The row</h2><ol>{row}</ol>" if row else ""}
     if not shown:
@@ -292,9 +233,10 @@ def _status(places: Places, run: Path, job: jobs.Job | None, now: progress.Progr
         lines.append(f'<progress max="{now.total}" value="{now.step}" aria-label="steps done"></progress>')
     said = ", ".join(filter(None, (step, left, took)))
     lines.append(f"<p>{said}</p>" if said else "")
-    lines.append(drawing.losses(now.rows, now.total))
+    lines += [drawing.losses(now.rows, now.total), drawing.scores(now.rows)]
     if now.best is not None:
-        lines.append(f"<p>Best on held-out images: step {now.best.step}, loss {now.best.loss:.4g}.</p>")
+        figures = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in now.best.figures.items())
+        lines.append(f"<p>Best so far: step {now.best.step}, {saying.safe(figures)}.</p>")
     if now.checkpoints:
         lines.append(f"<p>Checkpoints: {', '.join(map(str, now.checkpoints))}.</p>")
     if job is not None and job.state in ("failed", "lost") and not finished:
@@ -307,4 +249,3 @@ def _status(places: Places, run: Path, job: jobs.Job | None, now: progress.Progr
 
 def _printable(text: str) -> str:
     return "\n".join(saying.escaped(one, 500) for one in text.splitlines())
-
