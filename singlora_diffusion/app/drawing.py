@@ -76,8 +76,8 @@ def scores(rows: Sequence[dict[str, Any]]) -> str:
         for x, y in map(_figures, scored)
     ]
     dots = "".join(
-        f'<circle class="held-out{" best" * (row is best)}" cx="{x}" cy="{y}" r="4"><title>step {row["step"]}: likeness '
-        f"{row['dino']:.3f}, prompt {row['clip_t']:.3f}</title></circle>"
+        f'<circle class="{"held-out best" if row is best else "held-out"}" cx="{x}" cy="{y}" r="4">'
+        f"<title>step {row['step']}: likeness {row['dino']:.3f}, prompt {row['clip_t']:.3f}</title></circle>"
         f'<text x="{x + 7}" y="{y + 4}">{row["step"]}</text>'
         for row, (x, y) in zip(scored, places, strict=True)
     )
