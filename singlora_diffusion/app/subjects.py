@@ -107,10 +107,8 @@ def write_caption(image: Path, text: str) -> None:
 
 @lru_cache(maxsize=200)
 def _thumbnail(path: Path, changed: int) -> str:
-    from PIL import Image
-
-    pixels = crops.to_square(images.open_image(path), SIDE).pixels
-    levels = ((pixels.transpose(1, 2, 0) + 1) * 127.5).round().astype("uint8")
+    image = images.open_image(path)
+    seen = image.resize((SIDE, SIDE), box=crops.box(image.size, SIDE, SIDE))
     buffer = io.BytesIO()
-    Image.fromarray(levels).save(buffer, "webp", quality=85)
+    seen.save(buffer, "webp", quality=85)
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
