@@ -30,18 +30,19 @@ class PreviewScorer:
         references: files of real images of the subject.
         prompt: of the previews, identifier left out.
         base_model: what the user calls it.
-        sources: by role, encoders other than those.
+        sources: by role, files or folders of encoders other than those.
 
     Raises:
         UserError: files of encoders that are missing or damaged, or an image that cannot be read.
     """
 
     def __init__(
-        self, references: Sequence[Path], prompt: str, base_model: str, sources: Mapping[str, str | None] | None = None
+        self, references: Sequence[Path], prompt: str, base_model: str, sources: Mapping[str, Path | None] | None = None
     ) -> None:
         protocol, sources = "toyworld" if base_model in PACKAGED else "dreambooth-v1", sources or {}
         roles = sorted({METRICS[name].encoder for name in SCORES})
-        self.encoders = {role: encoder(protocol, role, sources.get(role)) for role in roles}
+        named = {role: str(source) for role, source in sources.items() if source is not None}
+        self.encoders = {role: encoder(protocol, role, named.get(role)) for role in roles}
         self.stores = {role: VectorStore(None, made.fingerprint) for role, made in self.encoders.items()}
         self.references = self._of_images("dino", [open_image(path) for path in references])
         reads = self.encoders["clip"].texts

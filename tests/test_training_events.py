@@ -115,18 +115,22 @@ def test_what_does_not_fit_is_refused_before_it_is_allocated(recipe: Recipe, mon
     assert not recipe.output.output_dir.exists()
 
 
-def test_what_a_step_keeps_is_known_before_it(tiny_model: Path) -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_what_a_step_keeps_is_known_before_it(tiny_model: Path, dropout: float) -> None:
     """Counted at another size and batch than it is asked for: what does not grow with the area is in both."""
     from singlora_diffusion import adapters, models
     from singlora_diffusion.adapters import AdapterConfig
     from singlora_diffusion.training import memory
 
     family = models.load(str(tiny_model))
-    adapters.attach(family.networks, AdapterConfig(rank=4)).set_step(1)
+    adapter = adapters.attach(family.networks, AdapterConfig(rank=4, lora_dropout=dropout))
+    adapter.set_step(1)
     own = {parameter.data_ptr() for parameter in family.networks["unet"].module.parameters()}
     kept: dict[int, torch.Tensor] = {}
     conditioning = family.encode_prompts(["a dog"] * 3)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t), id):
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t), id)
+    with hooks, adapter.dropping({"denoiser": range(3)}):
         family.denoise(torch.randn(3, 4, 16, 16), torch.tensor([5, 5, 5]), conditioning)
     counted = sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in own)
-    assert memory.of_step(family, 64, 3) == pytest.approx(counted, rel=0.1)
+    with adapter.dropping({"denoiser": memory.SAMPLES}):
+        assert memory.of_step(family, 64, 3) == pytest.approx(counted, rel=0.1)

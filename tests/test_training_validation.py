@@ -143,6 +143,7 @@ def test_scored_previews_choose_the_best_step_also_across_a_stop(
     kept = best.find(out, best.RULES["scores"])
     assert kept is not None and kept.step == products.index(max(products)) + 1
     assert kept.figures == pytest.approx(figures[kept.step - 1], rel=1e-7)
+    assert f"Best in validation: step {kept.step} of 3, held-out loss " in (out / "README.md").read_text()
 
     cut = replaced(scored, output_dir=tmp_path / "cut", resume_from_checkpoint=None)
     told = train_dreambooth.listeners(cut, hint=False)
@@ -164,7 +165,7 @@ def test_scored_previews_choose_the_best_step_also_across_a_stop(
 
 
 def test_encoders_that_are_missing_are_named_before_anything_is_trained(held: Recipe) -> None:
-    scored = replaced(held, validate="scores", clip="nowhere.safetensors")
+    scored = replaced(held, validate="scores", clip=Path("nowhere.safetensors"))
     with pytest.raises(UserError, match=r"^nowhere.safetensors: no such file; get .* for --clip$"):
         train_dreambooth.main(scored)
     assert not held.output.output_dir.exists()
@@ -206,7 +207,7 @@ def test_a_preview_has_the_scores_that_the_score_command_gives_it(tmp_path: Path
 
 def test_the_best_by_another_rule_is_put_away_and_ties_go_to_the_first() -> None:
     rule = best.RULES["scores"]
-    first = best.Kept(1, {"dino": 0.5, "clip_t": 0.5})
+    first = best.Kept(1, {"dino": 0.5, "clip_t": 0.5}, rule.words)
     assert not best.is_better({"dino": 0.25, "clip_t": 1.0}, first, rule)
     assert best.is_better({"dino": 0.5, "clip_t": 0.6}, first, rule)
     assert not best.is_better({"dino": -0.9, "clip_t": -0.9}, first, rule)  # no product of two wrongs

@@ -41,8 +41,8 @@ class NetworkSpec:
         fused: layers that it lacks as it computes them in another one, by the other's name: {"q_proj": "c_attn"}.
         prefixes: what stands in the name's place, by file form, as in {"kohya": "lora_te1"}; else the name itself.
         file_path: a layer's path in the module -> its path in files.
-        sample_inputs: small random keyword arguments to call the module with, on its device and in its dtype; a
-            function of nothing else.
+        sample_inputs: small random keyword arguments to call the module with, two examples on its device and in its
+            dtype; a function of nothing else.
     """
 
     name: str

@@ -39,6 +39,8 @@ class Kept(NamedTuple):
     step: int
     figures: Mapping[str, float]
     """Of the validation after that step."""
+    rule: str
+    """What it was chosen by, in words."""
 
 
 def find(out: Path, rule: Rule | None = None) -> Kept | None:
@@ -51,7 +53,7 @@ def find(out: Path, rule: Rule | None = None) -> Kept | None:
         sound = step == header.step and rule in (None, by) and math.isfinite(by.value(said))
     except (UserError, KeyError, TypeError, AttributeError, StopIteration):
         return None
-    return Kept(step, said) if sound else None
+    return Kept(step, said, words) if sound else None
 
 
 def is_better(figures: Mapping[str, float], kept: Kept | None, rule: Rule) -> bool:
@@ -60,7 +62,7 @@ def is_better(figures: Mapping[str, float], kept: Kept | None, rule: Rule) -> bo
     return math.isfinite(value) and (kept is None or value > rule.value(kept.figures))
 
 
-def save(out: Path, adapter: Adapter, kept: Kept, rule: Rule, header: Mapping[str, Any]) -> Path:
+def save(out: Path, adapter: Adapter, kept: Kept, header: Mapping[str, Any]) -> Path:
     """Write the adapter, then of which step it is: torn apart, they are taken for nothing.
 
     Raises:
@@ -69,5 +71,5 @@ def save(out: Path, adapter: Adapter, kept: Kept, rule: Rule, header: Mapping[st
     folder = out / run_folder.BEST
     folder.mkdir(exist_ok=True)
     formats.save(adapter, folder / run_folder.ADAPTER, about={**header, "step": kept.step})
-    files.write_json(folder / run_folder.VALIDATION, {"step": kept.step, **kept.figures, "rule": rule.words})
+    files.write_json(folder / run_folder.VALIDATION, {"step": kept.step, **kept.figures, "rule": kept.rule})
     return folder / run_folder.ADAPTER

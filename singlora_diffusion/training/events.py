@@ -116,6 +116,11 @@ VALIDATED = {"validation_loss": "held-out loss", "dino": "DINO", "clip_t": "CLIP
 """The figures of a `Step` that a validation adds, and what people call them."""
 
 
+def in_words(figures: Mapping[str, float]) -> str:
+    """A validation's figures for people."""
+    return ", ".join(f"{VALIDATED[name]} {value:.4g}" for name, value in figures.items())
+
+
 @dataclass(frozen=True)
 class Best:
     """A validation was better than all before; the adapter was saved beside the last one."""

@@ -213,7 +213,7 @@ def _keep_best(job: Job, step: int, figures: Mapping[str, float]) -> Iterator[Ev
     rule = best.RULES[job.recipe.validation.validate]
     if figures and best.is_better(figures, best.find(job.out, rule), rule):
         with job.stepper.in_use():
-            path = best.save(job.out, job.stepper.adapter, best.Kept(step, figures), rule, job.about)
+            path = best.save(job.out, job.stepper.adapter, best.Kept(step, figures, rule.words), job.about)
         yield Best(path, step, figures, rule.words)
 
 

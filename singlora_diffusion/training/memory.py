@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from ..models import Family
 
 BYTES_PER_PARAMETER = 16  # float32: itself, its gradient, AdamW's two moments
+SAMPLES = (0, 1)
+"""What `NetworkSpec.sample_inputs` holds: two examples."""
 CHECKPOINTED = 8
 """How many times less a step keeps with gradient checkpointing: the inputs of the blocks, and all of one block. Stable
 Diffusion 1.5's widest block holds a sixth of the whole; meant to let pass what might fit."""
@@ -49,7 +51,8 @@ def needs(family: Family, config: AdapterConfig, recipe: Recipe, resolution: int
     yield Need(f"--resolution {resolution}{also}", sampling)
     examples = settings.train_batch_size * (2 if recipe.prior.with_prior_preservation else 1)
     adapter = adapters.attach(family.networks, config)
-    step = of_step(family, resolution, examples) // (CHECKPOINTED if settings.gradient_checkpointing else 1)
+    with adapter.dropping({"denoiser": SAMPLES, "text": SAMPLES}):
+        step = of_step(family, resolution, examples) // (CHECKPOINTED if settings.gradient_checkpointing else 1)
     adapter.detach()
     yield Need(f"--resolution {resolution} and --train_batch_size {settings.train_batch_size}", step)
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from .. import files
 from ..adapters.methods import METHODS
-from . import run_folder
+from . import best, run_folder
+from .events import in_words
 from .recipe import Recipe
 
 if TYPE_CHECKING:
@@ -69,6 +70,9 @@ def _lines(recipe: Recipe, family: Family, about: dict[str, Any], readers: str |
         yield "In ComfyUI it goes into `models/loras`.\n"
     yield f"This program: `singlora generate --adapter {run_folder.ADAPTER} --prompt {json.dumps(_plain(prompt))}`.\n"
     yield "## Training\n"
+    if (kept := best.find(out)) is not None:
+        step = f"step {kept.step} of {recipe.optimization.max_train_steps}"
+        yield f"Best in validation: {step}, {in_words(kept.figures)} ({kept.rule}).\n"
     yield "| setting | value |\n|---|---|"
     settings = {**about["recipe"], "family": family.name}
     for name in ("family", *SETTINGS.split()):

@@ -192,9 +192,9 @@ class ValidationSettings:
     images, where there are any. scores: previews are scored by DINO (likeness to held-out images, or else to those
     trained on), CLIP-T (agreement with the prompt) and drift (distance from the base model's images), and the largest
     product of DINO and CLIP-T is best."""
-    clip: Annotated[str | None, MayDiffer] = None
+    clip: Annotated[Path | None, MayDiffer] = None
     """CLIP for the scores, a file or a folder. None: as in `singlora score`."""
-    dino: Annotated[str | None, MayDiffer] = None
+    dino: Annotated[Path | None, MayDiffer] = None
     """DINO for the scores, a file or a folder. None: as in `singlora score`."""
     held_out_data_dir: Annotated[Path | None, MayDiffer] = None
     """Folder with images of the subject that are not trained on. The loss on them is measured with fixed noise at fixed

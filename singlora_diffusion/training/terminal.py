@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +26,7 @@ from .events import (
     Started,
     Step,
     Uploaded,
+    in_words,
 )
 from .recipe import Recipe
 
@@ -66,10 +66,10 @@ class Terminal:
             case Started(step, total):
                 self.advance("training", step, total)
             case Best(path, step, figures, rule):
-                self.best = f"best: step {step}, {said(figures)} ({rule}), {shown(path)}"
+                self.best = f"best: step {step}, {in_words(figures)} ({rule}), {shown(path)}"
             case Step(step):
                 if figures := {name: value for name in VALIDATED if (value := getattr(event, name)) is not None}:
-                    self.say(f"step {step}: {said(figures)}")
+                    self.say(f"step {step}: {in_words(figures)}")
                 self.advance("training", step)
             case Interrupted(step, path):
                 self.close()
@@ -132,11 +132,6 @@ class Terminal:
         if self.bars is not None:
             self.bars.stop()
         self.bars, self.what = None, ""
-
-
-def said(figures: Mapping[str, float]) -> str:
-    """A validation in words."""
-    return ", ".join(f"{VALIDATED[name]} {value:.4g}" for name, value in figures.items())
 
 
 def shown(path: Path) -> str:
