@@ -101,7 +101,7 @@ def test_what_a_continuation_must_share() -> None:
     before = settings.as_json(PLAIN)
     adapter = settings.as_json(PLAIN.adapter)
     free = """
-        instance_data_dir strict device class_data_dir sample_batch_size max_train_steps validation_prompt
+        instance_data_dir encodings_dir strict device class_data_dir sample_batch_size max_train_steps validation_prompt
         num_validation_images validation_steps output_dir checkpointing_steps checkpoints_total_limit
         validate clip dino held_out_data_dir
         resume_from_checkpoint overwrite report_to portable push_to_hub hub_model_id
