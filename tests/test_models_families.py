@@ -359,7 +359,7 @@ def test_refiner_is_refused(tiny_sdxl: Path, tmp_path: Path) -> None:
     absent = {"text_encoder": [None, None], "tokenizer": [None, None]}
     changes = {"_class_name": "StableDiffusionXLImg2ImgPipeline", **absent}
     index.write_text(json.dumps(json.loads(index.read_text()) | changes))
-    with pytest.raises(UserError, match="refiner: adapters are trained and used on the base model") as caught:
+    with pytest.raises(UserError, match="refiner: adapters are for the base model") as caught:
         models.load(str(path))
     assert "\n" not in str(caught.value)
 
