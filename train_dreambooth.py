@@ -32,11 +32,10 @@ def train(asked: Training) -> None:
     from singlora_diffusion.training import plan
 
     planned = plan.make(asked.recipe)
-    if not _speaks():
-        return
     for remark in planned.remarks:
         terminal.note(remark)
-    print(planned)
+    if terminal.speaks():
+        print(planned)
 
 
 def main(recipe: Recipe, *, hint: bool = True) -> Path:
@@ -55,7 +54,7 @@ def main(recipe: Recipe, *, hint: bool = True) -> Path:
     scoring = partial(PreviewScorer, sources={"clip": recipe.validation.clip, "dino": recipe.validation.dino})
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
     signals = interrupts.Interrupts(echo=0.0 if alone else ECHO)
-    told = [signals, *(listeners(recipe, hint) if _speaks() else [])]
+    told = [signals, *(listeners(recipe, hint) if terminal.speaks() else [])]
     try:
         for event in loop.run(recipe, stop=signals.asked, scoring=scoring):
             for listener in told:
@@ -66,11 +65,6 @@ def main(recipe: Recipe, *, hint: bool = True) -> Path:
         for listener in told:
             listener.close()
     return recipe.output.output_dir / run_folder.ADAPTER
-
-
-def _speaks() -> bool:
-    """Whether this process prints and writes; of several, the first one does."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def listeners(recipe: Recipe, hint: bool) -> list[Listener]:

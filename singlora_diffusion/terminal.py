@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 
@@ -13,4 +14,10 @@ def escaped(text: object, limit: int = 120) -> str:
 
 def note(text: str) -> None:
     """Print a remark to stderr, beside the program's answer on stdout."""
-    print(f"note: {text}", file=sys.stderr)
+    if speaks():
+        print(f"note: {text}", file=sys.stderr)
+
+
+def speaks() -> bool:
+    """Whether this process says what all have to say: of several that a launcher started, the first one does."""
+    return os.environ.get("RANK", "0") == "0"

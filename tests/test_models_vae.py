@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,13 @@ def test_images_are_made_with_what_was_trained_with(
     )
     with pytest.raises(UserError, match="--pretrained_vae_model_name_or_path"):
         list(loop.run(other))
+    copied = shutil.copytree(named, tmp_path / "copied")  # another autoencoder under the name of the first
+    recipe = settings.replaced(recipe, pretrained_vae_model_name_or_path=str(copied), output_dir=tmp_path / "changed")
+    assert list(loop.run(recipe))
+    make_tiny.autoencoder(scaling_factor=0.25).save_pretrained(copied)
+    more = settings.replaced(recipe, max_train_steps=2, resume_from_checkpoint="latest")
+    with pytest.raises(UserError, match="with another base model of that name"):
+        list(loop.run(more))
 
     def made(folder: str, **more: Any) -> dict[str, Any]:
         asked = settings.build(

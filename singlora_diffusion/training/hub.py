@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 
 from ..errors import UserError
 from ..formats import native
@@ -37,19 +37,20 @@ def upload(out: Path, repository: str) -> str:
     """Upload a run folder; returns the address of its page.
 
     Raises:
-        UserError: the upload failed. Everything is in the folder still.
+        UserError: the upload failed. What was to be uploaded stays in a folder that the message names.
     """
     import huggingface_hub
 
+    folder = Path(mkdtemp(prefix="singlora-"))
     try:
-        with TemporaryDirectory(prefix="singlora-") as folder:
-            _copied(out, Path(folder))
-            huggingface_hub.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=list(SHARED))
+        _copied(out, folder)
+        huggingface_hub.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=list(SHARED))
     except Exception as error:
-        again = f"hf upload {escaped(repository)} {escaped(out, 1000)}"
+        again = f"hf upload {escaped(repository)} {escaped(folder, 1000)}"
         raise UserError(
             f"the adapter is in {escaped(out, 1000)}, but uploading it failed ({_first_line(error)}); later: {again}"
         ) from error
+    shutil.rmtree(folder, ignore_errors=True)
     return f"{huggingface_hub.constants.ENDPOINT}/{repository}"
 
 

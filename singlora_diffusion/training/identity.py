@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import files, settings
+from ..models import Family
 from ..terminal import escaped
 from .material import Material
 from .recipe import Recipe, to_be_shared
@@ -15,22 +16,23 @@ FOLDERS = ("instance_data_dir", "class_data_dir")
 """Must be the same where a checkpoint does not know the images themselves."""
 
 
-def of(recipe: Recipe, base: str, found: Material) -> dict[str, Any]:
-    """The identity of a run, as JSON knows it.
-
-    Args:
-        base: fingerprint of the base model.
-    """
+def of(recipe: Recipe, family: Family, found: Material) -> dict[str, Any]:
+    """The identity of a run, as JSON knows it."""
     images = {found.report.name_of(path): path for path in found.report.images}
     return {
         "settings": {**to_be_shared(recipe), "instance_prompt": found.prompt},
-        "base": base,
+        "base": _weights(family),
         "instance_images": {name: files.sha256(path) for name, path in images.items()},
         "class_images": {path.name: files.sha256(path) for path in found.classes},
         "captions": [found.said.get(name) for name in images] if found.said else [],
         "class_captions": [found.said_classes.get(path.name) for path in found.classes] if found.said_classes else [],
         "repeats": list(found.report.repeats),
     }
+
+
+def _weights(family: Family) -> str:
+    """The fingerprint of the base model, with that of an autoencoder that is not its own."""
+    return family.fingerprint if family.vae_source is None else f"{family.fingerprint}+{family.vae_fingerprint}"
 
 
 def is_one(found: object) -> bool:

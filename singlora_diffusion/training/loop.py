@@ -115,7 +115,7 @@ def run(
         stack.callback(adapter.detach)
         yield _loaded(family, adapter, resolution, found.subject.class_noun)
         stepper = Stepper(accelerator, family, adapter, recipe, streams)
-        identified = identity.of(recipe, family.fingerprint, found)
+        identified = identity.of(recipe, family, found)
         yield from preparation.restore(state, recipe, identified, stepper)
         stack.callback(stepper.release)
         stepper.prepare()
