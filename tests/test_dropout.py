@@ -109,6 +109,21 @@ def test_methods_without_such_a_dropout_refuse_it(method: str) -> None:
         adapters.attach({"unet": Network()}, config)
 
 
+@pytest.mark.numerical
+@pytest.mark.parametrize("method", ["singlora", "lora"])
+def test_other_rows_need_no_other_graph(method: str) -> None:
+    """Blocks that are compiled for training are compiled once."""
+    from torch._dynamo.testing import CompileCounter
+
+    network, adapter = made(replace(WITH_DROPOUT[method], lora_dropout=0.3))
+    count, x = CompileCounter(), torch.randn(3, 5, 12)
+    compiled = torch.compile(network.forward, backend=count, fullgraph=True)
+    for step in range(4):
+        with adapter.dropping({"denoiser": (step, step + 9, (1 << 31) + step)}):
+            torch.testing.assert_close(compiled(x), network(x))
+    assert count.frame_count == 1
+
+
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_masks_keep_the_share_they_should_and_know_nothing_of_each_other(p: float) -> None:
     """Within five standard deviations of a binomial count; the masks are fixed, so this cannot fail by chance."""
