@@ -144,7 +144,11 @@ def check(settings: Any) -> None:
     try:
         _validator(kind).validate_python(asdict(settings))
     except ValidationError as error:
-        found = dict.fromkeys(_complaint(one) for one in error.errors())
+        errors = error.errors()
+        numbers = {_flag(one) for one in errors if one["type"] != "literal_error"}  # or a word, where there is a choice
+        found = dict.fromkeys(
+            _complaint(one) for one in errors if one["type"] != "literal_error" or _flag(one) not in numbers
+        )
         raise UserError("; ".join(found)) from None
 
 
@@ -325,8 +329,11 @@ _BOUNDS = {
 }
 
 
+def _flag(error: Mapping[str, Any]) -> str:
+    return next(str(part) for part in reversed(error["loc"]) if isinstance(part, str) and part.isidentifier())
+
+
 def _complaint(error: Mapping[str, Any]) -> str:
-    flag = next(str(part) for part in reversed(error["loc"]) if isinstance(part, str) and part.isidentifier())
     words, key = _BOUNDS.get(error["type"], ("", ""))
     wanted = f"must be {words} {error['ctx'][key]:g}" if words else f"is not valid ({error['msg']})"
-    return f"--{flag} {escaped(error['input'], 40)}: {wanted}"
+    return f"--{_flag(error)} {escaped(error['input'], 40)}: {wanted}"

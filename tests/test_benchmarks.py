@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import gpu, gpu_stages, sampling, scoring, train_step, whole_job
+from benchmarks import default_recipe, gpu, gpu_stages, sampling, scoring, train_step, whole_job
 from benchmarks.gpu_stages import Stage
 from eval import encoders
 from eval.score import ScoreSettings, score
@@ -168,3 +168,28 @@ def test_a_stage_that_hangs_is_ended(tmp_path: Path) -> None:
 def test_full_size_needs_a_gpu(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert gpu.main(["--device", "cpu", "--output_dir", str(tmp_path / "out")]) == 2
     assert "--tiny" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_the_default_recipe_is_held_to_the_best_rate_and_to_the_base_model() -> None:
+    base = {"dino": np.zeros(3), "clip_t": np.array([0.8, 0.8, 0.8])}
+    found = {
+        1e-3: {"dino": np.array([0.6, 0.7, 0.8]), "clip_t": np.array([0.75, 0.76, 0.77])},  # product 0.532
+        3e-3: {"dino": np.array([0.7, 0.7, 0.8]), "clip_t": np.array([0.75, 0.76, 0.77])},  # 0.557
+        9e-3: {"dino": np.array([0.9, 0.9, 0.9]), "clip_t": np.array([0.3, 0.3, 0.3])},  # 0.27
+    }
+    said = "\n".join(default_recipe.report(["one", "two", "three"], base, found, 1e-3))
+    half = 4.302653 / 3**0.5  # Student's t with two degrees of freedom
+    missed, kept = (-0.1 / 3, 0.1 / 3**0.5 * half), (-0.04, 0.01 * half)
+    assert f"best rate, 0.003: {missed[0]:+.3f} ({missed[0] - missed[1]:+.3f} to {missed[0] + missed[1]:+.3f})" in said
+    assert f"base model's: {kept[0]:+.3f} ({kept[0] - kept[1]:+.3f} to {kept[0] + kept[1]:+.3f})" in said
+    assert "rate of most DINO, 0.009: -0.200" in said and "| 0.001 (default) | 0.700 | 0.760 | 0.532 |" in said
+
+    at = {name: np.where([True, False, False], found[3e-3][name], found[1e-3][name]) for name in ("dino", "clip_t")}
+    auto = "\n".join(default_recipe.report_of_auto(["one", "two", "three"], [3e-3, 1e-3, 1e-3], at, found, 1e-3))
+    assert "one 0.003, two 0.001, three 0.001" in auto
+    assert f"the default rate's, 0.001: {0.1 * 0.75 / 3:+.3f}" in auto and "for each: +0.000 (+0.000 to +0.000)" in auto
+
+
+def test_the_default_recipe_is_trained_in_its_cells(tmp_path: Path) -> None:
+    plan, default = default_recipe.planned(default_recipe.Settings(output_dir=tmp_path, method="lora+"))
+    assert default == pytest.approx(2e-4) and plan.sizes["lora+"].rank == 16

@@ -44,6 +44,8 @@ class Method:
     """The key of the learned norm per output row, where there is one."""
     low_rank: bool = True
     """Whether its direction is an ordinary pair up @ down, which other programs load."""
+    rate: float = 1.0
+    """Its usual learning rate, as a multiple of the base model's: docs/methods.md says what of it was measured."""
     takes: Callable[[int, int], bool] = lambda rank, into: True
     """Whether a rank is used as it is at a layer with `in` features; else the nearest that fits is."""
 
@@ -143,8 +145,8 @@ METHODS: dict[str, Method] = {
         magnitude="magnitude",
     ),
     "lora": Method("LoRA", _peft, _lora, options=frozenset({"lora_dropout"})),
-    "lora+": Method("LoRA+", _peft, _lora, options=frozenset({"loraplus_ratio", "lora_dropout"})),
+    "lora+": Method("LoRA+", _peft, _lora, options=frozenset({"loraplus_ratio", "lora_dropout"}), rate=0.2),
     "dora": Method("DoRA", _peft, _dora, options=frozenset({"lora_dropout"}), magnitude="lora_magnitude_vector"),
-    "oft": Method("OFT", _peft, _oft, low_rank=False, takes=lambda rank, into: into % rank == 0),
+    "oft": Method("OFT", _peft, _oft, low_rank=False, takes=lambda rank, into: into % rank == 0, rate=0.5),
     "lokr": Method("LoKr", _peft, _lokr, low_rank=False),
 }

@@ -94,7 +94,7 @@ def run(
     found = yield from material.read(recipe)
 
     from .. import adapters
-    from . import identity, memory, preparation, result
+    from . import identity, memory, preparation, rate_search, result
     from .step import Stepper
     from .validation import Validation
 
@@ -102,7 +102,7 @@ def run(
     state = yield from preparation.checkpoint_to_resume(recipe)
     scorer = yield from preparation.scorer(recipe, found, scoring)
     accelerator, family, resolution = yield from preparation.load(recipe, family)
-    recipe = preparation.for_model(recipe, family)
+    recipe = preparation.for_model(recipe, family, state)
     config = adapter_config(recipe, state.config.ramp_steps if state else None)
     memory.require(family, config, recipe, resolution)
     with ExitStack() as stack:
@@ -111,6 +111,9 @@ def run(
         yield from preparation.cut_prompts(recipe, family, found)
         streams = yield from preparation.encoded(recipe, family, resolution, found)
         held_out = yield from preparation.held_out(recipe, family, found.held_out, resolution)
+        if recipe.optimization.learning_rate == "auto":
+            search = rate_search.search(recipe, accelerator, family, streams, found.class_prompt, held_out)
+            recipe = yield from search
         adapter = adapters.attach(family.networks, config, recipe.optimization.seed)
         stack.callback(adapter.detach)
         yield _loaded(family, adapter, resolution, found.subject.class_noun)

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .. import settings
 from ..errors import UserError
 from ..settings import replaced
 from ..terminal import escaped
@@ -55,7 +56,8 @@ class Plan:
     seconds_per_step: float | None = None
     """None: it does not fit, so nothing was measured."""
     seconds: float | None = None
-    """Of all steps and of encoding the images, without previews and class images."""
+    """Of all steps, the search for a rate at its shortest, and encoding the images, without previews and class
+    images."""
     remarks: tuple[str, ...] = ()
     """What the user should know, a line each."""
 
@@ -110,6 +112,8 @@ def _make(recipe: Recipe) -> Generator[Event, None, Plan]:
     recipe = preparation.on_this_machine(recipe)
     accelerator, family, resolution = yield from preparation.load(recipe)
     recipe = preparation.for_model(recipe, family)
+    planned = recorded(recipe)
+    recipe, before = yield from _with_a_rate(recipe, family)
     config = adapter_config(recipe)
     yield from preparation.cut_prompts(recipe, family, found)
     free = device.free_memory(str(family.device))
@@ -118,7 +122,7 @@ def _make(recipe: Recipe) -> Generator[Event, None, Plan]:
     base, optimization = memory.of_base(family), recipe.optimization
     batch = optimization.train_batch_size * optimization.gradient_accumulation_steps * accelerator.num_processes
     plan = Plan(
-        recipe=recorded(recipe),
+        recipe=planned,
         base_model=family.source,
         family=family.name,
         device=str(family.device),
@@ -140,8 +144,23 @@ def _make(recipe: Recipe) -> Generator[Event, None, Plan]:
         plan,
         memory=plan.memory if peak is None else max(peak, base + sum(needs[:2])),
         seconds_per_step=step,
-        seconds=encoding * plan.images + step * plan.steps,
+        seconds=encoding * plan.images + step * (plan.steps + before),
     )
+
+
+def _with_a_rate(recipe: Recipe, family: Family) -> Generator[Event, None, tuple[Recipe, int]]:
+    """The recipe with a number for a rate, and the steps that a search for a better one does at least."""
+    from .preparation import usual_rate
+    from .rate_search import LEAST, MOST, steps
+
+    if recipe.optimization.learning_rate != "auto":
+        return recipe, 0
+    rate, each = usual_rate(recipe, family), steps(recipe)
+    yield Remark(
+        f"--learning_rate auto: {LEAST} to {MOST} short trainings of {each} steps go before the first step, the first "
+        f"of them at {rate:g}"
+    )
+    return settings.replaced(recipe, learning_rate=rate), LEAST * each
 
 
 def _needs(

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from .. import device, models, settings
+from ..adapters import METHODS
 from ..data import buckets, captions, latents
 from ..data.captions import Texts
 from ..data.crops import Cropping
@@ -42,18 +43,31 @@ def on_this_machine(recipe: Recipe) -> Recipe:
     return settings.replaced(recipe, mixed_precision=next(name for name, one in DTYPES.items() if one == dtype))
 
 
-def for_model(recipe: Recipe, family: Family) -> Recipe:
-    """The recipe with the rate that is usual for the base model and the optimizer, where it names none.
+def for_model(recipe: Recipe, family: Family, state: State | None = None) -> Recipe:
+    """The recipe with the usual rate, where it names none, or with the rate that its run has found.
+
+    Args:
+        state: the checkpoint to go on from.
 
     Raises:
         UserError: it cannot be combined with other settings.
     """
-    if recipe.optimization.learning_rate is None:
-        optimizer = OPTIMIZERS[recipe.optimization.optimizer]
-        usual = 1.0 if optimizer.finds_rate else optimizer.rate * family.learning_rate
-        recipe = settings.replaced(recipe, learning_rate=usual)
-        check(recipe)
+    rate = recipe.optimization.learning_rate
+    if rate is None:
+        rate = usual_rate(recipe, family)
+    elif rate == "auto" and state is not None:
+        rate = state.recipe.get("learning_rate") or "auto"
+    recipe = settings.replaced(recipe, learning_rate=rate)
+    check(recipe)
     return recipe
+
+
+def usual_rate(recipe: Recipe, family: Family) -> float:
+    """Of the base model, the method and the optimizer."""
+    optimizer = OPTIMIZERS[recipe.optimization.optimizer]
+    if optimizer.finds_rate:
+        return 1.0
+    return optimizer.rate * METHODS[recipe.adapter.method].rate * family.learning_rate
 
 
 def checkpoint_to_resume(recipe: Recipe) -> Generator[Event, None, State | None]:
@@ -183,6 +197,16 @@ def _said(recipe: Recipe, found: Material) -> tuple[Sequence[Texts | None], Text
     if found.said_held_out:
         unseen = captions.texts([path.name for path in found.held_out], found.said_held_out, found.prompt, seed=seed)
     return (own, classes), unseen
+
+
+def with_class(recipe: Recipe, family: Family, streams: Streams, class_prompt: str) -> Streams:
+    """The streams with the class prompt as their second one, also where nothing is to be preserved."""
+    if len(streams.prompts) > 1:
+        return streams
+    made = streams._replace(prompts=[*streams.prompts, class_prompt])
+    if made.encoded is not None:
+        made = made._replace(encoded=Encoder(family, recipe).encode_prompts(made.texts))
+    return made
 
 
 def held_out(

@@ -119,8 +119,9 @@ class OptimizationSettings:
     """Forward passes per optimizer step."""
     gradient_checkpointing: bool = False
     """Compute activations twice to save memory."""
-    learning_rate: Annotated[Positive | None, arg(aliases=["--unet_lr"])] = None
-    """Peak learning rate. None: what is usual for the base model (docs/families.md) and the optimizer."""
+    learning_rate: Annotated[Positive | Literal["auto"] | None, arg(aliases=["--unet_lr"])] = None
+    """Peak learning rate. None: what is usual for the base model (docs/families.md), the method (docs/methods.md) and
+    the optimizer. auto: the best of a few in short trainings before the first step."""
     train_text_encoder: bool = False
     """Adapt the text encoders too."""
     text_encoder_lr: Positive | None = None
@@ -293,19 +294,20 @@ def _check_optimization(optimization: OptimizationSettings) -> None:
             f"--lr_warmup_steps {optimization.lr_warmup_steps}: is more than --max_train_steps "
             f"{optimization.max_train_steps}"
         )
-    if optimization.lr_scheduler == "polynomial" and (optimization.learning_rate or 1) <= POLYNOMIAL_END:
+    rate = 1.0 if optimization.learning_rate in (None, "auto") else float(optimization.learning_rate)
+    if optimization.lr_scheduler == "polynomial" and rate <= POLYNOMIAL_END:
         raise UserError(
-            f"--learning_rate {optimization.learning_rate:g}: --lr_scheduler polynomial ends at {POLYNOMIAL_END:g}, so "
+            f"--learning_rate {rate:g}: --lr_scheduler polynomial ends at {POLYNOMIAL_END:g}, so "
             f"it must begin above that"
         )
     for name, scheduler in {"lr_num_cycles": "cosine_with_restarts", "lr_power": "polynomial"}.items():
         if name in changed and optimization.lr_scheduler != scheduler:
             raise UserError(f"--{name}: only with --lr_scheduler {scheduler}")
     optimizer = OPTIMIZERS[optimization.optimizer]
-    if optimizer.finds_rate and (optimization.learning_rate or 1) < 0.1:
+    if optimizer.finds_rate and (rate < 0.1 or optimization.learning_rate == "auto"):
         raise UserError(
-            f"--learning_rate {optimization.learning_rate:g}: --optimizer {optimization.optimizer} finds the rate "
-            f"itself, this is a factor of it: give --learning_rate 1"
+            f"--learning_rate {escaped(optimization.learning_rate)}: --optimizer {optimization.optimizer} finds the "
+            f"rate itself, this is a factor of it: give --learning_rate 1"
         )
     if optimizer.averages and not optimization.lr_scheduler.startswith("constant"):
         raise UserError(

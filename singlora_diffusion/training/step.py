@@ -83,9 +83,10 @@ class Stepper:
             self.settings.train_batch_size * self.settings.gradient_accumulation_steps * accelerator.num_processes
         )
         self.examples = Examples(family, streams, recipe, together)
-        self.taught = len(streams.prompts) > 1 and not streams.classes  # of the class, by the base model itself
-        assert self.settings.learning_rate is not None  # see `preparation.for_model`
-        groups = adapter.param_groups(self.settings.learning_rate, self.settings.text_encoder_lr)
+        self.taught = recipe.prior.with_prior_preservation and not streams.classes  # by the base model itself
+        rate = self.settings.learning_rate
+        assert rate is not None and rate != "auto"  # see `preparation.for_model` and `rate_search`
+        groups = adapter.param_groups(rate, self.settings.text_encoder_lr)
         self.raw_optimizer = optimizers.make(groups, self.settings)
         self.peaks = [group["lr"] for group in self.raw_optimizer.param_groups]
         self.rate = optimizers.schedule(self.raw_optimizer, self.settings)
@@ -189,11 +190,11 @@ class Stepper:
 
     def _batch(self, positions: range) -> Batch:
         batch = self.examples.at(positions)
-        return joined(batch, self._lesson(batch)) if self.taught else batch
+        return joined(batch, self.lesson(batch)) if self.taught else batch
 
     @torch.no_grad()
-    def _lesson(self, batch: Batch) -> Batch:
-        """The same noisy latents with the class prompt, and what the base model predicts of them."""
+    def lesson(self, batch: Batch) -> Batch:
+        """The same noisy latents with the class prompt, the second one, and what the base model predicts of them."""
         asked = again(batch, 1)
         self.adapter.set_scale(0.0)
         try:
