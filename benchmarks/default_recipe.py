@@ -88,9 +88,15 @@ def main(chosen: Settings) -> None:
 
 def run(plan: Plan, todo: Sequence[Cell]) -> None:
     """Run what is not done yet."""
-    missing = list(dict.fromkeys(one for one in todo if not cells.is_decided(plan, one)))
+    missing = list(dict.fromkeys(one for one in todo if not is_scored(plan, one)))
     for number, one in enumerate(engines.engine(plan)(plan, missing), start=1):
         print(f"{number}/{len(missing)} {one.subject} {one.name}", file=sys.stderr, flush=True)
+
+
+def is_scored(plan: Plan, one: Cell) -> bool:
+    """Whether a cell has the scores that decide."""
+    record = cells.read(plan, one)
+    return record is not None and cells.decides(plan, record)
 
 
 def searched(plan: Plan, like: Cell) -> float:
