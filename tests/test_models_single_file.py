@@ -234,6 +234,14 @@ def test_the_tokenizer_is_clips(padding: str, tmp_path: Path) -> None:
     assert len(ours) == clip_vocabulary.SIZE
 
 
+def test_names_of_early_files(files: dict[str, Path], pipes: dict[str, Any], tmp_path: Path) -> None:
+    early = {name.replace(".text_model.", "."): tensor for name, tensor in load_file(files["1"]).items()}
+    save_file(early, tmp_path / "early.safetensors")
+    found = models.load(str(tmp_path / "early.safetensors")).networks["text_encoder"].module.state_dict()
+    wanted = pipes["1"].text_encoder.state_dict()
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
 def test_networks_without_weights(files: dict[str, Path]) -> None:
     specs = models.meta_networks(files["xl"])
     assert list(specs) == ["unet", "text_encoder", "text_encoder_2"]

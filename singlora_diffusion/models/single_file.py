@@ -34,6 +34,8 @@ PREFIXES: Mapping[str, tuple[str, ...]] = {
     "text_encoder_2": (f"{TEXT_2}1.",),
 }
 """How the names of a part's tensors begin, by its name in diffusers."""
+EARLY = tuple(f"{TEXT}transformer.{part}." for part in ("embeddings", "encoder", "final_layer_norm"))
+"""How the names of CLIP's tensors begin in early files: one level higher than in others."""
 ASK = "unknown"
 """Stands for the prediction type of a model whose file does not say it: `asked` finds out."""
 NOISE: Config = {
@@ -149,6 +151,12 @@ def described(file: Path) -> Path:
     return _written(layout.pipeline, parts)
 
 
+def _usual(name: str) -> str:
+    """A tensor's name as most files have it."""
+    clip = f"{TEXT}transformer."
+    return f"{clip}text_model.{name[len(clip) :]}" if name.startswith(EARLY) else name
+
+
 def _what_it_is(contents: Contents) -> str:
     if "singlora" in contents.metadata:
         return "is an adapter: give its base model here, and the adapter to --adapter of singlora generate"
@@ -176,7 +184,7 @@ def read(file: Path) -> Contents:
         )
     try:
         with safe_open(file, framework="pt") as opened:
-            shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+            shapes = {_usual(name): tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
             return Contents(shapes, dict(opened.metadata() or {}))
     except (SafetensorError, OSError) as error:
         raise UserError(f"{shown} is damaged or no safetensors file: {escaped(error, 160)}") from error
@@ -216,7 +224,7 @@ def network(kind: Any, file: Path, name: str, dtype: torch.dtype) -> Any:
     config = str(described(file))
     with safe_open(file, framework="pt") as opened:
         names = [one for one in opened.keys() if one.startswith(PREFIXES[name])]  # noqa: SIM118
-        tensors: dict[str, Tensor] = {one: opened.get_tensor(one) for one in names}
+        tensors: dict[str, Tensor] = {_usual(one): opened.get_tensor(one) for one in names}
     options = {"config": config, "subfolder": name, "torch_dtype": dtype, "local_files_only": True}
     try:
         if issubclass(kind, diffusers.ModelMixin):
