@@ -278,6 +278,9 @@ def _damaged(files: dict[str, Path], folder: Path) -> Iterator[tuple[Path, str]]
     adapter = folder / "adapter.safetensors"
     save_file({"x": torch.zeros(1)}, adapter, {"singlora": "{}"})
     yield adapter, "is an adapter: give its base model"
+    edm = folder / "edm.safetensors"
+    save_file({**load_file(files["xl"]), "edm_mean": torch.zeros(4)}, edm)
+    yield edm, "is of EDM's noise schedule"
     inpainting = folder / "inpainting.safetensors"
     key = "model.diffusion_model.input_blocks.0.0.weight"
     save_file({**load_file(first), key: torch.zeros(32, 9, 3, 3)}, inpainting)

@@ -134,6 +134,10 @@ def described(file: Path) -> Path:
         UserError: the file is damaged, no checkpoint, or of a model that is not supported as a single file.
     """
     contents = read(file)
+    if any(name.startswith("edm_") for name in contents.shapes):
+        raise UserError(
+            f"{escaped(file, 1000)} is of EDM's noise schedule (Playground 2.5, CosXL), which is not supported"
+        )
     layout = next((one for one in LAYOUTS if one.mark in contents.shapes), None)
     if layout is None:
         raise UserError(f"{escaped(file, 1000)} {_what_it_is(contents)}")
