@@ -19,6 +19,19 @@ def test_loss_is_the_mean_square_and_the_prior_adds_its_own() -> None:
     assert objective.loss(prediction, target, weights=weights).item() == pytest.approx((1 + 0 + 18) / 3)
 
 
+def test_a_mask_makes_a_weighted_mean_of_each_example() -> None:
+    generator = torch.Generator().manual_seed(0)
+    prediction, target = torch.randn(2, 2, 3, 3, 4, generator=generator)
+    plain = objective.loss(prediction, target, prior=1, weights=torch.tensor([1.0, 3.0]))
+    white = torch.ones(2, 1, 3, 4)
+    assert torch.equal(objective.loss(prediction, target, prior=1, weights=torch.tensor([1.0, 3.0]), mask=white), plain)
+    mask = torch.zeros(2, 1, 3, 4)
+    mask[0, 0, 1, 2], mask[1] = 0.5, 1.0
+    square = (prediction - target).square()
+    expected = (square[0, :, 1, 2].mean() + square[1].mean()) / 2
+    torch.testing.assert_close(objective.loss(prediction, target, mask=mask), expected)
+
+
 def test_loss_takes_the_difference_in_float32() -> None:
     prediction = torch.full((1, 1, 1, 1), 1.0, dtype=torch.bfloat16)
     assert objective.loss(prediction, torch.full((1, 1, 1, 1), 1.001)).item() == pytest.approx(1e-6, rel=1e-3)

@@ -324,3 +324,75 @@ def test_the_sheet_shows_the_crops_of_buckets(wide: Path, tmp_path: Path, capsys
         sizes.append((np.ptp(columns) + 1, np.ptp(rows) + 1))
     assert sizes[0][0] == pytest.approx(sizes[0][1], abs=1)
     assert sizes[1][0] / sizes[1][1] == pytest.approx(96 / 32, rel=0.1)
+
+
+# --- masks -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def masked(wide: Path) -> Path:
+    """All white: as if there were none."""
+    for number, size in enumerate([(96, 32), (32, 96), (64, 32)]):
+        ending = "-masklabel" if number == 1 else ".mask"
+        Image.new("L", size, "white").save(wide / f"{number}{ending}.png")
+    return wide
+
+
+def test_a_white_mask_is_none(masked: Path, trained: Trained) -> None:
+    changes = {"instance_data_dir": masked, "max_train_steps": 2, "random_flip": True, "random_crop": True}
+    assert same(trained(**changes, masked_loss=True), trained(**changes))
+
+
+def test_a_mask_goes_with_its_crop(masked: Path, recipe: Recipe, trained: Trained, tmp_path: Path) -> None:
+    """The left third of the first image counts: in some crops wholly, in some not at all."""
+    half = Image.new("L", (96, 32))
+    half.paste("white", (0, 0, 32, 32))
+    half.save(masked / "0.mask.png")
+    changes = {"instance_data_dir": masked, "random_crop": True, "random_flip": True, "masked_loss": True}
+    changes |= {"enable_bucket": False, "held_out_data_dir": masked, "validation_steps": 4, "num_validation_images": 1}
+    with pytest.raises(UserError, match=r"0\.mask\.png: is black in what is seen of the image"):  # in the middle
+        trained(**changes)
+    changes.pop("held_out_data_dir")
+    unbroken = trained(**changes, checkpointing_steps=2, output_dir=tmp_path / "unbroken")
+    shutil.copytree(tmp_path / "unbroken" / "checkpoint-2", tmp_path / "cut" / "checkpoint-2")
+    assert same(unbroken, trained(**changes, resume_from_checkpoint="latest", output_dir=tmp_path / "cut"))
+    assert not same(unbroken, trained(**{**changes, "masked_loss": False}))
+
+    family = models.load(str(recipe.model.pretrained_model_name_or_path))
+    image = latents.encode(family, masked / "0.png", Cropping(32, 32, True), True, masked / "0.mask.png")
+    lefts = image.crop[:, 0, 1].tolist()
+    assert lefts == [0, 9, 18, 27]  # of 8, the others are black
+    for left, mask in zip(lefts, image.mask, strict=True):
+        assert mask[0].mean().item() == pytest.approx((32 - left) / 32, abs=1 / 255)
+        assert torch.equal(mask[1], mask[0].flip(-1)) and mask[0, 0, 0, 0] == 1
+    half.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(masked / "0.mask.png")
+    resumed = {"resume_from_checkpoint": "latest", "output_dir": tmp_path / "cut", "max_train_steps": 5}
+    with pytest.raises(UserError, match="with other masks"):
+        trained(**changes | resumed)
+
+
+def test_what_a_mask_cannot_be(masked: Path, recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    def complaint() -> str:
+        with pytest.raises(UserError) as error:
+            list(material.read(replaced(recipe, instance_data_dir=masked, masked_loss=True)))
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    assert [path.name for path in read_folder(masked).images] == ["0.png", "1.png", "2.png"]
+    Image.new("L", (48, 16), "white").save(masked / "0.mask.png")
+    assert "0.mask.png: is 48x16 pixels, its image 96x32; save" in complaint()
+    Image.new("LA", (96, 32), (255, 0)).save(masked / "0.mask.png")  # white, and transparent
+    assert "0.mask.png: is black all over" in complaint()
+    (masked / "0.mask.png").rename(masked / "other.mask.png")
+    assert cli.run("check", [str(masked)]) == 0
+    assert "other.mask.png: is a mask without an image" in capsys.readouterr().out
+    for mask in list(masked.glob("*mask*")):
+        mask.unlink()
+    assert "--masked_loss: there are no masks" in complaint()
+    Image.new("L", (9, 9)).save(masked / "2.mask.png")
+    assert cli.run("check", [str(masked)]) == 0
+    assert "mask       2.mask.png: is 9x9 pixels" in capsys.readouterr().out
+    said = [
+        event.text for event in material.read(replaced(recipe, instance_data_dir=masked)) if isinstance(event, Remark)
+    ]
+    assert "1 of 3 images have masks, which only --masked_loss uses" in said

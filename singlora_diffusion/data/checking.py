@@ -13,7 +13,7 @@ from PIL import Image
 
 from ..errors import UserError
 from ..terminal import escaped
-from . import captions
+from . import captions, masks
 from .folders import EXTREME, EXTREME_IN_BUCKETS, SMALL, FolderReport, Part, read_folder, read_instance_folder
 from .images import Unusable, decoded, is_one_colour, kind_of
 from .prompts import split_folder_name, split_instance_prompt
@@ -49,7 +49,7 @@ class Finding:
     Attributes:
         name: of the file; "" for the folder.
         kind: unreadable, skipped, duplicate, similar, tiny, long, blurred, one-colour, suffix, no-caption, no-image,
-            count, prompt, or folder.
+            mask, count, prompt, or folder.
         what: what was found, without the file's name.
         fix: what to do.
         prevents: training is impossible as long as it is so.
@@ -109,6 +109,7 @@ def check_folder(
     findings += [Finding(name, "unreadable", *_halves(why)) for name, why in report.trouble]
     findings += on_images
     findings += _captions(report, list(usable))
+    findings += _masks(report, usable)
     findings += [
         Finding(name, "skipped", why, "nothing, if it is not meant to be trained on; else move its images up")
         for name, why in report.skipped
@@ -222,6 +223,18 @@ def _captions(report: FolderReport, images: Sequence[str]) -> list[Finding]:
             if name not in there.texts
         ]
     return found
+
+
+def _masks(report: FolderReport, images: Mapping[str, Path]) -> Iterator[Finding]:
+    found = masks.beside(images.values())
+    for image, mask in found.of.items():
+        try:
+            masks.open_mask(mask, decoded(image).size)
+        except UserError as error:
+            what, fix = _halves(str(error).removeprefix(f"{escaped(mask, 1000)}: "))
+            yield Finding(report.name_of(mask), "mask", what, fix)
+    for mask in found.orphans:
+        yield Finding(report.name_of(mask), "no-image", "is a mask without an image", "name it after its image")
 
 
 def _halves(message: str) -> tuple[str, str]:

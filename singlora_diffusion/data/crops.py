@@ -63,6 +63,17 @@ def box(size: tuple[int, int], height: int, width: int, place: float = MIDDLE) -
     return left, top, min(left + across, size[0]), min(top + down, size[1])
 
 
+def mask(image: Image.Image, part: tuple[float, float, float, float], height: int, width: int) -> NDArray[np.float32]:
+    """What of a mask belongs to a crop, (1, height, width) in [0, 1], each value the mean of its place.
+
+    Args:
+        image: mode "L".
+        part: of the mask, a `box`.
+    """
+    reduced = image.resize((width, height), Image.Resampling.BOX, box=part)
+    return np.asarray(reduced, dtype=np.float32)[None] / np.float32(255)
+
+
 def crop(image: Image.Image, height: int, width: int, place: float = MIDDLE) -> Crop:
     """The `box` of an image, scaled to height and width (Lanczos, either direction).
 

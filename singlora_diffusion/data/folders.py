@@ -15,7 +15,7 @@ from PIL import Image
 from ..errors import UserError
 from ..files import reason
 from ..terminal import escaped
-from . import png
+from . import masks, png
 from .images import IMAGE_SUFFIX, RAW_SUFFIX, Unusable, decoded, kind_of, why_no_image
 
 CONTACT_SHEET = "contact_sheet.png"
@@ -252,6 +252,8 @@ def _reason_to_skip(entry: Path) -> str | None:
         return "a link to nothing, or no ordinary file"
     if entry.name == CONTACT_SHEET and png.is_ours(entry):
         return "a contact sheet of this program"
+    if masks.is_mask(entry.name):
+        return "a mask"
     if kind_of(entry) is not None:
         return None
     if IMAGE_SUFFIX.fullmatch(entry.suffix):

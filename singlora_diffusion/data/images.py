@@ -34,17 +34,20 @@ class Unusable(Exception):
     """Why a file is not an image that can be used; the message does not name it."""
 
 
-def open_image(path: str | Path) -> Image.Image:
+def open_image(path: str | Path, background: str = "white") -> Image.Image:
     """One image as 8-bit sRGB, mode "RGB", upright.
 
     EXIF orientation is applied, an embedded colour profile converted to sRGB, transparency composited on white, 16-bit
     grey scaled to 8 bits; of several frames (GIF, MPO, animated WebP) the first is taken.
 
+    Args:
+        background: colour to composite on, in place of white.
+
     Raises:
         UserError: the file is missing, damaged, too large or in a format that is not read; it says which.
     """
     try:
-        return decoded(Path(path))
+        return decoded(Path(path), background)
     except Unusable as error:
         raise UserError(f"{escaped(path, 1000)}: {error}") from error.__cause__
 
@@ -55,7 +58,7 @@ def is_one_colour(image: Image.Image) -> bool:
     return bool((high - low <= 2).all())
 
 
-def decoded(path: Path) -> Image.Image:
+def decoded(path: Path, background: str = "white") -> Image.Image:
     """`open_image`, with an error that does not name the file.
 
     Raises:
@@ -71,7 +74,7 @@ def decoded(path: Path) -> Image.Image:
             opened.load()  # open() reads the header only: a truncated file fails here
             profile = opened.info.get("icc_profile")
             image = _upright(opened)
-        return _to_rgb(image, profile, kind)
+        return _to_rgb(image, profile, kind, background)
     except Image.DecompressionBombError as error:
         raise Unusable("has too many pixels to be decoded safely; scale it down first") from error
     except MemoryError as error:
@@ -88,7 +91,7 @@ def _upright(image: Image.Image) -> Image.Image:
         return image.copy()
 
 
-def _to_rgb(image: Image.Image, profile: bytes | None, kind: str) -> Image.Image:
+def _to_rgb(image: Image.Image, profile: bytes | None, kind: str, background: str) -> Image.Image:
     if image.mode in (*_SIXTEEN_BIT_GREY, "I", "F"):
         return _eight_bits(image, kind).convert("RGB")
     if image.mode == "LAB":
@@ -105,9 +108,9 @@ def _to_rgb(image: Image.Image, profile: bytes | None, kind: str) -> Image.Image
     colours = _to_srgb(image, profile)
     if alpha is None:
         return colours
-    white = Image.new("RGB", colours.size, "white")
-    white.paste(colours, mask=alpha)
-    return white
+    below = Image.new("RGB", colours.size, background)
+    below.paste(colours, mask=alpha)
+    return below
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:

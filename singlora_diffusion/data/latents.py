@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from . import crops, draws
+from ..errors import UserError
+from ..terminal import escaped
+from . import crops, draws, masks
 from .crops import Cropping
 from .images import open_image
 
@@ -39,9 +41,12 @@ class EncodedImage(NamedTuple):
     """(crops, sides, 2) int64: top and left of the crop, after scaling."""
     size: Tensor
     """(2,) int64: height and width of the crop."""
+    mask: Tensor
+    """(crops, sides, 1, h, w) float32 in [0, 1]: how much each place counts in the loss."""
 
     def view(self, crop: int = 0, side: int = 0) -> View:
-        return View(self.mean[crop, side], self.std[crop, side], self.original, self.crop[crop, side], self.size)
+        own = (crop, side)
+        return View(self.mean[own], self.std[own], self.original, self.crop[own], self.size, self.mask[own])
 
 
 def size_of(image: EncodedImage) -> Size:
@@ -62,6 +67,8 @@ class View(NamedTuple):
     """(2,)."""
     size: Tensor
     """(2,)."""
+    mask: Tensor
+    """(1, h, w)."""
 
 
 def together(views: Iterable[View]) -> View:
@@ -97,25 +104,40 @@ class Examples(NamedTuple):
     """(N, 2)."""
     size: Tensor
     """(N, 2)."""
+    mask: Tensor
+    """(N, 1, h, w)."""
 
 
-def encode(encoder: ImageEncoder, path: Path, cropping: Cropping, flip: bool) -> EncodedImage:
+def encode(encoder: ImageEncoder, path: Path, cropping: Cropping, flip: bool, mask: Path | None = None) -> EncodedImage:
     """Decode, crop and encode one image.
 
+    Args:
+        mask: of the image. Crops in which it is black are left out. None: all of the image counts.
+
     Raises:
-        UserError: the image cannot be read.
+        UserError: image or mask cannot be read, or the mask is black in all crops.
     """
     image = open_image(path)
-    found = []
+    painted = None if mask is None else masks.open_mask(mask, image.size)
     height, width = cropping.size_of(image.size)
+    found = []
     for place in cropping.places(image.size):
         crop = crops.crop(image, height, width, place)
         pixels = torch.from_numpy(crop.pixels)
         mean, std = encoder.encode_images(torch.stack([pixels, pixels.flip(-1)] if flip else [pixels]))
-        corners = torch.tensor([[crop.top, crop.left], [crop.top, crop.left_mirrored]])
-        found.append((mean.cpu(), std.cpu(), corners[: len(mean)]))
-    mean, std, corners = (torch.stack(column) for column in zip(*found, strict=True))
-    return EncodedImage(mean, std, torch.tensor([image.height, image.width]), corners, torch.tensor([height, width]))
+        counts = torch.ones(1, *mean.shape[2:])
+        if painted is not None:
+            part = crops.box(image.size, height, width, place)
+            counts = torch.from_numpy(crops.mask(painted, part, *mean.shape[2:]))
+        if counts.any():
+            corners = torch.tensor([[crop.top, crop.left], [crop.top, crop.left_mirrored]])
+            sides = torch.stack([counts, counts.flip(-1)])
+            found.append((mean.cpu(), std.cpu(), corners[: len(mean)], sides[: len(mean)]))
+    if not found:
+        raise UserError(f"{escaped(mask, 1000)}: is black in what is seen of the image; crop the image to the subject")
+    mean, std, corners, counts = (torch.stack(column) for column in zip(*found, strict=True))
+    original, size = torch.tensor([image.height, image.width]), torch.tensor([height, width])
+    return EncodedImage(mean, std, original, corners, size, counts)
 
 
 def batch(
@@ -136,9 +158,8 @@ def batch(
         views.append(image.view(crop, side))
     seen = together(views)
     noise = drawn.noise + noise_offset * drawn.offset if noise_offset else drawn.noise
-    return Examples(
-        seen.mean + seen.std * drawn.latent_noise, noise, drawn.quantile, seen.original, seen.crop, seen.size
-    )
+    clean = seen.mean + seen.std * drawn.latent_noise
+    return Examples(clean, noise, drawn.quantile, seen.original, seen.crop, seen.size, seen.mask)
 
 
 def joined(parts: Sequence[Examples]) -> Examples:

@@ -63,6 +63,8 @@ class Batch(NamedTuple):
     stream: Sequence[int]
     """Which of `Streams.texts` each example has."""
     geometry: Geometry
+    mask: Tensor
+    """(N, 1, h, w): how much each place counts in the loss."""
 
 
 class Examples:
@@ -106,7 +108,8 @@ class Examples:
         times = self.process.times(self.quantiles(examples.quantile)).to(self.device)
         clean, noise = examples.latents.to(self.device), examples.noise.to(self.device)
         noisy, target = self.process.corrupt(clean, noise, times)
-        return Batch(noisy, target, times, stream, Geometry(examples.original, examples.crop, examples.size))
+        geometry = Geometry(examples.original, examples.crop, examples.size)
+        return Batch(noisy, target, times, stream, geometry, examples.mask.to(self.device))
 
 
 def process_of(family: Family, recipe: Recipe) -> NoiseProcess:
@@ -121,8 +124,8 @@ def process_of(family: Family, recipe: Recipe) -> NoiseProcess:
 
 
 def again(batch: Batch, stream: int) -> Batch:
-    """The same noisy latents with another stream's prompt."""
-    return batch._replace(stream=[stream] * len(batch.stream))
+    """The same noisy latents with another stream's prompt; all of them counts."""
+    return batch._replace(stream=[stream] * len(batch.stream), mask=torch.ones_like(batch.mask))
 
 
 def joined(first: Batch, last: Batch) -> Batch:
@@ -133,4 +136,5 @@ def joined(first: Batch, last: Batch) -> Batch:
         times=torch.cat([first.times, last.times]),
         stream=[*first.stream, *last.stream],
         geometry=Geometry(*(torch.cat(column) for column in zip(first.geometry, last.geometry, strict=True))),
+        mask=torch.cat([first.mask, last.mask]),
     )

@@ -26,7 +26,7 @@ def batches(examples: Examples, images: Sequence[EncodedImage], size: int) -> It
         drawn = draws.draw(SEED, some, tuple(images[some[0] // DRAWS].mean.shape[2:]), draws.HELD_OUT)
         seen = latents.together(images[position // DRAWS].view() for position in some)
         quantile = torch.tensor([(position % DRAWS + 0.5) / DRAWS for position in some], dtype=torch.float64)
-        shown = latents.Examples(seen.mean, drawn.noise, quantile, seen.original, seen.crop, seen.size)
+        shown = latents.Examples(seen.mean, drawn.noise, quantile, seen.original, seen.crop, seen.size, seen.mask)
         yield examples.batch(shown, [said[position // DRAWS] for position in some])
 
 

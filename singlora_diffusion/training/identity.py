@@ -27,12 +27,17 @@ def of(recipe: Recipe, family: Family, found: Material) -> dict[str, Any]:
         "captions": [found.said.get(name) for name in images] if found.said else [],
         "class_captions": [found.said_classes.get(path.name) for path in found.classes] if found.said_classes else [],
         "repeats": list(found.report.repeats),
+        "masks": [_sha256(found.masks.get(path)) for path in images.values()] if found.masks else [],
     }
 
 
 def _weights(family: Family) -> str:
     """The fingerprint of the base model, with that of an autoencoder that is not its own."""
     return family.fingerprint if family.vae_source is None else f"{family.fingerprint}+{family.vae_fingerprint}"
+
+
+def _sha256(path: Path | None) -> str | None:
+    return None if path is None else files.sha256(path)
 
 
 def is_one(found: object) -> bool:
@@ -53,6 +58,8 @@ def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     for key, kind in (("captions", "captions"), ("class_captions", "captions of class images")):
         if before.get(key, []) != now[key]:
             return f"with other {kind}"
+    if before.get("masks", []) != now["masks"]:
+        return "with other masks"
     if before.get("repeats", [1] * len(now["repeats"])) != now["repeats"]:
         return "with images that were seen more or less often"
     return None

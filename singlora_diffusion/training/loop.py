@@ -110,7 +110,7 @@ def run(
         found = yield from preparation.class_images(recipe, accelerator, family, found, resolution)
         yield from preparation.cut_prompts(recipe, family, found)
         streams = yield from preparation.encoded(recipe, family, resolution, found)
-        held_out = yield from preparation.held_out(recipe, family, found.held_out, resolution)
+        held_out = yield from preparation.held_out(recipe, family, resolution, found)
         if recipe.optimization.learning_rate == "auto":
             search = rate_search.search(recipe, accelerator, family, streams, found.class_prompt, held_out)
             recipe = yield from search

@@ -8,9 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from ..data import captions, prompts
+from ..data import captions, masks, prompts
 from ..data.captions import Captions
 from ..data.folders import FolderReport, read_folder, read_instance_folder
+from ..data.images import open_image
 from ..data.prompts import InstancePrompt
 from ..errors import UserError
 from ..terminal import escaped
@@ -35,6 +36,8 @@ class Material(NamedTuple):
     """Images of the subject that are not trained on; none where nothing asks for them."""
     said_held_out: dict[str, str]
     """Name of a held-out image -> its caption; the others show what the instance prompt says."""
+    masks: Mapping[Path, Path]
+    """Instance image or held-out image -> its mask; nothing where masks are not wanted."""
     classes: Sequence[Path] = ()
     """Images of the class, once there are all that are wanted."""
     said_classes: Mapping[str, str] = {}
@@ -87,7 +90,8 @@ def read(recipe: Recipe) -> Generator[Event, None, Material]:
         yield Images(held)
         held_out = held.images
         said_held_out = yield from captions_of(data, held, "held-out images")
-    return Material(report, prompt, subject, class_prompt, said, shown, held_out, said_held_out)
+    painted = yield from _masks(data, report, held_out)
+    return Material(report, prompt, subject, class_prompt, said, shown, held_out, said_held_out, painted)
 
 
 def _prompt(data: DataSettings, report: FolderReport) -> tuple[str, InstancePrompt]:
@@ -98,6 +102,28 @@ def _prompt(data: DataSettings, report: FolderReport) -> tuple[str, InstanceProm
         raise UserError('--instance_prompt: is missing; say what the images show, as in "a photo of sks dog"')
     name = report.repeated[0].prompt or ""
     return name, prompts.split_folder_name(name, data.identifier)
+
+
+def _masks(
+    data: DataSettings, report: FolderReport, held_out: Sequence[Path]
+) -> Generator[Event, None, Mapping[Path, Path]]:
+    """The masks that are wanted, each of which can be used."""
+    found, orphans = masks.beside((*report.images, *held_out))
+    count = sum(path in found for path in report.images)
+    if orphans:
+        shown = ", ".join(escaped(mask.name) for mask in orphans[:3])
+        yield Remark(f"{len(orphans)} masks have no image and are left out: {shown}")
+    if not data.masked_loss:
+        if count:
+            yield Remark(f"{count} of {len(report.images)} images have masks, which only --masked_loss uses")
+        return {}
+    if not count:
+        folder = escaped(report.folder, 1000)
+        raise UserError(f"--masked_loss: there are no masks in {folder}; put dog.mask.png beside dog.jpg")
+    for image, mask in found.items():
+        masks.open_mask(mask, open_image(image).size)
+    yield Remark(f"{count} of {len(report.images)} images have masks, by which their loss counts")
+    return found
 
 
 def captions_of(data: DataSettings, report: FolderReport, what: str) -> Generator[Event, None, dict[str, str]]:

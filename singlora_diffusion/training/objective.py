@@ -12,6 +12,7 @@ def loss(
     prior: int = 0,
     prior_weight: float = 1.0,
     weights: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Mean squared error, plus `prior_weight` times that of the last `prior` examples, which show the class.
 
@@ -20,8 +21,13 @@ def loss(
     Args:
         prediction, target: (N, C, h, w); the difference is taken in float32.
         weights: (N,) per-example weights, as `Family.loss_weights` has them.
+        mask: (N, 1, h, w), how much each place counts in the mean of its example; its scale does not matter.
     """
-    error = (prediction.float() - target.float()).square().flatten(1).mean(dim=1)
+    error = (prediction.float() - target.float()).square()
+    if mask is None:
+        error = error.flatten(1).mean(dim=1)
+    else:
+        error = (error * mask).flatten(1).mean(dim=1) / mask.flatten(1).mean(dim=1)
     if weights is not None:
         error = error * weights
     if not prior:

@@ -112,7 +112,7 @@ REFUSED = _by_flag(
         "images are cropped in the middle, or with --random_crop at random": "face_crop_aug_range",
         "images are scaled by lanczos": "image_interpolation_mode",
         "colours are not changed": "color_aug",
-        "there are no masks; crop the images to the subject": "masked_loss",
+        "masks lie beside the images, as dog.mask.png for dog.jpg: --masked_loss": "conditioning_data_dir alpha_mask",
         # the adapter
         "--targets, --method and --dora say which layers get what": "network_args lora_blocks block_dims",
         "--lora_dropout drops what a layer reads, as PEFT does; kohya's is between the two matrices": "network_dropout",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -160,14 +160,14 @@ def encoded(recipe: Recipe, family: Family, resolution: int, found: Material) ->
     """Instance images and class images as latents, with their prompts."""
     data, report, encoder = recipe.data, found.report, Encoder(family, recipe)
     cropping = cropping_of(recipe, family, resolution)
-    images = yield from _as_latents(encoder, "instance images", found.instance, cropping, data.random_flip)
+    images = yield from _as_latents(encoder, "instance images", found.instance, cropping, data.random_flip, found.masks)
     instance = Stream(images, report.repeats)
     if data.enable_bucket:
         yield _buckets(instance)
     classes = {}
     for size in dict.fromkeys(instance.sizes) if found.classes else ():
         cropped = Cropping(*size, random=data.random_crop)
-        images = yield from _as_latents(encoder, "class images", found.classes, cropped, data.random_flip)
+        images = yield from _as_latents(encoder, "class images", found.classes, cropped, data.random_flip, {})
         classes[size] = Stream(images, [1] * len(images))
     texts = [found.prompt, *([found.class_prompt] if recipe.prior.with_prior_preservation else [])]
     made = Streams(instance, texts, *_said(recipe, found), classes=classes)
@@ -210,15 +210,15 @@ def with_class(recipe: Recipe, family: Family, streams: Streams, class_prompt: s
 
 
 def held_out(
-    recipe: Recipe, family: Family, paths: Sequence[Path], resolution: int
+    recipe: Recipe, family: Family, resolution: int, found: Material
 ) -> Generator[Event, None, Sequence[EncodedImage] | None]:
     """Held-out images as latents; None: there are none."""
-    if not paths:
+    if not found.held_out:
         return None
     encoder, cropping = Encoder(family, recipe), cropping_of(recipe, family, resolution)._replace(random=False)
-    found = yield from _as_latents(encoder, "held-out images", paths, cropping, flip=False)
+    images = yield from _as_latents(encoder, "held-out images", found.held_out, cropping, False, found.masks)
     yield from encoder.remarks()
-    return found
+    return images
 
 
 def scorer(recipe: Recipe, found: Material, scoring: Scoring | None) -> Generator[Event, None, Scorer | None]:
@@ -243,12 +243,12 @@ def _buckets(stream: Stream) -> Remark:
 
 
 def _as_latents(
-    encoder: Encoder, what: str, paths: Sequence[Path], cropping: Cropping, flip: bool
+    encoder: Encoder, what: str, paths: Sequence[Path], cropping: Cropping, flip: bool, masks: Mapping[Path, Path]
 ) -> Generator[Event, None, Sequence[EncodedImage]]:
     found = []
     for number, path in enumerate(paths):
         yield Progress(f"encoding {what}", number, len(paths))
-        found.append(latents.encode(encoder, path, cropping, flip))
+        found.append(latents.encode(encoder, path, cropping, flip, masks.get(path)))
     yield Progress(f"encoding {what}", len(paths), len(paths))
     yield Encoded(what, len(paths))
     return found

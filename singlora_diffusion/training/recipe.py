@@ -53,6 +53,9 @@ class DataSettings:
     enable_bucket: bool = False
     """Crop images to buckets, which have about their own proportions and no more area than the square of --resolution,
     instead of to squares. No image is enlarged for it."""
+    masked_loss: bool = False
+    """Learn from what is white in masks beside images: dog.mask.png, or dog-masklabel.png, for dog.jpg. An image
+    without a mask counts as a whole."""
     captions: Literal["auto", "none"] = "auto"
     """auto: an image with a caption beside it (dog.txt for dog.jpg, or a row of metadata.jsonl) has it as its prompt,
     the others have --instance_prompt; a folder without captions trains on that alone. none: captions are ignored."""

@@ -130,7 +130,7 @@ class Stepper:
         with self.in_use():
             for batch in batches:
                 predicted = ask(batch.noisy, batch.times, batch.stream, batch.geometry)
-                losses.append(objective.loss(predicted, batch.target, weights=self._weights(batch)))
+                losses.append(objective.loss(predicted, batch.target, weights=self._weights(batch), mask=batch.mask))
                 counts.append(len(batch.stream))
         return sum(loss.item() * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
 
@@ -223,6 +223,7 @@ class Stepper:
             prior=prior if len(batch.stream) > prior else 0,
             prior_weight=self.prior_weight,
             weights=self._weights(batch),
+            mask=batch.mask,
         )
 
     def _weights(self, batch: Batch) -> Tensor | None:
