@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ import pytest
 from encoder_folders import clip_folder, timm_folder
 
 from eval.compare import cell as cells
-from eval.compare import command, engines, grid, methods, records, robustness, subjects, tuning, verdicts
+from eval.compare import command, engines, estimate, grid, methods, records, robustness, subjects, tuning, verdicts
 from eval.compare.grid import Cell, Plan
 from eval.compare.settings import CompareSettings, check, learning_rates
 from eval.compare.update_size import update_size
+from eval.vector_store import VectorStore
 from singlora_diffusion import adapters, formats, models
 from singlora_diffusion.adapters import budget
 from singlora_diffusion.adapters.config import AdapterConfig
@@ -137,6 +139,33 @@ def vars_of(plan: Plan, cell: Cell) -> dict[str, Any]:
     return about
 
 
+def test_a_plan_runs_one_training_and_says_what_all_take(
+    done: CompareSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(done.run.output_dir / "subjects", tmp_path / "out" / "subjects")  # drawing them takes time
+    asked = replaced(done, output_dir=tmp_path / "out", plan=True, workers=4, seeds="0-1")
+    command.compare(asked)
+    said = capsys.readouterr().out.splitlines()[-1]
+    plan, cell = planned(asked), Cell("can-3", "singlora", learning_rates(done.what)["singlora"][0])
+    assert {path.parent.name for path in (tmp_path / "out").rglob("cell.json")} == {"base", cell.name}
+    seconds = cells.known(plan, cell)["seconds"]
+    # left: 3 of the tuning's 4 trainings, 2 x 2 x 2 of the test, one of them again, and 2 bases of 3, untrained
+    hours = (12 * sum(seconds.values()) + 2 * (seconds["images"] + seconds["scores"])) / 3600
+    found = estimate.estimate(plan, everything(asked, plan))
+    assert found is not None and found.hours == pytest.approx(hours) and (found.cells, found.measured) == (14, 1)
+    assert f"14 cells to do: about {hours:.1f} hours on" in said and f"{hours / 4:.1f} for each of 4 workers" in said
+    (plan.folder(cell) / "adapter.safetensors").unlink()
+    command.compare(asked)  # nothing is run to say it again
+    assert capsys.readouterr().out.splitlines()[-1] == said
+
+
+def everything(settings: CompareSettings, plan: Plan) -> list[Cell]:
+    tuning_, test = ([plan.subjects[name] for name in names] for names in (TUNE, TEST))
+    cells_ = list(grid.test_cells(settings, test, {}))
+    bases = grid.base_cells([*tuning_, *test])
+    return [*bases, *grid.tuning_cells(settings, tuning_), *cells_, *grid.noise_cells(settings, cells_)]
+
+
 def test_nothing_is_run_twice(done: CompareSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a cell ran")
@@ -197,6 +226,34 @@ def test_a_cell_from_before_sizes_were_kept_gets_its_own(
     monkeypatch.setattr(cells.scoring, "scores", None)
     cells.run(plan, cell)
     assert cells.known(plan, cell) == {**record, "update": size}
+
+
+def test_references_are_embedded_once_by_a_worker(
+    done: CompareSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a cell that is scored after others, the generated images alone are new."""
+    shutil.copytree(done.run.output_dir, tmp_path / "out")
+    plan = planned(replaced(done, output_dir=tmp_path / "out"))
+    counts: list[int] = []
+    monkeypatch.setattr(cells.worker, "_store", cache(lambda fingerprint: CountingStore(counts)))
+    for rate in learning_rates(done.what)["balanced"]:
+        cells.scoring.scores(plan, cell := Cell("can-3", "balanced", rate), plan.folder(cell))
+    first, second = np.array(counts).reshape(2, -1).sum(axis=1)
+    assert first > 2 * (4 * 30 + 12 + 5) and second <= 2 * (4 + 1)  # two encoders; gallery, references, training images
+
+
+class CountingStore(VectorStore):
+    """A store that writes down how many images and texts each call had to embed."""
+
+    def __init__(self, counts: list[int]) -> None:
+        super().__init__(None, "")
+        self.counts = counts
+
+    def vectors(self, keys: Sequence[str], things: Sequence[Any], encode: Callable[[list[Any]], Any]) -> Any:
+        before = len(self._vectors)
+        found = super().vectors(keys, things, encode)
+        self.counts.append(len(self._vectors) - before)
+        return found
 
 
 def test_a_training_that_diverges_scores_what_the_base_model_scores(
@@ -306,6 +363,7 @@ def test_any_beginning_of_the_test_has_all_methods_on_almost_the_same_subjects()
         ({"primary": ()}, "at least one score"),
         ({"match": "nothing:8"}, "--match"),
         ({"match": "0"}, "--match"),
+        ({"plan": True, "report_only": True}, "leave one of them out"),
         ({"rates": 0}, "--rates 0: must be at least 1"),
         ({"rate_step": float("nan")}, "--rate_step"),
     ],

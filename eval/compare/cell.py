@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from singlora_diffusion.sampling.settings import GenerateSettings
 
 RECORD = "cell.json"
+PHASES = ("training", "images", "scores")
+"""The parts of a cell whose seconds its record has, where it was run in one go."""
 UPDATE = "update"
 """The entry of a record that says how far the weights were moved, as `Update` does; None where nothing was learned."""
 
@@ -36,9 +38,10 @@ class Training:
     seconds_per_step: float | None
     processor_seconds_per_step: float | None
     peak_bytes: int | None
+    machine: str | None
 
 
-NOTHING = Training(None, None, None, None)
+NOTHING = Training(None, None, None, None, None)
 """Of the base model."""
 
 
@@ -48,9 +51,12 @@ def run(plan: Plan, cell: Cell) -> None:
     Raises:
         UserError: it cannot be run, or its folder is of other settings.
     """
-    folder, record = plan.folder(cell), read(plan, cell)
+    folder, record, seconds = plan.folder(cell), read(plan, cell), dict[str, float]()
     if record is None:
-        record = {**describe(plan, cell), **vars(NOTHING if cell.method == BASE else _train(plan, cell))}
+        worker.tools(plan.settings.training)  # no part of what a cell takes
+        with measuring.clock(seconds, "training"):
+            went = NOTHING if cell.method == BASE else _train(plan, cell)
+        record = {**describe(plan, cell), **vars(went)}
         files.write_json(folder / RECORD, record)
     if UPDATE not in record:
         record = {**record, UPDATE: _moved(plan, cell, record)}
@@ -58,11 +64,16 @@ def run(plan: Plan, cell: Cell) -> None:
     if not lacking(plan, cell, record):
         return
     source = folder
-    if record["diverged"]:  # nothing was learned: it scores what the base model scores
-        source = plan.folder(Cell(cell.subject, BASE))
-    else:
-        _generate(plan, cell)
-    files.write_json(folder / RECORD, {**record, "scores": scoring.scores(plan, cell, source)})
+    with measuring.clock(seconds, "images"):
+        if record["diverged"]:  # nothing was learned: it scores what the base model scores
+            source = plan.folder(Cell(cell.subject, BASE))
+        else:
+            _generate(plan, cell)
+    with measuring.clock(seconds, "scores"):
+        record = {**record, "scores": scoring.scores(plan, cell, source)}
+    if set(seconds) == set(PHASES):  # all of it in one go
+        record["seconds"] = seconds
+    files.write_json(folder / RECORD, record)
 
 
 def describe(plan: Plan, cell: Cell) -> dict[str, Any]:
@@ -232,6 +243,7 @@ def _train(plan: Plan, cell: Cell) -> Training:
         seconds_per_step=seconds / steps if steps else None,
         processor_seconds_per_step=(time.process_time() - began) / timed if timed > 0 else None,
         peak_bytes=measuring.peak(tools.device),
+        machine=measuring.machine(tools.device),
     )
 
 

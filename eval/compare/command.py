@@ -11,10 +11,12 @@ from singlora_diffusion.settings import command_line, replaced
 from singlora_diffusion.terminal import escaped
 
 from . import cell as cells
-from . import engines, grid, page, records, results, scoring, subjects, tuning, verdicts
+from . import engines, estimate, grid, page, records, results, scoring, subjects, tuning, verdicts
 from .grid import Cell, Plan
 from .results import Results
 from .settings import CompareSettings, check
+from .subjects import Subjects
+from .tuning import Choice
 
 
 def compare(settings: CompareSettings) -> None:
@@ -35,11 +37,11 @@ def compare(settings: CompareSettings) -> None:
         scoring.check(plan)
         bases = list(grid.base_cells((*known.tuning, *known.test)))
         tune = list(grid.tuning_cells(settings, known.tuning))
+        if settings.run.plan:
+            _plan(plan, known, bases, tune)
+            return
         _run(plan, [*bases, *tune], "base model and tuning")
-        choices = {}
-        tuned = records.done(plan, tune)
-        if len(tuned) == len(tune):
-            choices = tuning.choose(settings, (one.record for one in tuned))
+        choices = _choices(plan, tune)
         for method, choice in choices.items():
             edge = ", at the edge of its grid" if choice.at_the_edge else ""
             print(f"{method:<{width}} learning rate {choice.rate:g}{edge}")
@@ -48,6 +50,24 @@ def compare(settings: CompareSettings) -> None:
         if choices:
             _run(plan, [*test, *again], "comparison")
         _report(results.gather(plan, bases, tune, test, again, choices))
+
+
+def _choices(plan: Plan, tune: Sequence[Cell]) -> dict[str, Choice]:
+    """Each method's rate; empty as long as the tuning is not done."""
+    tuned = records.done(plan, tune)
+    return tuning.choose(plan.settings, (one.record for one in tuned)) if len(tuned) == len(tune) else {}
+
+
+def _plan(plan: Plan, known: Subjects, bases: Sequence[Cell], tune: Sequence[Cell]) -> None:
+    """Say how long all of it takes, from one training at least."""
+    choices = _choices(plan, tune)
+    test = list(grid.test_cells(plan.settings, known.test, choices))
+    everything = [*bases, *tune, *test, *grid.noise_cells(plan.settings, test)]
+    todo = [cell for cell in (everything if choices else tune) if not cells.is_done(plan, cell)]
+    if todo and estimate.estimate(plan, everything) is None:
+        _run(plan, [Cell(todo[0].subject, grid.BASE), todo[0]], "one training")
+    found = estimate.estimate(plan, everything)
+    print(estimate.sentence(found, plan.settings.run.workers) if found else "all cells are done")
 
 
 def _report(found: Results) -> None:

@@ -1,7 +1,9 @@
-"""Threads and memory of the process that runs a cell."""
+"""Time, threads and memory of the process that runs a cell."""
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +21,23 @@ def threads(other: bool) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def clock(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Note how long it takes, inside, by the clock on the wall."""
+    began = time.monotonic()
+    yield
+    seconds[name] = time.monotonic() - began
+
+
+def machine(device: str) -> str:
+    """As in "NVIDIA A100-SXM4-80GB" or "2 CPU cores"."""
+    import torch
+
+    if torch.device(device).type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return f"{torch.get_num_threads()} of {os.cpu_count()} CPU cores"
 
 
 def forget_peak(device: str) -> None:

@@ -131,6 +131,8 @@ class RunSettings:
     """Cells at once. 1 with `processes`: in this process."""
     gpus_per_cell: NotNegative = 0.0
     """ray: GPUs that a cell asks for; fractions share one."""
+    plan: bool = False
+    """Run one training with its images and scores, as far as none is done, and say how long the comparison takes."""
     report_only: bool = False
     """Run nothing and report on what is there, also while another process runs cells."""
 
@@ -154,6 +156,8 @@ def check(chosen: CompareSettings) -> None:
         UserError: what cannot work, before anything is read or loaded.
     """
     settings.check(chosen)
+    if chosen.run.plan and chosen.run.report_only:
+        raise UserError("--plan: runs a cell, which --report_only does not: leave one of them out")
     methods = chosen.what.methods
     if not methods or len(set(methods)) < len(methods):
         raise UserError("--methods: name each method once, such as --methods lora singlora")

@@ -42,7 +42,11 @@ def open_encoder(protocol: str, role: str, source: str | None, **options: Any) -
     return encoder(protocol, role, source, **options)
 
 
-@cache
 def open_store(folder: Path, fingerprint: str) -> VectorStore:
-    """Vectors in memory: those of references are computed once, and no file is shared by workers."""
+    """Vectors in memory, one store for all cells of a worker, so that references and gallery are embedded once."""
+    return _store(fingerprint)
+
+
+@cache
+def _store(fingerprint: str) -> VectorStore:
     return VectorStore(None, fingerprint)
