@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 
 from singlora_diffusion import files
 from singlora_diffusion.settings import command_line, replaced
@@ -40,7 +41,8 @@ def compare(settings: CompareSettings) -> None:
         if settings.run.plan:
             _plan(plan, known, bases, tune)
             return
-        _run(plan, [*bases, *tune], "base model and tuning")
+        _run(plan, bases, "base model")  # whose images all others are held against
+        _run(plan, tune, "tuning")
         choices = _choices(plan, tune)
         for method, choice in choices.items():
             edge = ", at the edge of its grid" if choice.at_the_edge else ""
@@ -65,7 +67,9 @@ def _plan(plan: Plan, known: Subjects, bases: Sequence[Cell], tune: Sequence[Cel
     everything = [*bases, *tune, *test, *grid.noise_cells(plan.settings, test)]
     todo = [cell for cell in (everything if choices else tune) if not cells.is_done(plan, cell)]
     if todo and estimate.estimate(plan, everything) is None:
-        _run(plan, [Cell(todo[0].subject, grid.BASE), todo[0]], "one training")
+        alone = replace(plan, settings=replaced(plan.settings, workers=1))
+        _run(alone, [Cell(todo[0].subject, grid.BASE)], "base model")
+        _run(alone, todo[:1], "one training")
     found = estimate.estimate(plan, everything)
     print(estimate.sentence(found, plan.settings.run.workers) if found else "all cells are done")
 
