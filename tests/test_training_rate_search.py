@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import math
 import shutil
+import weakref
 from collections.abc import Callable, Generator
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +24,7 @@ from singlora_diffusion.training.events import Event, Loaded, Progress, Remark, 
 from singlora_diffusion.training.examples import Batch
 from singlora_diffusion.training.rate_search import FACTOR, MOST, Cost, Trial, cheapest, climb
 from singlora_diffusion.training.recipe import Recipe, check
-from singlora_diffusion.training.step import Stepper
+from singlora_diffusion.training.step import Denoiser, Stepper
 
 
 @pytest.fixture
@@ -136,17 +138,23 @@ def test_every_method_and_family_is_searched_for(
 def test_the_cost_is_the_loss_and_what_the_class_has_lost(auto: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     """At a rate of almost nothing, an adapter that starts at zero has changed nothing of the class."""
     costs: list[Cost] = []
+    networks: list[weakref.ref[Denoiser]] = []
     cost = rate_search._cost
 
     def seen(stepper: Stepper, batches: list[Batch]) -> Cost:
         costs.append(cost(stepper, batches))
+        networks.append(weakref.ref(stepper.denoiser))
         assert stepper.loss_on(batches) == costs[-1].subject
         return costs[-1]
 
     monkeypatch.setattr(rate_search, "usual_rate", lambda recipe, family: 1e-30)
     monkeypatch.setattr(rate_search, "_cost", seen)
-    next(event for event in loop.run(replaced(auto, method="lora")) if isinstance(event, Loaded))
+    events = loop.run(replaced(auto, method="lora"))
+    next(event for event in events if isinstance(event, Loaded))
     assert costs[0].prior == 0.0 and costs[0].subject > 0.0
+    gc.collect()
+    assert len(networks) == rate_search.MOST and all(network() is None for network in networks)  # nor is anything kept
+    events.close()  # type: ignore[attr-defined]
 
 
 def test_a_search_that_only_diverges_is_told(auto: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,8 +117,8 @@ def reason(best: float, costs: Mapping[float, Cost], steps: int, images: str) ->
 
 
 def _of_trial(recipe: Recipe, rate: float) -> Recipe:
-    """At its peak rate from the first step on."""
-    return settings.replaced(recipe, learning_rate=rate, lr_scheduler="constant", lr_warmup_steps=0)
+    """At its peak rate from the first step on; too short to be worth compiling for."""
+    return settings.replaced(recipe, learning_rate=rate, lr_scheduler="constant", lr_warmup_steps=0, compile=False)
 
 
 def _trial(
@@ -131,6 +131,8 @@ def _trial(
     config, last = adapter_config(recipe), steps(recipe)
     if config.ramp_steps:
         config = replace(config, ramp_steps=min(config.ramp_steps, last // 2))  # a trial ends at its full strength
+    scaler = accelerator.scaler
+    scaling = scaler.state_dict() if scaler is not None else {}
     adapter = adapters.attach(family.networks, config, recipe.optimization.seed)
     try:
         stepper = Stepper(accelerator, family, adapter, recipe, streams)
@@ -150,6 +152,9 @@ def _trial(
             stepper.release()
     finally:
         adapter.detach()
+        accelerator.free_memory()  # it would keep every model and optimizer that it was given
+        if scaler is not None:
+            scaler.load_state_dict(scaling)
 
 
 def _cost(stepper: Stepper, batches: list[Batch]) -> Cost:
