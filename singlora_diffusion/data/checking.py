@@ -103,8 +103,8 @@ def check_folder(
     except UserError as error:
         what, fix = _halves(str(error).removeprefix(f"{escaped(folder, 1000)}: "))
         return FolderCheck(folder, {}, (*findings, Finding("", "folder", what, fix, prevents=True)))
-    if instance_prompt is None and report.repeated:
-        findings += _of_prompt(split_folder_name, report.repeated[0].prompt or "")
+    if instance_prompt is None and report.prompt is not None:
+        findings += _of_prompt(split_folder_name, report.prompt)
     usable, on_images = _images(report, resolution, buckets)
     findings += [Finding(name, "unreadable", *_halves(why)) for name, why in report.trouble]
     findings += on_images

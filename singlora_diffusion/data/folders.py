@@ -86,6 +86,11 @@ class FolderReport:
         """The parts, where their folders' names say something; else nothing."""
         return tuple(part for part in self.parts if part.prompt is not None)
 
+    @property
+    def prompt(self) -> str | None:
+        """The name of the folder that an epoch has the most images of; None: the names say nothing."""
+        return max(self.parts, key=lambda part: part.repeats * len(part.images)).prompt
+
     def name_of(self, path: Path) -> str:
         """Of a file below the folder, as remarks have it: `dog.jpg`, or `10_sks dog/dog.jpg`."""
         return path.relative_to(self.folder).as_posix()

@@ -95,13 +95,12 @@ def read(recipe: Recipe) -> Generator[Event, None, Material]:
 
 
 def _prompt(data: DataSettings, report: FolderReport) -> tuple[str, InstancePrompt]:
-    """The prompt that is given, or the first folder's name, with the identifier and the class noun in it."""
+    """The prompt that is given, or that of the folder, with the identifier and the class noun in it."""
     if data.instance_prompt is not None:
         return data.instance_prompt, prompts.split_instance_prompt(data.instance_prompt, data.identifier)
-    if not report.repeated:
+    if report.prompt is None:
         raise UserError('--instance_prompt: is missing; say what the images show, as in "a photo of sks dog"')
-    name = report.repeated[0].prompt or ""
-    return name, prompts.split_folder_name(name, data.identifier)
+    return report.prompt, prompts.split_folder_name(report.prompt, data.identifier)
 
 
 def _masks(

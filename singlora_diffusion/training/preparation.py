@@ -167,7 +167,8 @@ def encoded(recipe: Recipe, family: Family, resolution: int, found: Material) ->
     classes = {}
     for size in dict.fromkeys(instance.sizes) if found.classes else ():
         cropped = Cropping(*size, random=data.random_crop)
-        images = yield from _as_latents(encoder, "class images", found.classes, cropped, data.random_flip, {})
+        what = f"class images at {size[1]}x{size[0]}" if data.enable_bucket else "class images"
+        images = yield from _as_latents(encoder, what, found.classes, cropped, data.random_flip, {})
         classes[size] = Stream(images, [1] * len(images))
     texts = [found.prompt, *([found.class_prompt] if recipe.prior.with_prior_preservation else [])]
     made = Streams(instance, texts, *_said(recipe, found), classes=classes)
