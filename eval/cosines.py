@@ -15,6 +15,11 @@ def mean_cosine(images: Vectors, references: Vectors) -> Scores:
     return np.asarray(cosines.mean(axis=1, dtype=np.float64))
 
 
+def masked_cosine(images: Vectors, masked: Vectors, references: Vectors) -> Scores:
+    """`mean_cosine` of the images' masked forms: (N, D), (N, D), (M, D) -> (N,)."""
+    return mean_cosine(masked, references)
+
+
 def paired_cosine(images: Vectors, others: Vectors) -> Scores:
     """Cosine of each image with its own text or image: (N, D), (N, D) -> (N,)."""
     cosines: Vectors = np.einsum("nd,nd->n", images, others)

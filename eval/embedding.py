@@ -14,9 +14,10 @@ from PIL import Image
 from singlora_diffusion.data.images import is_one_colour, open_image
 from singlora_diffusion.errors import UserError
 from singlora_diffusion.progress import bar
-from singlora_diffusion.terminal import note
+from singlora_diffusion.terminal import escaped, note
 
 from .encoders import Encoder, Vectors
+from .inputs import Masked
 from .vector_store import VectorStore, image_key, text_key
 
 
@@ -29,13 +30,17 @@ class Embedded:
     vectors: dict[str, Vectors]  # by role of the encoder
 
 
+GREY = (124, 116, 104)
+"""What stands for what a mask hides: ImageNet's mean, which DINO's preprocessing makes about 0."""
+
+
 def embed_images(
-    paths: Sequence[Path], encoders: Mapping[str, Encoder], stores: Mapping[str, VectorStore], batch_size: int
+    paths: Sequence[Path | Masked], encoders: Mapping[str, Encoder], stores: Mapping[str, VectorStore], batch_size: int
 ) -> Embedded:
     """Read the files one batch ahead of the encoders.
 
     Raises:
-        UserError: an image that cannot be decoded.
+        UserError: an image that cannot be decoded, or a mask of another size.
     """
     from rich.console import Console
 
@@ -74,6 +79,15 @@ def keep(stores: Iterable[VectorStore]) -> None:
             note(f"vectors are not kept for next time: {error}")
 
 
-def _read(path: Path) -> tuple[Image.Image, str, bool]:
-    image = open_image(path)
+def _read(path: Path | Masked) -> tuple[Image.Image, str, bool]:
+    image = _subject(path) if isinstance(path, Masked) else open_image(path)
     return image, image_key(image), is_one_colour(image)
+
+
+def _subject(masked: Masked) -> Image.Image:
+    """An image with grey for what its mask hides. A mask that hides all leaves nothing but grey, and that is scored."""
+    image, mask = open_image(masked.image), open_image(masked.mask, background="black").convert("L")
+    if mask.size != image.size:
+        is_of, its = ("x".join(map(str, one.size)) for one in (mask, image))
+        raise UserError(f"{escaped(masked.mask, 1000)}: is {is_of} pixels, its image {its}; save the mask at that size")
+    return Image.composite(image, Image.new("RGB", image.size, GREY), mask)

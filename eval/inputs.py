@@ -6,8 +6,9 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from singlora_diffusion.data import masks
 from singlora_diffusion.data.folders import CONTACT_SHEET, image_files, read_folder
 from singlora_diffusion.errors import UserError
 from singlora_diffusion.files import reason
@@ -20,8 +21,26 @@ WRITTEN_BY_US = (".*", MANIFEST, CONTACT_SHEET, "scores*.json", "report*.html")
 """Names of what is no image and goes without saying: what the commands put beside images, and hidden files."""
 
 
-FOLDERS = ("images", "references", "base_images", "training_images", "prior_images", "base_prior_images", "gallery")
+FOLDERS = (
+    "images",
+    "references",
+    "base_images",
+    "training_images",
+    "prior_images",
+    "base_prior_images",
+    "gallery",
+    "masked_images",
+    "masked_references",
+)
 """The fields of `Inputs` that are images, in the order in which they are embedded."""
+
+
+class Masked(NamedTuple):
+    """An image of which only what its mask shows counts."""
+
+    image: Path
+    mask: Path
+    """White where the subject is."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +74,8 @@ class Inputs:
     base_prior_images: list[Path] = field(default_factory=list)  # one per prior image, or none
     gallery: list[Path] = field(default_factory=list)
     own: list[bool] = field(default_factory=list)  # which of the gallery are of the subject
+    masked_images: list[Masked] = field(default_factory=list)  # one per image, or none
+    masked_references: list[Masked] = field(default_factory=list)  # one per reference, or none
 
     @property
     def prompts(self) -> list[Hashable]:
@@ -104,7 +125,14 @@ def read(
         paths, lines, found = [present[name] for name in by_name], list(by_name.values()), listing
     real = [] if references is None else _references(references, report.folder)
     base = [] if base_images is None else _same_names(base_images, paths)
-    return Inputs(paths, lines, found, left_out, real, base, *_further(more or Folders()))
+    further = _further(more or Folders())
+    return Inputs(paths, lines, found, left_out, real, base, *further, _masked(paths), _masked(real))
+
+
+def _masked(images: list[Path]) -> list[Masked]:
+    """Each with its mask, if all have one."""
+    known = masks.beside(images).of
+    return [Masked(image, known[image]) for image in images] if len(known) == len(images) else []
 
 
 def _further(more: Folders) -> tuple[list[Path], list[Path], list[Path], list[Path], list[bool]]:
@@ -182,6 +210,12 @@ def _no_text(name: str) -> Callable[[Inputs], str | None]:
     return missing
 
 
+def _no_masks(name: str, what: str) -> Callable[[Inputs], str | None]:
+    return lambda inputs: (
+        None if getattr(inputs, name) else f"needs a mask beside each {what}: dog.mask.png for dog.png"
+    )
+
+
 MISSING: dict[Need, Callable[[Inputs], str | None]] = {
     "references": _no_references,
     "base_images": _no_base_images,
@@ -193,6 +227,8 @@ MISSING: dict[Need, Callable[[Inputs], str | None]] = {
     "prior_images": _no_folder("prior_images", "images of the class, made without the identifier"),
     "base_prior_images": _no_folder("base_prior_images", "the base model's images of the class prompts"),
     "gallery": _no_folder("gallery", "real images of several subjects"),
+    "masked_images": _no_masks("masked_images", "image"),
+    "masked_references": _no_masks("masked_references", "reference"),
 }
 """Why a need of a metric cannot be met, and what to do; None: it can."""
 

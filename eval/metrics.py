@@ -17,7 +17,17 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from . import memorising, retrieval
-from .cosines import Scores, Vectors, clipscore, direction, mean_cosine, paired_cosine, paired_distance, pairwise_cosine
+from .cosines import (
+    Scores,
+    Vectors,
+    clipscore,
+    direction,
+    masked_cosine,
+    mean_cosine,
+    paired_cosine,
+    paired_distance,
+    pairwise_cosine,
+)
 from .prior import prior_drift, prior_likeness
 
 Need = Literal[
@@ -31,6 +41,8 @@ Need = Literal[
     "prior_images",
     "base_prior_images",
     "gallery",
+    "masked_images",
+    "masked_references",
 ]
 """What a metric is given beside the N images' vectors, all from the same encoder:
 
@@ -43,6 +55,8 @@ Need = Literal[
 - `prior_images`, `base_prior_images`: (K, D) vectors of what the model, and its base model, make of prompts with the
   class noun and without the identifier.
 - `gallery`: a `retrieval.Gallery` of real images of several subjects.
+- `masked_images`, `masked_references`: (N, D) and (M, D) vectors of the images and references with everything but the
+  subject painted grey.
 """
 
 T = TypeVar("T")
@@ -153,6 +167,15 @@ METRICS: dict[str, Metric] = {
         "image",
         mean_cosine,
         of_references=pairwise_cosine,
+        on_request=True,
+    ),
+    "masked_dino": Metric(
+        "DINO, masked",
+        "likeness of the subject to that of the references, all else painted grey, by DINO",
+        "dino",
+        ("masked_images", "masked_references"),
+        "image",
+        masked_cosine,
         on_request=True,
     ),
     "drift": Metric(

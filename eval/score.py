@@ -11,7 +11,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
@@ -121,6 +121,8 @@ def score(
     }
     cache = settings.cache_dir or output.parent / ".features"
     stores = {role: open_store(cache, made.fingerprint) for role, made in encoders.items()}
+    if not any("masked_images" in metric.needs for metric in chosen.values()):
+        inputs = replace(inputs, masked_images=[], masked_references=[])
     paths = [path for name in FOLDERS for path in getattr(inputs, name)]
     try:
         embedded = embed_images(paths, encoders, stores, settings.batch_size)

@@ -79,7 +79,9 @@ class Result:
 
     def key(self, metric: str) -> ScoreKey:
         """The score of a metric in this result."""
-        return ScoreKey(metric, self.reference_mode if "references" in METRICS[metric].needs else None)
+        return ScoreKey(
+            metric, self.reference_mode if {"references", "masked_references"} & set(METRICS[metric].needs) else None
+        )
 
 
 def read_result(path: Path) -> Result:

@@ -101,6 +101,33 @@ def test_scores_are_those_of_the_definition(folders: tuple[Path, Path], encoders
     assert result["metrics"]["clip_t"]["mean"] != result["metrics"]["clip_t_token"]["mean"]
 
 
+def test_masked_scores_are_of_the_subject_alone(folders: tuple[Path, Path], encoders: dict[str, str]) -> None:
+    """Other pixels where a mask is black change DINO, and not a bit of its masked form."""
+    asked = settings(folders, encoders, metrics=("dino", "masked_dino"))
+    with pytest.raises(UserError, match="masked_dino cannot be computed: needs a mask beside each image"):
+        score(asked)
+    for folder in folders:
+        for path in folder.glob("*.png"):
+            mask = np.zeros((48, 40), dtype=np.uint8)
+            mask[8:40, 5:30] = 255
+            Image.fromarray(mask).save(path.with_suffix(".mask.png"))
+    before = score(asked)
+    for path in folders[0].glob("0*[0-9].png"):
+        pixels = np.asarray(Image.open(path)).copy()
+        pixels[:8], pixels[40:], pixels[:, :5], pixels[:, 30:] = 255, 0, 9, 90
+        Image.fromarray(pixels).save(path)
+    after = score(asked)
+    assert [row["masked_dino"] for row in after["images"]] == [row["masked_dino"] for row in before["images"]]
+    assert all(a["dino"] != b["dino"] for a, b in zip(after["images"], before["images"], strict=True))
+    assert "contact_sheet.png" in after["left_out"] and len(after["images"]) == 5
+    Image.new("L", (40, 48)).save(folders[0] / "000-0.mask.png")  # nothing of the subject was found
+    missed = score(asked)["images"]
+    assert missed[0]["masked_dino"] != after["images"][0]["masked_dino"] and len(missed) == 5
+    Image.new("L", (40, 40), 255).save(folders[0] / "000-0.mask.png")
+    with pytest.raises(UserError, match=r"000-0\.mask\.png: is 40x40 pixels, its image 40x48"):
+        score(asked)
+
+
 def test_dreambooths_prompts_by_kind() -> None:
     """Its authors: the last five change the subject, ten of the live subjects' are accessories, the rest are places."""
     for name, expected in (("object", "place " * 20), ("live_subject", "place " * 10 + "accessory " * 10)):
