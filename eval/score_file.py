@@ -79,9 +79,8 @@ class Result:
 
     def key(self, metric: str) -> ScoreKey:
         """The score of a metric in this result."""
-        return ScoreKey(
-            metric, self.reference_mode if {"references", "masked_references"} & set(METRICS[metric].needs) else None
-        )
+        against_references = {"references", "masked_references"} & set(METRICS[metric].needs)
+        return ScoreKey(metric, self.reference_mode if against_references else None)
 
 
 def read_result(path: Path) -> Result:

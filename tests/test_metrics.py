@@ -87,7 +87,7 @@ def test_the_table() -> None:
     default = [name for name, metric in METRICS.items() if not metric.on_request]
     assert default == ["clip_i", "dino", "clip_t", "clip_t_token"]
     more = ["drift", "diversity", "prior_likeness", "prior_drift", "rank_one", "average_precision", "direction"]
-    assert list(METRICS) == [*default, "clipscore", "dinov2", *more, "nearest", "copied", "gap"]
+    assert list(METRICS) == [*default, "clipscore", "dinov2", "masked_dino", *more, "nearest", "copied", "gap"]
     images = unit(0, 30, 45)
     gallery = Gallery(unit(0, 60), np.array([True, False]))
     given = {"references": unit(0, 60), "prompt_groups": [1, 1, 2], "gallery": gallery}
