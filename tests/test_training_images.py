@@ -24,7 +24,7 @@ from singlora_diffusion.data.crops import Cropping
 from singlora_diffusion.data.folders import read_folder, read_instance_folder
 from singlora_diffusion.errors import UserError
 from singlora_diffusion.settings import replaced
-from singlora_diffusion.training import loop, material, preparation
+from singlora_diffusion.training import held_out, loop, material, preparation
 from singlora_diffusion.training.events import Images, Loaded, Remark
 from singlora_diffusion.training.examples import Examples, Streams
 from singlora_diffusion.training.recipe import Recipe
@@ -167,14 +167,7 @@ def wide(tmp_path: Path) -> Path:
     return folder
 
 
-def test_random_crops_are_drawn_by_position(wide: Path, trained: Trained, recipe: Recipe, tmp_path: Path) -> None:
-    """Resumed bit for bit, and the same in one batch of four as in two of two."""
-    changes = {"instance_data_dir": wide, "random_crop": True, "random_flip": True}
-    unbroken = trained(**changes, checkpointing_steps=2, output_dir=tmp_path / "unbroken")
-    shutil.copytree(tmp_path / "unbroken" / "checkpoint-2", tmp_path / "cut" / "checkpoint-2")
-    assert same(unbroken, trained(**changes, resume_from_checkpoint="latest", output_dir=tmp_path / "cut"))
-    assert not same(unbroken, trained(**{**changes, "random_crop": False}))
-
+def test_random_crops_are_drawn_by_position(wide: Path, recipe: Recipe) -> None:
     family = models.load(str(recipe.model.pretrained_model_name_or_path))
     images = [latents.encode(family, path, Cropping(32, 32, random=True), flip=True) for path in sorted(wide.iterdir())]
     assert images[0].mean.shape[:2] == (8, 2) and images[0].crop[:, 0].tolist() == [
@@ -247,17 +240,6 @@ def test_squares_in_buckets_are_squares(trained: Trained, tmp_path: Path) -> Non
     assert same(trained(**changes, enable_bucket=True), trained(**changes))
 
 
-def test_training_in_buckets_resumes_bit_for_bit(wide: Path, trained: Trained, tmp_path: Path) -> None:
-    """With all that comes with it: class images, captions, random crops, images that are held out."""
-    changes = {"instance_data_dir": wide, "held_out_data_dir": wide, "validation_steps": 2, "num_validation_images": 1}
-    changes |= {"enable_bucket": True, "random_crop": True, "checkpointing_steps": 3, "max_train_steps": 6}
-    changes |= {"with_prior_preservation": True, "num_class_images": 2, "class_data_dir": tmp_path / "class"}
-    (wide / "1.txt").write_text("a photo of sks dog, upright")
-    unbroken = trained(**changes, output_dir=tmp_path / "unbroken")
-    shutil.copytree(tmp_path / "unbroken" / "checkpoint-3", tmp_path / "cut" / "checkpoint-3")
-    assert same(unbroken, trained(**changes, resume_from_checkpoint="latest", output_dir=tmp_path / "cut"))
-
-
 def test_two_processes_see_what_one_does(wide: Path, recipe: Recipe) -> None:
     """Batches of 2 on two processes, or in two passes, are the batch of 4 on one."""
     family = models.load(str(recipe.model.pretrained_model_name_or_path))
@@ -282,6 +264,19 @@ def test_two_processes_see_what_one_does(wide: Path, recipe: Recipe) -> None:
     assert len({one.shape for one in alone}) > 1  # of several buckets
     for other in (seen(2, 2, 1), seen(1, 2, 2), seen(2, 1, 2)):
         assert all(torch.equal(one, two) for one, two in zip(alone, other, strict=True))
+
+
+def test_held_out_images_are_asked_about_by_size(wide: Path, recipe: Recipe) -> None:
+    family = models.load(str(recipe.model.pretrained_model_name_or_path))
+    asked = replaced(recipe, instance_data_dir=wide, held_out_data_dir=wide, validation_steps=1, enable_bucket=True)
+    found = returned(material.read(asked))
+    examples = Examples(family, returned(preparation.encoded(asked, family, 32, found)), asked, together=2)
+    images = returned(preparation.held_out(asked, family, 32, found))
+    batches = list(held_out.batches(examples, images, 3))
+    assert [len(batch.stream) for batch in batches] == [3, 3, 2] * 3 and len(
+        {batch.noisy.shape for batch in batches}
+    ) > 3
+    assert [batch.geometry.original[0].tolist() for batch in batches[::3]] == [[32, 96], [96, 32], [32, 64]]
 
 
 @pytest.mark.parametrize("model", ["tiny_sdxl", "tiny_flux", "tiny_sd3"])
@@ -339,29 +334,35 @@ def test_a_white_mask_is_none(masked: Path, trained: Trained) -> None:
 
 
 def test_a_mask_goes_with_its_crop(masked: Path, recipe: Recipe, trained: Trained, tmp_path: Path) -> None:
-    """The left third of the first image counts: in some crops wholly, in some not at all."""
+    """The left third of the first image counts: in some crops wholly, in some not at all.
+
+    Resumed bit for bit with all of this at once: random crops and flips, buckets, captions, class images.
+    """
     half = Image.new("L", (96, 32))
     half.paste("white", (0, 0, 32, 32))
     half.save(masked / "0.mask.png")
     changes = {"instance_data_dir": masked, "random_crop": True, "random_flip": True, "masked_loss": True}
-    changes |= {"enable_bucket": False, "held_out_data_dir": masked, "validation_steps": 4, "num_validation_images": 1}
     with pytest.raises(UserError, match=r"0\.mask\.png: is black in what is seen of the image"):  # in the middle
-        trained(**changes)
-    changes.pop("held_out_data_dir")
-    unbroken = trained(**changes, checkpointing_steps=2, output_dir=tmp_path / "unbroken")
-    shutil.copytree(tmp_path / "unbroken" / "checkpoint-2", tmp_path / "cut" / "checkpoint-2")
+        trained(**{**changes, "random_crop": False})
+    (tmp_path / "class").mkdir()
+    for number in range(2):
+        gradient((32, 32)).rotate(180 * number).save(tmp_path / "class" / f"{number}.png")
+    (masked / "1.txt").write_text("a photo of sks dog, upright")
+    changes |= {"with_prior_preservation": True, "num_class_images": 2, "class_data_dir": tmp_path / "class"}
+    changes |= {"enable_bucket": True, "checkpointing_steps": 3, "max_train_steps": 5}
+    unbroken = trained(**changes, output_dir=tmp_path / "unbroken")
+    shutil.copytree(tmp_path / "unbroken" / "checkpoint-3", tmp_path / "cut" / "checkpoint-3")
     assert same(unbroken, trained(**changes, resume_from_checkpoint="latest", output_dir=tmp_path / "cut"))
-    assert not same(unbroken, trained(**{**changes, "masked_loss": False}))
 
     family = models.load(str(recipe.model.pretrained_model_name_or_path))
     image = latents.encode(family, masked / "0.png", Cropping(32, 32, True), True, masked / "0.mask.png")
     lefts = image.crop[:, 0, 1].tolist()
     assert lefts == [0, 9, 18, 27]  # of 8, the others are black
     for left, mask in zip(lefts, image.mask, strict=True):
-        assert mask[0].mean().item() == pytest.approx((32 - left) / 32, abs=1 / 255)
+        assert mask[0].mean().item() == pytest.approx((32 - left) / 32, abs=1 / 32)  # pixels are not divided
         assert torch.equal(mask[1], mask[0].flip(-1)) and mask[0, 0, 0, 0] == 1
     half.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(masked / "0.mask.png")
-    resumed = {"resume_from_checkpoint": "latest", "output_dir": tmp_path / "cut", "max_train_steps": 5}
+    resumed = {"resume_from_checkpoint": "latest", "output_dir": tmp_path / "cut", "max_train_steps": 6}
     with pytest.raises(UserError, match="with other masks"):
         trained(**changes | resumed)
 
@@ -373,6 +374,7 @@ def test_what_a_mask_cannot_be(masked: Path, recipe: Recipe, capsys: pytest.Capt
         assert "\n" not in str(error.value)
         return str(error.value)
 
+    (masked / "._0.mask.png").write_bytes(b"of macOS")
     assert [path.name for path in read_folder(masked).images] == ["0.png", "1.png", "2.png"]
     Image.new("L", (48, 16), "white").save(masked / "0.mask.png")
     assert "0.mask.png: is 48x16 pixels, its image 96x32; save" in complaint()

@@ -48,7 +48,7 @@ def run(settings: CheckSettings) -> None:
     sheet = settings.sheet
     if sheet is not None and (sheet.suffix.lower() != ".png" or (sheet.exists() and not png.is_ours(sheet))):
         raise UserError(f"--sheet {escaped(sheet, 1000)}: must end in .png, and be new or a sheet of this program")
-    cropping = Cropping(1, 1)
+    cropping = Cropping(1, 1)  # a square; its scale does not matter to what it shows
     if settings.enable_bucket:
         if settings.resolution is None or settings.resolution % MULTIPLE:
             raise UserError(f"--enable_bucket: needs --resolution, a multiple of {MULTIPLE}: as the training has it")

@@ -28,6 +28,8 @@ class Masks(NamedTuple):
 def is_mask(name: str) -> bool:
     """Whether a file is a mask, which its name says."""
     path = Path(name)
+    if name.startswith("."):  # macOS writes ._dog.mask.png beside dog.mask.png
+        return False
     return IMAGE_SUFFIX.fullmatch(path.suffix) is not None and path.stem.lower().endswith(ENDINGS)
 
 
