@@ -74,11 +74,18 @@ def at_equal_sizes(found: Results) -> Table:
             each = (curve.scores - against.scores).mean(axis=(1, 2))
             difference = (number(float(each.mean()), "+"), interval(statistics.t_interval(each, LEVEL), "+"))
         at = [f"{number(float(mean))}" for mean in curve.means]
-        rows.append((label(curve.method), SCORES[curve.metric].label, *at, *difference, *_curve(curve)[2:3]))
+        rows.append((label(curve.method), SCORES[curve.metric].label, *at, *difference, _curve(curve)[2]))
     sizes = [f"{size:.2g}" for size in found.at_equal_sizes[0].rates] if found.at_equal_sizes else []
     return Table(
         "At equal sizes of the update",
-        ("method", "score", *(f"at {size}" for size in sizes), f"minus {label(first)}", "95 % interval", CURVES[2]),
+        (
+            "method",
+            "score",
+            *(f"at {size}" for size in sizes),
+            f"minus {label(first)}",
+            "95 % interval",
+            "sd between sizes",
+        ),
         tuple(rows),
         f"{SIZE} from the largest of the methods' smallest to the smallest of their largest; between the rates of its "
         f"grid a score is taken as linear in the logarithm of the size, and nothing is extrapolated. On the tuning "

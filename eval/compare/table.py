@@ -17,6 +17,9 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
 
+    def __post_init__(self) -> None:
+        assert all(len(row) == len(self.heads) for row in self.rows), self.title
+
 
 def number(value: float, sign: str = "") -> str:
     return f"{round(value, 3) + 0.0:{sign}.3f}"  # no -0.000

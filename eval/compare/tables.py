@@ -150,10 +150,12 @@ def costs(found: Results) -> Table:
         "update",
         "seconds a step",
         "processor seconds a step",
+        "peak memory, MB",
+        "diverged",
     )
     return Table(
         "Size and cost",
-        (*heads, "processor seconds a step", "peak memory, MB", "diverged"),
+        heads,
         tuple(rows),
         "Rank: block size for OFT; a layer that it does not divide has the nearest that does. Update: "
         "||W' - W0|| / ||W0|| on the test subjects, medians over layers and trainings, and the part of it that was "
