@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch import nn
 
 import singlora_diffusion as sd
@@ -270,7 +271,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(models: Path, task: task
     def kill(row: Any) -> None:
         raise Killed
 
-    whole, parts = _settings(models, tmp_path / "whole"), _settings(models, tmp_path / "parts")
+    whole, parts = (_settings(models, tmp_path / name, lora_dropout=0.1) for name in ("whole", "parts"))
     (cell,) = runs.cells(whole)
     expected = runs.run(whole, cell, task)
     with pytest.raises(Killed):
@@ -287,7 +288,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(models: Path, task: task
     assert [(line["step"], line["epoch"]) for line in lines] == [(3, 1), (6, 2)]
     assert sorted(path.name for path in other.glob("c*-*")) == ["checkpoint-6", "classifier-6.safetensors"]
     with pytest.raises(sd.UserError, match=r"was made with rank 8, now it is 4"):
-        runs.run(_settings(models, tmp_path / "parts", rank=4), cell, task)
+        runs.run(dataclasses.replace(parts, rank=4), cell, task)
 
 
 @pytest.mark.parametrize(("kind", "alpha", "decays"), [("roberta", 8, True), ("gpt2", 8, True), ("llama", 16, False)])
@@ -298,6 +299,7 @@ def test_a_model_is_trained_as_in_the_article(
     (cell,) = runs.cells(settings)
     made = finetuning.prepared(settings, cell, task)
     assert made.adapter is not None and made.adapter.config.alpha == alpha and made.adapter.config.rank == 8
+    assert made.adapter.config.lora_dropout == (0 if decays else 0.1)
     assert made.epochs == (3 if decays else 1) and cell.rate == (1e-3 if decays else 1e-4)
     assert [made.factor(step) for step in (1, 2)] == ([1, 8 / 9] if decays else [1, 1])
     trained = {name for name, p in made.network.named_parameters() if p.requires_grad}
@@ -349,6 +351,14 @@ def test_bad_input_is_one_line(models: Path, tmp_path: Path, monkeypatch: pytest
         runs.cells(_settings(tmp_path, tmp_path, models=("nowhere",), rates=()))
     with pytest.raises(sd.UserError, match="two are called roberta"):
         runs.cells(_settings(models, tmp_path, models=(str(models / "roberta"), "roberta")))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has fp16")
+def test_fp16_takes_a_gpu(models: Path, task: tasks.Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})  # as in a program of its own
+    settings = _settings(models, tmp_path, mixed_precision="fp16")
+    with pytest.raises(sd.UserError, match="--mixed_precision fp16 takes a GPU"):
+        runs.run(settings, runs.cells(settings)[0], task)
 
 
 def test_a_task_of_glue_is_read_by_its_columns(monkeypatch: pytest.MonkeyPatch) -> None:

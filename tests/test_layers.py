@@ -47,7 +47,7 @@ ONLY = {
         "toyworld",
     },
     "eval.compare.__main__": {"cli"},
-    "eval.language": {"eval", "adapters", "formats", "models", "training", "toyworld"},
+    "eval.language": {"eval", "adapters", "data.draws", "formats", "models", "training", "toyworld"},
 }
 """What a room may import above the ground floor: adapters know no family (budgets ask the table of families),
 models no adapter, scores neither; only a comparison, which trains and generates, knows all of them."""

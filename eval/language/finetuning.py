@@ -9,6 +9,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from singlora_diffusion import adapters
 from singlora_diffusion.adapters.config import AdapterConfig
+from singlora_diffusion.data import draws
 from singlora_diffusion.errors import UserError
 from singlora_diffusion.terminal import escaped
 
@@ -101,6 +103,7 @@ def _config(run: Run) -> AdapterConfig:
     """The adapter that the settings name, with the defaults of the model's kind."""
     chosen, method = run.settings, run.cell.method
     given: dict[str, Any] = {"method": method, "rank": chosen.rank, "alpha": chosen.alpha or run.protocol.alpha}
+    given["lora_dropout"] = run.protocol.dropout if chosen.lora_dropout is None else chosen.lora_dropout
     if method == "singlora":
         percent = max(1, round(run.steps * run.epochs / 100))
         given["ramp_steps"] = percent if chosen.ramp_steps is None else chosen.ramp_steps
@@ -115,6 +118,8 @@ class Trainer:
     def __init__(self, run: Run) -> None:
         self.run, self.step = run, 0
         self.accelerator = Accelerator(mixed_precision=run.settings.mixed_precision)
+        if run.settings.mixed_precision == "fp16" and self.accelerator.device.type == "cpu":
+            raise UserError("--mixed_precision fp16 takes a GPU: use bf16 or no")
         run.network.to(self.accelerator.device)
         self.head = {f"{run.head}.{name}": p for name, p in run.network.get_submodule(run.head).named_parameters()}
         groups = [] if run.adapter is None else run.adapter.param_groups(run.cell.rate)
@@ -152,15 +157,16 @@ class Trainer:
         self.model.train()
         for start in range(0, len(order), run.settings.train_batch_size):
             self.step += 1
-            torch.manual_seed(run.cell.seed * 1_000_003 + self.step)  # of dropout
+            torch.manual_seed(run.cell.seed * 1_000_003 + self.step)  # of the network's own dropout
             if run.adapter is not None:
                 run.adapter.set_step(self.step)
             for group, peak in zip(self.prepared.param_groups, self.peaks, strict=True):
                 group["lr"] = peak * run.factor(self.step)
             batch = order[start : start + run.settings.train_batch_size]
             self.prepared.zero_grad()
-            loss = self.model(**self._inputs(run.task.train, self._share(batch) or batch[:1])).loss
-            self.accelerator.backward(loss)
+            with self._dropping(range(start, start + len(batch))):
+                loss = self.model(**self._inputs(run.task.train, self._mine(batch))).loss
+                self.accelerator.backward(loss)
             self.accelerator.clip_grad_norm_(self.weights, CLIP)
             self.prepared.step()
             if run.adapter is not None:
@@ -169,6 +175,14 @@ class Trainer:
             if not math.isfinite(total):
                 break
         return total / len(order)
+
+    def _dropping(self, places: Sequence[int]) -> AbstractContextManager[None]:
+        """The adapter's dropout for examples at these places of an epoch, with other masks in each."""
+        adapter, seed = self.run.adapter, self.run.cell.seed
+        if adapter is None or not adapter.config.lora_dropout:
+            return nullcontext()
+        first = (self.step - 1) // self.run.steps * len(self.run.task.train.labels)
+        return adapter.dropping({"denoiser": [draws.mask(seed, first + place, 0) for place in self._mine(places)]})
 
     def accuracy(self) -> float:
         """Share of the test split that the model labels as it should be; each process looks at its part."""
@@ -197,6 +211,10 @@ class Trainer:
         )
         batch["labels"] = torch.tensor([split.labels[place] for place in places])
         return {key: tensor.to(self.accelerator.device) for key, tensor in batch.items()}
+
+    def _mine(self, places: Sequence[int]) -> Sequence[int]:
+        """As `_share`, but never nothing: the processes wait for each other's gradients."""
+        return self._share(places) or places[:1]
 
     def _share(self, places: Sequence[int]) -> Sequence[int]:
         """This process's part of a batch."""

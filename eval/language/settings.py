@@ -41,6 +41,8 @@ class LanguageSettings:
     """lora+: the learning rate of B over that of A."""
     ramp_steps: CountOrZero | None = None
     """SingLoRA: T of the ramp. None: 1 % of the steps, as in appendix A.1; section 6.1 has 1000."""
+    lora_dropout: Annotated[float, Interval(ge=0, lt=1)] | None = None
+    """Probability that an update does not see a number of what its layer reads."""
     epochs: Count | None = None
     """Times that the training examples are gone through."""
     max_train_examples: Count | None = None
@@ -82,13 +84,14 @@ class Protocol(NamedTuple):
     rates: Mapping[str, float]
     ratio: float
     """lora+: B's rate over A's."""
+    dropout: float = 0.0
 
 
 GLUE_RATES = {FROZEN: 1e-3, "singlora": 1e-3, "lora": 4e-4, "lora+": 2e-4, "dora": 5e-4}
 PROTOCOLS: Mapping[str, Protocol] = {
     "roberta": Protocol(8, 3, True, GLUE_RATES, 20),
     "gpt2": Protocol(8, 3, True, GLUE_RATES, 20),
-    "llama": Protocol(16, 1, False, dict.fromkeys(GLUE_RATES, 1e-4), 4),  # rates between 5e-5 and 1e-4
+    "llama": Protocol(16, 1, False, dict.fromkeys(GLUE_RATES, 1e-4), 4, 0.1),  # rates between 5e-5 and 1e-4
 }
 """By `model_type`; others are trained as RoBERTa."""
 
