@@ -55,7 +55,9 @@ def build(places: Places, page: gr.Blocks, tab: gr.Tab, maker: making.Maker) -> 
             over = gr.ImageSlider(
                 label="Drag the line", visible=False, interactive=False, elem_id="over", max_height=560
             )
-            first = gr.Gallery(label="Images", columns=4, height="auto", elem_id="images", buttons=["download"])
+            first = gr.Gallery(
+                label="Images", columns=4, height="auto", visible=False, elem_id="images", buttons=["download"]
+            )
             second = gr.Gallery(
                 label="Compared with", columns=4, height="auto", visible=False, elem_id="others", buttons=["download"]
             )
@@ -71,7 +73,7 @@ def build(places: Places, page: gr.Blocks, tab: gr.Tab, maker: making.Maker) -> 
         commands = [settings.command_line("generate", each) for each in (one, other) if each is not None]
         return (
             _pair(images, others, 0),
-            gr.update(value=_captioned(images), selected_index=None),
+            gr.update(value=_captioned(images), visible=True, selected_index=None),
             gr.update(value=_captioned(others), visible=bool(others), selected_index=None),
             command("\n".join(commands)),
             (list(map(str, images)), list(map(str, others))),

@@ -65,11 +65,11 @@ def build(places: Places, subject: SubjectFields, page: gr.Blocks) -> gr.Dropdow
             rate = gr.Textbox(
                 "", label="Learning rate", info="Empty: what is usual for the base model.", placeholder="1e-3"
             )
-            with gr.Accordion("Advanced: every other setting, by its flag's name", open=False):
+            with gr.Accordion("Advanced: all other settings", open=False):
                 advanced = grouped(advanced_fields)
             with gr.Row():
-                plan = gr.Button("Plan: time and memory", elem_id="plan")
-                start = gr.Button("Start training", variant="primary", elem_id="start")
+                plan = gr.Button("Plan", elem_id="plan")
+                start = gr.Button("Start", variant="primary", elem_id="start")
             planned = gr.HTML()
             line = command_line()
         with gr.Column(scale=3, min_width=300):
