@@ -63,7 +63,10 @@ def build(places: Places, subject: SubjectFields, page: gr.Blocks) -> gr.Dropdow
             sizes = gr.HTML()
             steps = gr.Number(400, elem_id="steps", precision=0, label="Steps", info="How long it learns.")
             rate = gr.Textbox(
-                "", label="Learning rate", info="Empty: what is usual for the base model.", placeholder="1e-3"
+                "",
+                label="Learning rate",
+                info="Empty: what is usual for the base model and the method. auto: found in short trainings first.",
+                placeholder="1e-3",
             )
             with gr.Accordion("Advanced: all other settings", open=False):
                 advanced = grouped(advanced_fields)
