@@ -5,7 +5,7 @@ and reads W' - W0 off them. To add something PEFT has: one row in `ROWS` here an
 
 What `rank` means beyond the LoRA family:
     oft    the block size of the rotation, PEFT's `oft_block_size`: a layer trains in_features (rank - 1) / 2 numbers.
-           Where it does not divide in_features, PEFT takes the nearest divisor and warns. There is no alpha.
+           Where it does not divide in_features, PEFT takes the nearest divisor. There is no alpha.
     lokr   the rank of the second Kronecker factor: W1 is `LOKR_FACTOR` on each side where that divides; once rank
            reaches half of W2's larger side, PEFT trains W2 in full and a larger rank changes nothing.
 """
@@ -13,6 +13,7 @@ What `rank` means beyond the LoRA family:
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -206,7 +207,8 @@ def _freeze(parameters: Iterable[nn.Parameter]) -> Callable[[], None]:
 
 def _enter(network: nn.Module, bases: Mapping[str, nn.Linear], config: PeftConfig, seed: int) -> dict[str, Layer]:
     """Let PEFT wrap exactly the layers `bases`, with a start that depends on `seed` alone."""
-    with _as_float32(bases.values()), torch.random.fork_rng(devices=[]):
+    with _as_float32(bases.values()), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Invalid `oft_block_size`")  # the nearest size that divides is what is meant
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs as well
         inject_adapter_in_model(config, network, adapter_name=NAME)
     del network.peft_config
