@@ -57,9 +57,9 @@ class Curve:
 
     @property
     def factor_of_two(self) -> float:
-        """What the accuracy loses, at most, from the best rate to the next one on either side."""
-        beside = self.means[max(0, self.best - 1) : self.best + 2]
-        return float(self.means[self.best] - beside.min())
+        """What the accuracy loses, at most, from the best rate to those of the grid up to twice or half of it."""
+        near = np.abs(np.log2(np.divide(self.rates, self.rates[self.best]))) < 1.01
+        return float(self.means[self.best] - self.means[near].min())
 
     @property
     def window(self) -> float:
