@@ -3,7 +3,7 @@
 # make test       the test suite: offline, on the CPU
 # make numerical  those of its tests that compare floating-point numbers, as on the poorest processor
 # make extras     those of its tests that need optional packages (--quantize, --optimizer, HEIC)
-# make app-tests  the pages in Debian's chromium (apt install chromium); also writes the images in docs/
+# make app-tests  the pages in Debian's chromium (apt install chromium)
 # make check      formatting, lint, types
 # make format     let ruff mend style and imports
 # make clean      remove the environment and the caches; runs/ stays
@@ -34,7 +34,7 @@ $(APP)/.ready: $(READY)
 	$(BIN)/python -m venv $(APP)
 	$(APP)/bin/python -c 'import site, sysconfig; open(sysconfig.get_path("purelib") + "/below.pth", "w").write( \
 	    "import site; site.addsitedir(\"" + "$(abspath $(VENV))/" + sysconfig.get_path("purelib").split("/app/")[-1] + "\")")'
-	$(APP)/bin/python -m pip install --disable-pip-version-check -q "gradio>=6" playwright axe-playwright-python
+	$(APP)/bin/python -m pip install --disable-pip-version-check -q "gradio>=6" playwright
 	@touch $@
 
 app: $(APP)/.ready

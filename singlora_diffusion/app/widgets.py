@@ -34,7 +34,13 @@ def told(work: Callable[..., Any]) -> Callable[..., Any]:
 def command_line() -> gr.Textbox:
     """Where the command stands that does the same."""
     return gr.Textbox(
-        label="The same on the command line", interactive=False, lines=1, max_lines=6, buttons=["copy"], visible=False
+        label="The same on the command line",
+        interactive=False,
+        lines=1,
+        max_lines=6,
+        buttons=["copy"],
+        visible=False,
+        elem_classes="command",
     )
 
 
