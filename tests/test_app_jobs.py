@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -22,7 +22,7 @@ from singlora_diffusion.training import log_file, run_folder
 from singlora_diffusion.training.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
-PATIENCE = 120.0
+PATIENCE = 400.0
 """Seconds for what takes a few."""
 
 
@@ -34,10 +34,14 @@ def until(true: Callable[[], object]) -> None:
 
 
 @pytest.fixture
-def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A queue whose processes do not outlive the test, however it ends."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    return tmp_path / "queue"
+    yield tmp_path / "queue"
+    for path in (tmp_path / "queue").glob(f"*/{jobs.STATE}"):
+        if (left := jobs.process(files.read_json(path))) is not None:
+            left.kill()
 
 
 @pytest.fixture
