@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -50,9 +51,16 @@ def asleep(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "start_worker", lambda queue: None)
 
 
-def worker(queue: Path) -> subprocess.Popen[bytes]:
+@contextmanager
+def worker(queue: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A worker, which has ended at the end, also where a test fails: it would wait for its training."""
     words = [sys.executable, "-m", "singlora_diffusion.app.worker", str(queue)]
-    return subprocess.Popen(words, start_new_session=True)
+    process = subprocess.Popen(words, start_new_session=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 def training(recipe: Recipe, **values: object) -> list[str]:
