@@ -290,9 +290,11 @@ def hold(command: str, given: Mapping[str, Sequence[str]]) -> object:
     assert code in ("reached", 0, 2), (line, code, said)
     if code == 2:
         lines = [one for one in said.splitlines() if not one.startswith("note: ")]
-        assert len(lines) == 1 and lines[0].startswith(f"singlora {command}: "), (line, said)
+        assert 1 <= len(lines) <= len(given), (line, said)  # one, or one for each flag that is no flag or no choice
         assert "out of memory" not in said, line
-        assert len(lines[0]) > len(f"singlora {command}: ") + 5, (line, said)
+        for one in lines:
+            assert one.startswith(f"singlora {command}: "), (line, said)
+            assert len(one) > len(f"singlora {command}: ") + 5, (line, said)
     odd = {c for c in said + out.getvalue() if not c.isprintable()} - set("\n\r\t")
     assert not odd, (line, odd, said)
     return code

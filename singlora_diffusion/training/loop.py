@@ -86,8 +86,7 @@ def run(
         scoring: as `eval.previews.PreviewScorer`, which training does not know; `--validate scores` needs it.
 
     Raises:
-        UserError: something in the recipe or its files must be mended first, the training diverged, or a file cannot be
-            written. Nothing is left half-written, and checkpoints stay.
+        UserError: something must be mended first, the training diverged, or a file cannot be written. Checkpoints stay.
     """
     check(recipe)
     run_folder.check(recipe.output)
@@ -111,9 +110,7 @@ def run(
         yield from preparation.cut_prompts(recipe, family, found)
         streams = yield from preparation.encoded(recipe, family, resolution, found)
         held_out = yield from preparation.held_out(recipe, family, resolution, found)
-        if recipe.optimization.learning_rate == "auto":
-            search = rate_search.search(recipe, accelerator, family, streams, found.class_prompt, held_out)
-            recipe = yield from search
+        recipe = yield from rate_search.settled(recipe, accelerator, family, streams, found.class_prompt, held_out)
         adapter = adapters.attach(family.networks, config, recipe.optimization.seed)
         stack.callback(adapter.detach)
         yield _loaded(family, adapter, resolution, found.subject.class_noun)

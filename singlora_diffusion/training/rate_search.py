@@ -51,7 +51,7 @@ class Cost(NamedTuple):
 Trial = Generator[Event, None, Cost]
 
 
-def search(
+def settled(
     recipe: Recipe,
     accelerator: Accelerator,
     family: Family,
@@ -59,7 +59,7 @@ def search(
     class_prompt: str,
     others: Sequence[EncodedImage] | None,
 ) -> Generator[Event, None, Recipe]:
-    """The recipe with the rate that was found.
+    """The recipe with a number for its learning rate: with `auto`, that which was found.
 
     Args:
         others: held-out images of the subject.
@@ -67,6 +67,8 @@ def search(
     Raises:
         UserError: the numbers stayed finite at none of the rates.
     """
+    if recipe.optimization.learning_rate != "auto":
+        return recipe
     streams = with_class(recipe, family, streams, class_prompt)
     images = streams.instance.images if others is None else others
 
