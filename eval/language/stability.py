@@ -42,6 +42,18 @@ class Curve:
         return found
 
     @property
+    def label(self) -> str:
+        """What the method is called."""
+        return METHODS[self.method].label if self.method in METHODS else self.method
+
+    @property
+    def accuracy_there(self) -> str:
+        """At the best rate, in percent: the mean, and the standard deviation over seeds."""
+        best = self.accuracies[:, self.best]
+        spread = f" ± {100 * best.std(ddof=1):.1f}" if len(best) > 1 else ""
+        return f"{100 * best.mean():.1f}{spread}"
+
+    @property
     def best(self) -> int:
         return int(np.argmax(self.means))
 
@@ -117,15 +129,13 @@ def table(curves: Sequence[Curve]) -> list[list[str]]:
     heads = ["model", "method", "best rate", "accuracy there", "range", "sd between rates", "factor of 2", "window"]
     rows = [heads]
     for one in curves:
-        best = one.accuracies[:, one.best]
-        spread = f" ± {100 * best.std(ddof=1):.1f}" if len(best) > 1 else ""
         between = one.between
         rows.append(
             [
                 one.model,
-                METHODS[one.method].label if one.method in METHODS else one.method,
+                one.label,
                 f"{one.rates[one.best]:g}" + (" (edge)" if one.at_the_edge else ""),
-                f"{100 * best.mean():.1f}{spread}",
+                one.accuracy_there,
                 f"{100 * np.ptp(one.means):.1f}",
                 "" if between is None else f"{100 * between:.1f}",
                 f"{100 * one.factor_of_two:.1f}",
@@ -142,8 +152,7 @@ def plot(model: str, curves: Sequence[Curve]) -> str:
             colour = COLOURS.get(one.method, "#333333")
             low, high = one.accuracies.min(axis=0), one.accuracies.max(axis=0)
             axes.fill_between(one.rates, low, high, color=colour, alpha=0.12, linewidth=0)
-            label = METHODS[one.method].label if one.method in METHODS else one.method
-            axes.plot(one.rates, one.means, "o-", color=colour, markersize=3.5, linewidth=1.6, label=label)
+            axes.plot(one.rates, one.means, "o-", color=colour, markersize=3.5, linewidth=1.6, label=one.label)
         axes.set_xscale("log")
         axes.minorticks_off()
         rates = next(one.rates for one in curves if one.model == model)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from singlora_diffusion.adapters.methods import METHODS
-
 from . import runs as folders
 from . import stability
 from .settings import Cell
@@ -29,15 +27,12 @@ def accuracies(found: Results) -> list[list[str]]:
     """A row per model and method: at the rate with the highest mean, where there are several."""
     rows = [["model", "method", "rate", "accuracy", "adapter's parameters"]]
     for one in curves(found):
-        best = one.accuracies[:, one.best]
-        spread = f" ± {100 * best.std(ddof=1):.1f}" if len(best) > 1 else ""
         numbers = next(
             result["parameters"]["adapter"]
             for cell, result in found.items()
             if (folders.label(cell.model), cell.method) == (one.model, one.method)
         )
-        label = METHODS[one.method].label if one.method in METHODS else one.method
-        rows.append([one.model, label, f"{one.rates[one.best]:g}", f"{100 * best.mean():.1f}{spread}", f"{numbers:,}"])
+        rows.append([one.model, one.label, f"{one.rates[one.best]:g}", one.accuracy_there, f"{numbers:,}"])
     return rows
 
 

@@ -17,6 +17,7 @@ from ..sampling.generate import generate, load
 from ..sampling.manifest import check_line
 from ..sampling.settings import GenerateSettings, check
 from ..terminal import escaped
+from ..training import run_folder
 
 if TYPE_CHECKING:
     from ..models import Family
@@ -48,11 +49,6 @@ class Maker:
             sources.check_base(found, self.family, asked_for=model.pretrained_model_name_or_path is not None)
             records = generate(wanted, quiet=True, family=self.family)
         return [wanted.output.output_dir / record["file"] for record in records]
-
-    def forget(self) -> None:
-        """Give the memory back, as to a training."""
-        with self.alone:
-            self.family, self.key = None, ()
 
 
 def wanted(folder: Path, given: Mapping[str, Any]) -> GenerateSettings:
@@ -100,5 +96,5 @@ def _parts(value: Any) -> tuple[str, ...]:
 
 def _version(path: Path) -> str:
     """A run that was trained anew is another adapter."""
-    file = path / "adapter.safetensors" if path.is_dir() else path
+    file = path / run_folder.ADAPTER if path.is_dir() else path
     return str(file.stat().st_mtime_ns) if file.exists() else ""

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError
+from ..models.hub import PACKAGED
+from ..sampling.manifest import MANIFEST
 from ..terminal import escaped
 from ..training import run_folder
 from . import progress
 
 NAME = re.compile(r"[^\W_][\w .-]{0,60}")
 """What a run or a subject may be called."""
-MANIFEST, REPORT = "manifest.jsonl", "report.html"
+REPORT = "report.html"
 SUBJECTS, GALLERIES, ADAPTERS, QUEUE = "subjects", "images", "adapters", ".queue"
 
 
@@ -114,7 +116,7 @@ class Places:
     def models(self) -> list[str]:
         """Base models: those of the package, and the diffusers folders that are there."""
         folders = [one for other in (self.root, *self.others) for one in (other, *_folders(other))]
-        return ["toyworld", "toyworld-flow", *(str(one) for one in folders if (one / "model_index.json").exists())]
+        return [*PACKAGED, *(str(one) for one in folders if (one / "model_index.json").exists())]
 
     def runs(self) -> list[Path]:
         """Run folders, the youngest first."""

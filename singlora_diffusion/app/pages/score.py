@@ -12,7 +12,7 @@ from eval import report, score
 from ... import settings
 from ...errors import UserError
 from .. import saying
-from ..places import Places
+from ..places import REPORT, Places
 from ..widgets import chosen, command, command_line, listed, told
 
 
@@ -52,7 +52,7 @@ def build(places: Places, page: gr.Blocks, tab: gr.Tab) -> None:
         wanted = report.ReportSettings(
             runs=tuple(places.inside(folder, "Sets of images") for folder in folders),
             references=places.inside(against, "Real images") if against else None,
-            output=places.galleries / "report.html",
+            output=places.galleries / REPORT,
         )
         saying.printed(report.run, wanted)
         return _framed(wanted.output), command(settings.command_line("report", wanted))
