@@ -2,7 +2,7 @@
 
     python -m benchmarks.app --rounds 3
 
-The same training runs in turn by itself and in the page's row, watched by a browser. Both are taken in one run, so that
+The same training runs in turn by itself and in the page's queue, watched by a browser. Both are taken in one run, so that
 the ratio says something on a machine with other work, too. Needs what `make app-tests` needs.
 """
 
@@ -74,7 +74,7 @@ def main(chosen: Settings) -> None:
 
 
 def _step(here: Path, chosen: Settings, name: str, page: Any = None) -> float:
-    """Seconds of a step of a training in the row, the first few aside."""
+    """Seconds of a step of a training in the queue, the first few aside."""
     out = here / "runs" / name
     recipe = settings.build(
         Recipe,

@@ -1,4 +1,4 @@
-"""The row of trainings on disk: order, stopping, and what outlives whom. Real commands in processes of their own."""
+"""The queue of trainings on disk: order, stopping, and what outlives whom. Real commands in processes of their own."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class Job:
 
 
 def add(queue: Path, words: Sequence[str], run: Path) -> Job:
-    """Put a command at the end of the row, and see that the row is worked off.
+    """Put a command at the end of the queue, and see that the queue is worked off.
 
     Raises:
         UserError: a job that has not ended writes to that folder, or the queue cannot be written to.

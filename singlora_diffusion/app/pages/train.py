@@ -33,7 +33,7 @@ LABELS = {
     "stopped": "stopped",
     "failed": "failed",
     "lost": "broken off",
-    "withdrawn": "taken out of the row",
+    "withdrawn": "taken out of the queue",
 }
 
 
@@ -82,7 +82,7 @@ def build(places: Places, subject: SubjectFields, page: gr.Blocks) -> gr.Dropdow
                 stop = gr.Button("Stop, with a checkpoint", elem_id="stop", interactive=False)
                 go_on = gr.Button("Go on", elem_id="go-on", interactive=False)
             preview = gr.Image(label="Preview", interactive=False, visible=False, buttons=["fullscreen"])
-            row = gr.HTML(elem_id="row")
+            queue = gr.HTML(elem_id="queue")
     main = [name, base, method, rank, steps, rate]
     form = [*subject.all, *main, *advanced.values()]
 
@@ -127,7 +127,7 @@ def build(places: Places, subject: SubjectFields, page: gr.Blocks) -> gr.Dropdow
         """What has changed since the last look; nothing else is sent."""
         jobs.start_worker(places.queue)
         now = _look(places, shown)
-        keys = ("status", "stop", "go_on", "preview", "row")
+        keys = ("status", "stop", "go_on", "preview", "queue")
         changes = [gr.skip() if before.get(key) == now[key] else _update(key, now[key]) for key in keys]
         return [*changes, now if now != before else gr.skip()]
 
@@ -142,7 +142,7 @@ def build(places: Places, subject: SubjectFields, page: gr.Blocks) -> gr.Dropdow
     start.click(begin, form, [line, run])
     stop.click(end, run, None)
     go_on.click(continue_, run, line)
-    watched = [status, stop, go_on, preview, row, seen]
+    watched = [status, stop, go_on, preview, queue, seen]
     gr.Timer(LOOK).tick(look, [run, seen], watched, show_progress="hidden", queue=False)
     run.change(look, [run, seen], watched, show_progress="hidden")
     page.load(find, None, run, show_progress="hidden")
@@ -200,9 +200,9 @@ _LOGS: dict[Path, progress.Log] = {}
 
 def _look(places: Places, shown: str | None) -> dict[str, Any]:
     there = jobs.jobs(places.queue)
-    row = "".join(f"<li>{saying.safe(places.shown(one.run))}: {LABELS[one.state]}</li>" for one in there if one.open)
+    queue = "".join(f"<li>{saying.safe(places.shown(one.run))}: {LABELS[one.state]}</li>" for one in there if one.open)
     found: dict[str, Any] = {"status": "<p>Nothing has been trained yet.</p>", "stop": False, "go_on": False}
-    found |= {"preview": None, "row": f"<h2>The row</h2><ol>{row}</ol>" if row else ""}
+    found |= {"preview": None, "queue": f"<h2>Queue</h2><ol>{queue}</ol>" if queue else ""}
     if not shown:
         return found
     run = places.inside(shown, "Run")
