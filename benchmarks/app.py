@@ -2,8 +2,8 @@
 
     python -m benchmarks.app --rounds 3
 
-The same training runs in turn by itself and in the page's queue, watched by a browser. Both are taken in one run, so that
-the ratio says something on a machine with other work, too. Needs what `make app-tests` needs.
+The same training runs in turn by itself and in the page's queue, watched by a browser. Both are taken in one run, so
+that the ratio says something on a machine with other work, too. Needs what `make app-tests` needs.
 """
 
 from __future__ import annotations
