@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -18,6 +19,7 @@ import pytest
 
 from singlora_diffusion import files, settings
 from singlora_diffusion.app import jobs, progress
+from singlora_diffusion.app.worker import LOOK, suspend
 from singlora_diffusion.errors import UserError
 from singlora_diffusion.training import log_file, run_folder
 from singlora_diffusion.training.recipe import Recipe
@@ -105,6 +107,78 @@ def test_a_training_outlives_its_worker_is_stopped_and_goes_on(
     assert [row["step"] for row in done.rows] == [*range(1, done.total + 1)]
 
 
+def test_a_paused_training_stands_still_whoever_is_killed_and_goes_on(
+    queue: Path, recipe: Recipe, asleep: None
+) -> None:
+    """What is asked stands on disk, and whether it is so is asked of the process: no worker has to remember it."""
+    run = recipe.output.output_dir
+    job = jobs.add(queue, training(recipe, max_train_steps=100_000), run)
+
+    def state() -> str:
+        return jobs.job(job.folder).state
+
+    with worker(queue) as first:
+        until(lambda: progress.read(run).step >= 3)
+        jobs.pause(jobs.job(job.folder))
+        until(lambda: state() == "paused")
+        first.kill()
+    trainer = jobs.process(files.read_json(job.folder / jobs.STATE))
+    assert trainer is not None and all(map(jobs.suspended, [trainer, *trainer.children(recursive=True)]))
+    stood = progress.read(run)
+    with worker(queue):
+        time.sleep(4 * LOOK)
+        assert state() == "paused" and progress.read(run).step == stood.step
+    jobs.go_on(jobs.job(job.folder))
+    assert state() == "paused"  # until there is a worker
+    with worker(queue):
+        until(lambda: state() == "running" and progress.read(run).step > stood.step + 3)
+        jobs.pause(jobs.job(job.folder))
+        until(lambda: state() == "paused")
+        jobs.stop(jobs.job(job.folder))
+        assert state() == "stopping"
+        until(lambda: not jobs.job(job.folder).open)
+    stopped = progress.read(run)
+    assert stopped.checkpoints == (stopped.step,)
+    assert [row["step"] for row in stopped.rows] == [*range(1, stopped.step + 1)]
+
+
+def test_processes_of_a_job_are_suspended_together() -> None:
+    child = (
+        f"import subprocess, time; subprocess.Popen([{sys.executable!r}, '-c', 'while True: pass']); time.sleep(600)"
+    )
+    parent = psutil.Process(subprocess.Popen([sys.executable, "-c", child], start_new_session=True).pid)
+    both = [parent]
+    try:
+        until(parent.children)
+        both += parent.children()
+        for wanted in (True, True, False, False, True):
+            suspend(parent, wanted)
+            until(partial(lambda state: all(jobs.suspended(one) == state for one in both), wanted))
+    finally:
+        for one in both:
+            one.kill()
+        parent.wait()
+
+
+def test_a_worker_is_started_where_none_lives(queue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Path] = []
+    monkeypatch.setattr(jobs, "start_worker", started.append)
+    jobs.tend(queue)
+    assert not started
+    jobs.add(queue, ["check", str(tmp_path)], tmp_path / "a")
+    started.clear()
+    jobs.tend(queue)
+    assert started == [queue]
+    files.write_json(queue / jobs.WORKER, jobs.identity(psutil.Process()))
+    jobs.tend(queue)
+    assert started == [queue]
+    (queue / jobs.WORKER).unlink()
+    with worker(queue) as only:
+        only.wait(PATIENCE)
+    jobs.tend(queue)  # all have ended
+    assert started == [queue] and jobs.process(files.read_json(queue / jobs.WORKER)) is None
+
+
 def test_jobs_run_in_order_and_a_failed_one_says_why(queue: Path, tmp_path: Path, asleep: None) -> None:
     """The first fails as the command line does, and does not keep the second from running."""
     jobs.add(queue, ["toyworld", "subject", "--name", "nobody", "--output_dir", "a"], tmp_path / "a")
@@ -159,3 +233,6 @@ def test_the_log_is_read_on_and_read_anew_where_a_run_went_back(tmp_path: Path) 
     assert {row["loss"] for row in log.rows} == {2.0}
     (tmp_path / run_folder.RECIPE).write_text('{"max_train_steps": 40}')
     assert progress.read(tmp_path, log).left == pytest.approx(0.5 * 10)
+    with path.open("a") as file:  # after a pause of an hour
+        file.writelines(json.dumps({"step": n, "loss": 1.0, "seconds": 3600 + n / 2}) + "\n" for n in (31, 32))
+    assert progress.read(tmp_path, log).left == pytest.approx(0.5 * 8)

@@ -1,8 +1,9 @@
 """Trainings one after the other, kept on disk: whoever looks at the folder, at any time, sees the same.
 
 A job is a folder QUEUE/000001 with the command in `job.json`. The worker (`worker.py`), a process of its own that
-outlives whoever started it, takes them in order and is the only one to write `state.json` and `output.txt`. An empty
-file `stop` asks it to stop a job, or to leave it out.
+outlives whoever started it, takes them in order and is the only one to write `state.json` and `output.txt`, and to
+signal a job. An empty file `stop` asks it to stop a job, or to leave it out; a file `pause` asks it to keep a job's
+processes suspended for as long as the file is there.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ import psutil
 from .. import files
 from ..errors import UserError
 
-JOB, STATE, OUTPUT, STOP = "job.json", "state.json", "output.txt", "stop"
+JOB, STATE, OUTPUT, STOP, PAUSE = "job.json", "state.json", "output.txt", "stop", "pause"
+WORKER = "worker.json"
+"""In the queue: the process that works it off."""
 SHOWN = 4000
 """Bytes of a job's output that are read from its end."""
-State = Literal["waiting", "running", "stopping", "done", "stopped", "failed", "lost", "withdrawn"]
-"""lost: its process ended, and nobody was there to see how."""
-OPEN: tuple[State, ...] = ("waiting", "running", "stopping")
+State = Literal["waiting", "running", "paused", "stopping", "done", "stopped", "failed", "lost", "withdrawn"]
+"""paused: its process is suspended. lost: its process ended, and nobody was there to see how."""
+OPEN: tuple[State, ...] = ("waiting", "running", "paused", "stopping")
 STOPPED = (-2, -15, 130, 143)
 """What a command exits with after Ctrl-C or SIGTERM, caught or not."""
 
@@ -92,7 +95,8 @@ def state(folder: Path) -> State:
         return "withdrawn" if asked else "waiting"
     said = files.read_json(folder / STATE)
     if "exit" not in said:
-        return "lost" if process(said) is None else "stopping" if asked else "running"
+        found = process(said)
+        return "lost" if found is None else "stopping" if asked else "paused" if suspended(found) else "running"
     if said["exit"] is None:
         return "lost"
     return "done" if said["exit"] == 0 else "stopped" if said["exit"] in STOPPED else "failed"
@@ -102,28 +106,69 @@ def stop(job: Job) -> None:
     """Ask for a job to be stopped after its step, with a checkpoint; one that waits is left out."""
     if job.open:
         (job.folder / STOP).touch()
+        tend(job.folder.parent)
+
+
+def pause(job: Job) -> None:
+    """Ask for a running job to be suspended where it is. It keeps its memory."""
+    if job.state == "running":
+        (job.folder / PAUSE).touch()
+        tend(job.folder.parent)
+
+
+def go_on(job: Job) -> None:
+    """Ask for a paused job to go on."""
+    (job.folder / PAUSE).unlink(missing_ok=True)
+    tend(job.folder.parent)
+
+
+def unended(queue: Path) -> Path | None:
+    """The oldest job that nobody has seen the end of."""
+    for one in jobs(queue):
+        path = one.folder / STATE
+        if one.state != "withdrawn" and not (path.exists() and "exit" in files.read_json(path)):
+            return one.folder
+    return None
+
+
+def tend(queue: Path) -> None:
+    """Start a worker where there is something to do and the last one has ended, however it did."""
+    named = queue / WORKER
+    if unended(queue) is not None and not (named.exists() and process(files.read_json(named)) is not None):
+        start_worker(queue)
 
 
 def start_worker(queue: Path) -> None:
     """Start a process that works off the queue; where one does already, it ends at once."""
-    if any(one.state in ("waiting", "lost") for one in jobs(queue)):
-        subprocess.Popen(
-            [sys.executable, "-m", "singlora_diffusion.app.worker", str(queue.absolute())],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,  # neither Ctrl-C nor the terminal's end reach it
-        )
+    subprocess.Popen(
+        [sys.executable, "-m", "singlora_diffusion.app.worker", str(queue.absolute())],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # neither Ctrl-C nor the terminal's end reach it
+    )
+
+
+def identity(process: psutil.Process) -> dict[str, Any]:
+    """What tells a process from others, also from later ones with its number."""
+    return {"pid": process.pid, "created": process.create_time()}
 
 
 def process(said: dict[str, Any]) -> psutil.Process | None:
-    """The live process that a `state.json` names; None where it has ended, or another has its number by now."""
+    """The live process that an `identity` is of; None where it has ended, or another has its number by now."""
     try:
         found = psutil.Process(said["pid"])
         alive = found.create_time() == said["created"] and found.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return None
     return found if alive else None
+
+
+def suspended(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() == psutil.STATUS_STOPPED)
+    except psutil.Error:  # it has just ended
+        return False
 
 
 def _claimed(queue: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +106,11 @@ def read(run: Path, log: Log | None = None) -> Progress:
 def _left(rows: list[dict[str, Any]], total: int) -> float | None:
     if len(rows) < 2:
         return None
-    first, last = rows[-min(len(rows), RECENT)], rows[-1]
-    pace = (last["seconds"] - first["seconds"]) / (last["step"] - first["step"])
-    return max(0.0, pace * (total - last["step"]))
+    seconds = [row["seconds"] for row in rows[-RECENT:]]
+    took = sorted(after - before for before, after in pairwise(seconds))
+    while len(took) > 2 and took[-1] > sum(took[:-1]):  # longer than all others together: a pause
+        took.pop()
+    return max(0.0, sum(took) / len(took) * (total - rows[-1]["step"]))
 
 
 def runs(folder: Path) -> list[Path]:

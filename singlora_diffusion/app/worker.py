@@ -5,6 +5,7 @@ Each job is a session of its own as well, so that it survives this process; the 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from ..errors import UserError
 from . import jobs
 
 LOOK = 0.25
-"""Seconds between two looks for a wish to stop."""
+"""Seconds between two looks for what is asked of a job."""
 
 
 def work(queue: Path) -> None:
@@ -26,22 +27,14 @@ def work(queue: Path) -> None:
 
     A job that is added while the lock is released is seen by the look that follows.
     """
-    while _next(queue) is not None:
+    while jobs.unended(queue) is not None:
         try:
             with files.locked(queue, "the queue's worker"):
-                while (folder := _next(queue)) is not None:
+                files.write_json(queue / jobs.WORKER, jobs.identity(psutil.Process()))
+                while (folder := jobs.unended(queue)) is not None:
                     _run(folder)
         except UserError:
             return
-
-
-def _next(queue: Path) -> Path | None:
-    """The oldest job that nobody has seen the end of."""
-    for one in jobs.jobs(queue):
-        path = one.folder / jobs.STATE
-        if one.state != "withdrawn" and not (path.exists() and "exit" in files.read_json(path)):
-            return one.folder
-    return None
 
 
 def _run(folder: Path) -> None:
@@ -50,17 +43,37 @@ def _run(folder: Path) -> None:
     if not path.exists():
         _start(folder)
     said = files.read_json(path)
-    running, asked = jobs.process(said), False
-    code = None
+    running, code = jobs.process(said), None
     while running is not None:
         try:
             code = running.wait(LOOK)
             break
         except psutil.TimeoutExpired:
-            if not asked and (folder / jobs.STOP).exists():
+            stop = (folder / jobs.STOP).exists()
+            suspend(running, not stop and (folder / jobs.PAUSE).exists())
+            if stop and "asked" not in said:
                 running.send_signal(signal.SIGINT)
-                asked = True
+                said["asked"] = True  # a second signal, of a later worker, would end it without a checkpoint
+                files.write_json(path, said)
     files.write_json(path, {**said, "exit": None if code is None else int(code)})
+
+
+def suspend(process: psutil.Process, wanted: bool) -> None:
+    """Suspend a process and those that it has started, or let them go on, unless it is so already.
+
+    It comes first when they are suspended, as it could start others, and last when they go on: where this is broken
+    off, its own state says that it is to be done again.
+    """
+    if wanted == jobs.suspended(process):
+        return
+    with contextlib.suppress(psutil.NoSuchProcess):
+        if wanted:
+            process.suspend()
+        for child in process.children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.suspend() if wanted else child.resume()
+        if not wanted:
+            process.resume()
 
 
 def _start(folder: Path) -> None:
@@ -74,8 +87,7 @@ def _start(folder: Path) -> None:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    created = psutil.Process(started.pid).create_time()
-    files.write_json(folder / jobs.STATE, {"pid": started.pid, "created": created})
+    files.write_json(folder / jobs.STATE, jobs.identity(psutil.Process(started.pid)))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ LOOK = 2.0
 LABELS = {
     "waiting": "waits for its turn",
     "running": "training",
+    "paused": "paused",
     "stopping": "stops after this step",
     "done": "done",
     "stopped": "stopped",
@@ -79,6 +80,7 @@ def build(places: Places, subject: SubjectFields, page: gr.Blocks) -> gr.Dropdow
             run = gr.Dropdown(listed(places, places.runs()), value=None, label="Run", elem_id="run")
             status = gr.HTML("<p>Nothing has been trained yet.</p>", elem_id="status")
             with gr.Row():
+                pause = gr.Button("Pause", elem_id="pause", interactive=False)
                 stop = gr.Button("Stop, with a checkpoint", elem_id="stop", interactive=False)
                 go_on = gr.Button("Go on", elem_id="go-on", interactive=False)
             preview = gr.Image(label="Preview", interactive=False, visible=False, buttons=["fullscreen"])
@@ -108,14 +110,24 @@ def build(places: Places, subject: SubjectFields, page: gr.Blocks) -> gr.Dropdow
         return command(words), gr.update(choices=_runs(places), value=str(job.run))
 
     @told
+    def hold(shown: str | None) -> None:
+        if (job := jobs.latest(places.queue, places.inside(shown, "Run"))) is not None:
+            jobs.pause(job)
+
+    @told
     def end(shown: str | None) -> None:
-        job = jobs.latest(places.queue, places.inside(shown, "Run"))
-        if job is not None:
+        if (job := jobs.latest(places.queue, places.inside(shown, "Run"))) is not None:
             jobs.stop(job)
 
     @told
     def continue_(shown: str | None) -> Any:
-        wanted = asking.continuation(places, places.inside(shown, "Run"))
+        """A paused training goes on; of one that was stopped, another job is the rest."""
+        run = places.inside(shown, "Run")
+        job = jobs.latest(places.queue, run)
+        if job is not None and job.open:
+            jobs.go_on(job)
+            return gr.skip()
+        wanted = asking.continuation(places, run)
         words = settings.command_line("train", wanted)
         jobs.add(places.queue, shlex.split(words)[1:], wanted.output.output_dir)
         return command(words)
@@ -125,24 +137,26 @@ def build(places: Places, subject: SubjectFields, page: gr.Blocks) -> gr.Dropdow
     @told
     def look(shown: str | None, before: dict[str, Any]) -> Any:
         """What has changed since the last look; nothing else is sent."""
-        jobs.start_worker(places.queue)
+        jobs.tend(places.queue)
         now = _look(places, shown)
-        keys = ("status", "stop", "go_on", "preview", "queue")
+        keys = ("status", "pause", "stop", "go_on", "preview", "queue")
         changes = [gr.skip() if before.get(key) == now[key] else _update(key, now[key]) for key in keys]
         return [*changes, now if now != before else gr.skip()]
 
     def find() -> Any:
         """The run that goes on, or else the last one: what a reload shows."""
         there = jobs.jobs(places.queue)
-        going = next((one for one in there if one.state in ("running", "stopping")), there[-1] if there else None)
+        begun = (one for one in there if one.open and one.state != "waiting")
+        going = next(begun, there[-1] if there else None)
         return gr.update(choices=_runs(places), value=str(going.run) if going else None)
 
     gr.on([base.change, method.change, rank.change], show_sizes, [base, method, rank], sizes, show_progress="hidden")
     plan.click(show_plan, form, [planned, line])
     start.click(begin, form, [line, run])
+    pause.click(hold, run, None)
     stop.click(end, run, None)
     go_on.click(continue_, run, line)
-    watched = [status, stop, go_on, preview, queue, seen]
+    watched = [status, pause, stop, go_on, preview, queue, seen]
     gr.Timer(LOOK).tick(look, [run, seen], watched, show_progress="hidden", queue=False)
     run.change(look, [run, seen], watched, show_progress="hidden")
     page.load(find, None, run, show_progress="hidden")
@@ -201,7 +215,12 @@ _LOGS: dict[Path, progress.Log] = {}
 def _look(places: Places, shown: str | None) -> dict[str, Any]:
     there = jobs.jobs(places.queue)
     queue = "".join(f"<li>{saying.safe(places.shown(one.run))}: {LABELS[one.state]}</li>" for one in there if one.open)
-    found: dict[str, Any] = {"status": "<p>Nothing has been trained yet.</p>", "stop": False, "go_on": False}
+    found: dict[str, Any] = {
+        "status": "<p>Nothing has been trained yet.</p>",
+        "pause": False,
+        "stop": False,
+        "go_on": False,
+    }
     found |= {"preview": None, "queue": f"<h2>Queue</h2><ol>{queue}</ol>" if queue else ""}
     if not shown:
         return found
@@ -211,8 +230,10 @@ def _look(places: Places, shown: str | None) -> dict[str, Any]:
     now = progress.read(run, log)
     finished = now.adapter is not None and now.step >= now.total
     found["status"] = _status(places, run, job, now, finished)
-    found["stop"] = job is not None and job.state in ("waiting", "running")
-    found["go_on"] = bool(now.recipe) and not (job is not None and job.open) and not finished
+    state = job.state if job is not None else None
+    found["pause"] = state == "running"
+    found["stop"] = state in ("waiting", "running", "paused")
+    found["go_on"] = state == "paused" or (bool(now.recipe) and state not in jobs.OPEN and not finished)
     found["preview"] = str(now.previews[-1]) if now.previews else None
     return found
 
