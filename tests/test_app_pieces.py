@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import os
 import shlex
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from singlora_diffusion import settings
@@ -149,7 +153,7 @@ def test_what_is_dropped_is_kept_and_nothing_is_replaced(tmp_path: Path) -> None
     assert sorted(path.name for path in folder.iterdir()) == ["dog-2.png", "dog.png", "dog.txt", "hidden.png"]
     assert (folder / "dog.png").read_bytes() == first.read_bytes()
     assert (folder / "dog-2.png").read_bytes() == other.read_bytes()
-    assert [one.partition(":")[0] for one in refused] == ["note.txt", "page.png"]
+    assert [one.partition(":")[0] for one in refused] == ["page.png", "note.txt"]
     assert subjects.take(folder, [first, other]) == [] and len(list(folder.iterdir())) == 4  # the same once more
 
 
@@ -170,6 +174,64 @@ def test_a_subject_is_shown_as_it_is_trained_on(tmp_path: Path) -> None:
     assert captions.read(tmp_path, ["2.png"]).texts == {}
     with pytest.raises(UserError, match="a caption has up to"):
         subjects.write_caption(tmp_path / "2.png", "x" * 3000)
+
+
+def mask(path: Path, size: tuple[int, int], white: tuple[int, int, int, int]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    painted = Image.new("L", size)
+    painted.paste(255, white)
+    painted.save(path)
+    return path
+
+
+def test_a_mask_is_shown_in_the_crop_of_its_image(tmp_path: Path) -> None:
+    """What it leaves out of the loss is dark in the thumbnail; one that cannot be used is a finding, as in `check`."""
+    for name in ("1", "2", "3"):
+        Image.new("RGB", (300, 150), (200, 160, 120)).save(tmp_path / f"{name}.png")
+    mask(tmp_path / "1.mask.png", (300, 150), (0, 0, 150, 150))  # the left half: also of the square in the middle
+    mask(tmp_path / "2-masklabel.png", (30, 15), (0, 0, 15, 15))
+    found = subjects.look(tmp_path)
+    assert [(one.name, one.masked) for one in found.images] == [("1.png", True), ("2.png", False), ("3.png", False)]
+    assert [(one.name, one.kind) for one in found.findings if one.kind == "mask"] == [("2-masklabel.png", "mask")]
+    masked, plain, _ = (pixels(one.thumbnail) for one in found.images)
+    half = subjects.SIDE // 2
+    np.testing.assert_allclose(masked[:, : half - 8], plain[:, : half - 8], atol=8)  # webp loses a little
+    assert masked[:, half + 8 :].mean() < 0.5 * plain[:, half + 8 :].mean()
+    mask(tmp_path / "1.mask.png", (300, 150), (0, 0, 300, 150))
+    os.utime(tmp_path / "1.mask.png", ns=(1, 1))
+    np.testing.assert_allclose(pixels(subjects.look(tmp_path).images[0].thumbnail), plain, atol=8)  # seen anew
+
+
+def pixels(uri: str) -> NDArray[np.float32]:
+    image = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
+    return np.asarray(image.convert("RGB"), dtype=np.float32)
+
+
+def test_masks_are_dropped_with_their_images(tmp_path: Path) -> None:
+    drop, folder = tmp_path / "drop", tmp_path / "subject"
+    noise(folder / "dog.png", seed=1)
+    own = mask(drop / "a" / "dog.mask.png", (80, 60), (0, 0, 40, 60))
+    small = mask(drop / "b" / "cat.mask.png", (8, 6), (0, 0, 8, 6))
+    alone = mask(drop / "nobody-masklabel.png", (80, 60), (0, 0, 40, 60))
+    hidden = mask(drop / ".black.mask.png", (80, 60), (0, 0, 0, 0))
+    (drop / "dog.txt").write_text("the dropped dog")
+    dogs = [own, drop / "dog.txt", noise(drop / "c" / "dog.png")]
+    cats = [hidden, small, noise(drop / "cat.jpg"), alone, noise(drop / "black.png")]
+    refused = subjects.take(folder, [*dogs, *cats])
+    # the dropped dog is another one than the dog that is there: its mask and its caption go with it
+    assert {path.name for path in folder.iterdir()} == {
+        "dog.png", "dog-2.png", "dog-2.mask.png", "dog-2.txt", "cat.jpg", "black.png"
+    }  # fmt: skip
+    assert (folder / "dog-2.mask.png").read_bytes() == own.read_bytes()
+    assert refused == [
+        "black.mask.png: is black all over; paint white what is to be learned",
+        "cat.mask.png: is 8x6 pixels, its image 80x60; save the mask at that size",
+        "nobody-masklabel.png: is a mask without an image; name it after its image",
+    ]
+    assert subjects.take(folder, [own]) == []  # later, for an image that is there
+    assert (folder / "dog.mask.png").read_bytes() == own.read_bytes()
+    other = mask(drop / "d" / "dog-masklabel.png", (80, 60), (0, 0, 80, 60))
+    assert subjects.take(folder, [other]) == ["dog-masklabel.png: dog.png has another mask; remove that one first"]
 
 
 def test_an_image_says_how_it_was_made(tmp_path: Path) -> None:

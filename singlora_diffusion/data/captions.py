@@ -131,10 +131,15 @@ def _orders(caption: str, keep: int, rng: np.random.Generator) -> list[str]:
 
 
 def _line(path: Path) -> str:
-    return " ".join(_text(path).split())
+    return " ".join(read_text(path).split())
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A text file.
+
+    Raises:
+        UserError: it cannot be read, or is not UTF-8.
+    """
     shown = escaped(path, 1000)
     try:
         return path.read_text(encoding="utf-8-sig")
@@ -148,7 +153,7 @@ def _table(path: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     shown, rows = escaped(path, 1000), {}
-    for number, line in enumerate(_text(path).splitlines(), start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         if not line.strip():
             continue
         try:

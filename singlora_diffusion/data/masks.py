@@ -33,6 +33,12 @@ def is_mask(name: str) -> bool:
     return IMAGE_SUFFIX.fullmatch(path.suffix) is not None and path.stem.lower().endswith(ENDINGS)
 
 
+def owner(mask: Path) -> str:
+    """The name of a mask's image, without its suffix."""
+    ending = next(ending for ending in ENDINGS if mask.stem.lower().endswith(ending))
+    return mask.stem[: -len(ending)]
+
+
 def beside(images: Iterable[Path]) -> Masks:
     """The masks in the folders of these images."""
     named: dict[tuple[Path, str], list[Path]] = {}  # folder and name without suffix -> images
@@ -41,7 +47,7 @@ def beside(images: Iterable[Path]) -> Masks:
     found, orphans = dict[Path, Path](), list[Path]()
     for folder in dict.fromkeys(folder for folder, _ in named):
         for mask in sorted(entry for entry in folder.iterdir() if is_mask(entry.name)):
-            owners = named.get((folder, _owner(mask)), [])
+            owners = named.get((folder, owner(mask)), [])
             found |= dict.fromkeys(owners, mask)
             orphans += [] if owners else [mask]
     return Masks(found, tuple(orphans))
@@ -63,8 +69,3 @@ def open_mask(path: Path, size: tuple[int, int]) -> Image.Image:
     if mask.getextrema() == (0, 0):
         raise UserError(f"{escaped(path, 1000)}: is black all over; paint white what is to be learned")
     return mask
-
-
-def _owner(mask: Path) -> str:
-    ending = next(ending for ending in ENDINGS if mask.stem.lower().endswith(ending))
-    return mask.stem[: -len(ending)]

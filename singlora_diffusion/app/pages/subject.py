@@ -116,9 +116,11 @@ def _grid(shown: gr.State) -> None:
 def _card(one: subjects.Shown) -> str:
     name = saying.safe(one.name)
     said = "".join(f"<li>{_said(finding)}</li>" for finding in one.findings)
+    seen, title = (", with what its mask leaves out hatched", f"{name}, mask") if one.masked else ("", name)
     return (
-        f'<figure class="{"odd" if said else "fine"}"><img src="{one.thumbnail}" alt="{name}, as it is trained on">'
-        f"<figcaption>{name}</figcaption></figure>" + (f"<ul>{said}</ul>" if said else "")
+        f'<figure class="{"odd" if said else "fine"}">'
+        f'<img src="{one.thumbnail}" alt="{name}, as it is trained on{seen}">'
+        f"<figcaption>{title}</figcaption></figure>" + (f"<ul>{said}</ul>" if said else "")
     )
 
 
@@ -128,6 +130,9 @@ def _summary(found: subjects.Subject) -> str:
     lines = "".join(
         f"<li>{f'<b>{saying.safe(one.name)}</b> ' if one.name else ''}{_said(one)}</li>" for one in found.findings
     )
+    if masked := sum(one.masked for one in found.images):
+        have = "has a mask" if masked == 1 else "have masks"
+        lines += f"<li>{masked} {have}: masked_loss, under Train, Advanced, leaves out what is hatched</li>"
     marked = f"{odd} marked below" if odd else "nothing odd about them"
     title = f"<h2>{many}, cropped as the trainer does; {marked}</h2>" if found.images else "<h2>No images</h2>"
     return title + (f"<ul>{lines}</ul>" if lines else "")
