@@ -72,7 +72,7 @@ extras: $(EXTRAS)/.ready
 app-tests: export HF_HUB_OFFLINE := 1
 app-tests: export CUDA_VISIBLE_DEVICES :=
 app-tests: $(APP)/.ready
-	$(APP)/bin/python -m pytest -q tests/test_app.py $(PYTEST_FLAGS)
+	$(APP)/bin/python -m pytest -q tests/test_app.py tests/test_app_handlers.py $(PYTEST_FLAGS)
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import os
+import re
 import shlex
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -16,7 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from singlora_diffusion import settings
-from singlora_diffusion.app import asking, drawing, fields, making, saying, subjects
+from singlora_diffusion.adapters import budget
+from singlora_diffusion.app import asking, drawing, fields, making, presets, saying, subjects
 from singlora_diffusion.app.places import Places
 from singlora_diffusion.data import captions, png
 from singlora_diffusion.errors import UserError
@@ -25,6 +27,7 @@ from singlora_diffusion.sampling.settings import GenerateSettings
 from singlora_diffusion.training import command_line, run_folder
 from singlora_diffusion.training.recipe import Recipe
 
+FORM = {one.name: one.default for one in fields.of(Recipe)}
 ADVANCED = [one.name for one in fields.of(Recipe) if one.name not in asking.OWN]
 DEFAULTS = [one.default for one in fields.of(Recipe) if one.name not in asking.OWN]
 
@@ -119,6 +122,59 @@ def test_paths_among_the_advanced_settings_stay_inside(places: Places) -> None:
     given = [str(folder), "sks", "dog", "", "toyworld", "singlora", 8, 120, "", *held.values()]
     with pytest.raises(UserError, match="--held_out_data_dir /etc: lies outside"):
         asking.training(places, list(held), given)
+
+
+@pytest.mark.parametrize(
+    ("fixture", "family"),
+    [
+        ("tiny_model", "stable_diffusion"),
+        ("tiny_sdxl", "stable_diffusion_xl"),
+        ("tiny_sd3", "stable_diffusion_3"),
+        ("tiny_flux", "flux"),
+        ("tiny_flux2", "flux_2"),
+        (None, "toyworld"),
+        (None, "toyworld-flow"),
+    ],
+)
+def test_every_preset_is_a_recipe_for_its_base_model(
+    fixture: str | None, family: str, request: pytest.FixtureRequest, places: Places
+) -> None:
+    """What it fills in is read back as its values, its layers are there, and it says where it comes from."""
+    base = family if fixture is None else str(request.getfixturevalue(fixture))
+    offered = presets.offered(base)
+    assert offered == tuple(preset for preset in presets.PRESETS if preset.of == family) != ()
+    folder = noise(places.subjects / "rex" / "1.png").parent
+    for preset in offered:
+        assert "easured here" in preset.source and presets.chosen(base, preset.key) is preset
+        held = dict(zip(ADVANCED, DEFAULTS, strict=True)) | presets.held(preset)
+        main = [held.pop(name) for name in ("method", "rank", "max_train_steps", "learning_rate")]
+        main[1:3] = map(int, main[1:3])
+        recipe = asking.training(
+            Places(places.root, (Path(base).parent,)),
+            list(held),
+            [str(folder), "sks", "dog", "", base, *main, *held.values()],
+        )
+        flat = settings.as_json(recipe)
+        assert {name: flat[name] for name in preset.values} == preset.values
+        changed = {"instance_data_dir", "instance_prompt", "output_dir", "pretrained_model_name_or_path"}
+        assert set(settings.changed(recipe)) <= {*changed, *preset.values}
+        assert budget.shapes(base, recipe.adapter.targets)
+    assert presets.held(None) == {name: held for name, held in FORM.items() if name in presets.TOUCHED}
+    assert presets.chosen(base, "") is None
+
+
+@pytest.mark.parametrize(
+    "preset", [one for one in presets.PRESETS if "docs/families/" in one.source], ids=lambda one: one.of
+)
+def test_a_preset_is_the_example_that_it_names(preset: presets.Preset) -> None:
+    page = re.search(r"docs/families/\S+\.md", preset.source)
+    assert page is not None
+    text = (Path(__file__).parent.parent / page[0]).read_text().replace("\\\n", " ")
+    words = shlex.split(text.split("    singlora train ")[1].split("\n")[0])
+    recipe = command_line.parse(command_line.Training, words, "", "").recipe
+    own = {"instance_data_dir", "instance_prompt", "output_dir", "pretrained_model_name_or_path"}
+    given = {name: value for name, value in settings.changed(recipe).items() if name not in own}
+    assert given | {"method": "singlora"} == preset.values
 
 
 def test_a_link_out_of_the_folders_is_outside(places: Places, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .families import FAMILIES, load, meta_networks
+    from .families import FAMILIES, family_of, load, meta_networks
     from .family import Conditioning, Family
     from .network import NetworkSpec
     from .stock import sample
@@ -17,13 +17,14 @@ _HOMES = {
     "Conditioning": "family",
     "Family": "family",
     "NetworkSpec": "network",
+    "family_of": "families",
     "find": "stored",
     "load": "families",
     "meta_networks": "families",
     "sample": "stock",
 }
 
-__all__ = ["FAMILIES", "Conditioning", "Family", "NetworkSpec", "find", "load", "meta_networks", "sample"]
+__all__ = ["FAMILIES", "Conditioning", "Family", "NetworkSpec", "family_of", "find", "load", "meta_networks", "sample"]
 
 
 def __getattr__(name: str) -> Any:

@@ -78,9 +78,23 @@ def meta_networks(name_or_path: str | Path) -> dict[str, NetworkSpec]:
     }
 
 
+def family_of(name_or_path: str) -> str:
+    """The family of a base model, one of the values of `FAMILIES`, from its config files alone.
+
+    Raises:
+        UserError: as `load`.
+    """
+    path = described(name_or_path)
+    return _family(path, parts.index(path))
+
+
 def _home(path: Path, index: Mapping[str, Any]) -> Any:
     """The file of the family that a folder is of."""
+    return import_module(f".{_family(path, index)}", __package__)
+
+
+def _family(path: Path, index: Mapping[str, Any]) -> str:
     pipeline = str(index["_class_name"])
     if pipeline not in FAMILIES:
         raise UserError(f"{escaped(path, 1000)} is a {escaped(pipeline)}; supported: {', '.join(FAMILIES)}")
-    return import_module(f".{FAMILIES[pipeline]}", __package__)
+    return FAMILIES[pipeline]

@@ -18,13 +18,14 @@ from ...adapters.methods import METHODS
 from ...errors import UserError
 from ...training import run_folder
 from ...training.recipe import Recipe
-from .. import asking, drawing, fields, jobs, progress, saying
+from .. import asking, drawing, fields, jobs, presets, progress, saying
 from ..places import Places
 from ..widgets import command, command_line, grouped, listed, told
 from .subject import SubjectFields
 
 LOOK = 2.0
 """Seconds between two looks at what runs."""
+NO_PRESET = ("none", "")
 LABELS = {
     "waiting": "waits for its turn",
     "running": "training",
@@ -52,6 +53,14 @@ def build(places: Places, subject: SubjectFields, page: gr.Blocks) -> gr.Dropdow
                 allow_custom_value=True,
                 info="A folder, or an id of the Hugging Face hub. toyworld comes with the package.",
             )
+            preset = gr.Dropdown(
+                _presets("toyworld"),
+                value="",
+                elem_id="preset",
+                label="Preset",
+                info="Fills in the settings that somebody has published or measured for this base model.",
+            )
+            source = gr.HTML(elem_id="source")
             method = gr.Radio(
                 [(row.label, key) for key, row in METHODS.items()],
                 value="singlora",
@@ -85,6 +94,8 @@ def build(places: Places, subject: SubjectFields, page: gr.Blocks) -> gr.Dropdow
                 go_on = gr.Button("Go on", elem_id="go-on", interactive=False)
             preview = gr.Image(label="Preview", interactive=False, visible=False, buttons=["fullscreen"])
             queue = gr.HTML(elem_id="queue")
+    named = {"method": method, "rank": rank, "max_train_steps": steps, "learning_rate": rate, **advanced}
+    filled = [named[one] for one in presets.TOUCHED]
     main = [name, base, method, rank, steps, rate]
     form = [*subject.all, *main, *advanced.values()]
 
@@ -94,6 +105,22 @@ def build(places: Places, subject: SubjectFields, page: gr.Blocks) -> gr.Dropdow
     @told
     def show_sizes(model: str, chosen: str, size: float) -> str:
         return _sizes(places.base(model), chosen, int(size))
+
+    @told
+    def offer(model: str, key: str) -> Any:
+        """The presets of another base model. What is filled in by one that is not for it is taken back."""
+        try:
+            choices = _presets(places.base(model))
+        except UserError:  # which is said for the sizes
+            choices = [NO_PRESET]
+        if key in dict(choices).values():
+            return [gr.update(choices=choices), gr.skip(), *[gr.skip()] * len(filled)]
+        return [gr.update(choices=choices, value=""), "", *_filled(None)]
+
+    @told
+    def fill(model: str, key: str) -> Any:
+        chosen = presets.chosen(places.base(model), key)
+        return [f"<p>{saying.safe(chosen.source, 1000)}</p>" if chosen else "", *_filled(chosen)]
 
     @told
     def show_plan(*given: Any) -> Any:
@@ -150,6 +177,8 @@ def build(places: Places, subject: SubjectFields, page: gr.Blocks) -> gr.Dropdow
         going = next(begun, there[-1] if there else None)
         return gr.update(choices=_runs(places), value=str(going.run) if going else None)
 
+    base.change(offer, [base, preset], [preset, source, *filled], show_progress="hidden")
+    preset.input(fill, [base, preset], [source, *filled], show_progress="hidden")
     gr.on([base.change, method.change, rank.change], show_sizes, [base, method, rank], sizes, show_progress="hidden")
     plan.click(show_plan, form, [planned, line])
     start.click(begin, form, [line, run])
@@ -162,6 +191,21 @@ def build(places: Places, subject: SubjectFields, page: gr.Blocks) -> gr.Dropdow
     page.load(find, None, run, show_progress="hidden")
     page.load(show_sizes, [base, method, rank], sizes, show_progress="hidden")
     return run
+
+
+def _presets(base: str) -> list[tuple[str, str]]:
+    """Choices for a base model.
+
+    Raises:
+        UserError: it cannot be found out what it is.
+    """
+    return [NO_PRESET, *((one.name, one.key) for one in presets.offered(base))]
+
+
+def _filled(chosen: presets.Preset | None) -> list[Any]:
+    """What the fields show, in the order of `presets.TOUCHED`."""
+    kept = presets.held(chosen)
+    return [int(value) if name in ("rank", "max_train_steps") else value for name, value in kept.items()]
 
 
 @lru_cache(maxsize=8)

@@ -1,0 +1,58 @@
+"""What the pages do with what stands in their fields: Gradio's handlers, without a browser. Needs the extra [app]."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from singlora_diffusion.app import presets
+from singlora_diffusion.app.places import Places
+
+pytest.importorskip("gradio", reason="needs Gradio, the extra [app]: make app-tests has it")
+
+if TYPE_CHECKING:
+    import gradio as gr
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> gr.Blocks:
+    from singlora_diffusion.app import server
+
+    (tmp_path / "runs").mkdir()
+    return server.build(Places(tmp_path / "runs"))
+
+
+def handler(page: gr.Blocks, name: str) -> Callable[..., dict[str, Any]]:
+    """A handler by its function's name; it answers by the labels of the fields that it fills."""
+    (found,) = (one for one in page.fns.values() if one.name == name)
+    labels = [one.label or one.elem_id for one in found.outputs]
+    return lambda *given: dict(zip(labels, found.fn(*given), strict=True))
+
+
+def test_a_preset_fills_the_fields_and_says_where_it_comes_from(page: gr.Blocks) -> None:
+    (preset,) = presets.offered("toyworld")
+    filled = handler(page, "fill")("toyworld", preset.key)
+    assert filled["source"] == f"<p>{preset.source}</p>"
+    assert (filled["Method"], filled["Size (rank)"], filled["Steps"]) == ("singlora", 16, 400)
+    assert (filled["Learning rate"], filled["train_batch_size"], filled["resolution"]) == ("0.001", "4", "")
+    none = handler(page, "fill")("toyworld", "")
+    assert none == {**filled, "source": "", "Learning rate": ""}
+
+
+def test_another_base_model_has_other_presets(page: gr.Blocks) -> None:
+    """What one has filled in does not stay where it is not for the base model."""
+    (preset,) = presets.offered("toyworld")
+    offer = handler(page, "offer")
+    stays = offer("toyworld", preset.key)
+    assert "value" not in stays["Preset"] and stays["Learning rate"] == {"__type__": "update"}
+    other = offer("toyworld-flow", preset.key)
+    assert other["Preset"]["value"] == "" and other["source"] == "" and other["Learning rate"] == ""
+    assert [key for _, key in other["Preset"]["choices"]] == [
+        "",
+        *(one.key for one in presets.offered("toyworld-flow")),
+    ]
+    unknown = offer("/nowhere", "")
+    assert unknown["Preset"]["choices"] == [("none", "")]
