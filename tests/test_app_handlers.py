@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from PIL import Image
 
 from singlora_diffusion.app import presets
 from singlora_diffusion.app.places import Places
+from singlora_diffusion.data import png
+from singlora_diffusion.sampling import gallery
 
 pytest.importorskip("gradio", reason="needs Gradio, the extra [app]: make app-tests has it")
 
@@ -40,6 +44,18 @@ def test_a_preset_fills_the_fields_and_says_where_it_comes_from(page: gr.Blocks)
     assert (filled["Learning rate"], filled["train_batch_size"], filled["resolution"]) == ("0.001", "4", "")
     none = handler(page, "fill")("toyworld", "")
     assert none == {**filled, "source": "", "Learning rate": ""}
+
+
+def test_a_dropped_image_brings_its_settings_back(page: gr.Blocks, tmp_path: Path) -> None:
+    record = {"file": "000-7.png", "prompt": "a dog", "seed": 7, "base_model": "toyworld", "steps": 12}
+    record |= {"negative_prompt": "fog", "guidance_scale": 2.5, "scheduler": "ddim", "width": 48, "height": 64}
+    png.write(Image.new("RGB", (8, 8)), tmp_path / "made.png", **{gallery.PNG_KEY: json.dumps(record)})
+    fields = handler(page, "restore")(str(tmp_path / "made.png"))
+    assert fields.pop("Compare with") == {"__type__": "update"}
+    assert {label: value for label, value in fields.items() if value not in (None, 1.0)} == {
+        **{"Prompt": "a dog", "Seeds": "7", "Base model": "toyworld", "Negative prompt": "fog"},
+        **{"Denoising steps": "12", "Guidance": "2.5", "Sampler": "ddim", "Width": "48", "Height": "64"},
+    }
 
 
 def test_another_base_model_has_other_presets(page: gr.Blocks) -> None:

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from PIL import Image
+from safetensors.torch import save_file
 
-from singlora_diffusion import settings
+from singlora_diffusion import files, settings
 from singlora_diffusion.adapters import budget
 from singlora_diffusion.app import asking, drawing, fields, making, presets, saying, subjects
 from singlora_diffusion.app.places import Places
@@ -122,6 +124,26 @@ def test_paths_among_the_advanced_settings_stay_inside(places: Places) -> None:
     given = [str(folder), "sks", "dog", "", "toyworld", "singlora", 8, 120, "", *held.values()]
     with pytest.raises(UserError, match="--held_out_data_dir /etc: lies outside"):
         asking.training(places, list(held), given)
+
+
+def test_folders_of_images_are_known_by_what_they_hold(places: Places) -> None:
+    other = places.others[0]
+    noise(other / "a" / "1.png").rename(other / "a" / "photo.JFIF")
+    noise(other / "kohya" / "10_sks dog" / "1.png")
+    (other / "text").mkdir()
+    (other / "text" / "1.png").write_text("no image")
+    mask(other / "masks" / "dog.mask.png", (8, 8), (0, 0, 8, 8))
+    assert places.image_folders() == [other / "a", other / "kohya"]
+
+
+def test_runs_are_listed_the_youngest_first_wherever_they_lie(places: Places) -> None:
+    runs = [places.root / "old", places.others[0] / "middle", places.root / "young"]
+    for number, run in enumerate(runs):
+        run.mkdir()
+        (run / run_folder.RECIPE).write_text("{}")
+        os.utime(run, (number, number))
+    (places.root / "no-run").mkdir()
+    assert places.runs() == runs[::-1]
 
 
 @pytest.mark.parametrize(
@@ -293,9 +315,11 @@ def test_masks_are_dropped_with_their_images(tmp_path: Path) -> None:
 def test_an_image_says_how_it_was_made(tmp_path: Path) -> None:
     record = {"file": "000-7.png", "prompt": "a <b>dog</b>", "seed": 7, "adapter": "runs/a + runs/b"}
     record |= {"scale": "1.0 + 0.5", "steps": 25, "guidance_scale": 7.5, "base_model": "toyworld"}
+    record |= {"scheduler": "DDIMScheduler", "width": 48, "height": 64}
     png.write(Image.new("RGB", (8, 8)), tmp_path / "made.png", **{gallery.PNG_KEY: json.dumps(record)})
     assert making.restored(tmp_path / "made.png") == {
         "adapter": ("runs/a", "runs/b"),
+        "adapter_sha256": (),
         "scale": (1.0, 0.5),
         "pretrained_model_name_or_path": "toyworld",
         "prompt": "a <b>dog</b>",
@@ -303,11 +327,48 @@ def test_an_image_says_how_it_was_made(tmp_path: Path) -> None:
         "seeds": "7",
         "num_inference_steps": 25,
         "guidance_scale": 7.5,
+        "scheduler": None,
+        "width": 48,
+        "height": 64,
     }
     for text in ("", "{", "[" * 100_000, json.dumps({"file": "../x"}), json.dumps({**record, "seed": "7"})):
         png.write(Image.new("RGB", (8, 8)), tmp_path / "other.png", **{gallery.PNG_KEY: text})
         with pytest.raises(UserError, match=r"other\.png: does not say how it was made"):
             making.restored(tmp_path / "other.png")
+
+
+def test_an_image_brings_its_settings_back(places: Places, tmp_path: Path) -> None:
+    """What the command made is asked for once more, and what is not there any more, or is another, is named."""
+    run = places.root / "rex"
+    for folder in (run, places.others[0] / "rex", run / "best"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / run_folder.RECIPE).write_text("{}")
+        save_file({"up": torch.zeros(1)}, folder / run_folder.ADAPTER)
+    record = {"file": "000-7.png", "prompt": "a dog", "negative_prompt": "fog", "seed": 7, "base_model": "toyworld"}
+    record |= {"steps": 12, "guidance_scale": 2.5, "scheduler": "dpm++", "width": 48, "height": 64}
+    record |= {"adapter": f"{run} + elsewhere/cat + /other/rex/best", "scale": "1.0 + 0.5 + 0.25"}
+    record |= {"adapter_sha256": f"{files.sha256(run / run_folder.ADAPTER)} + 0 + 1"}
+    made = tmp_path / "made.png"
+    png.write(Image.new("RGB", (8, 8)), made, **{gallery.PNG_KEY: json.dumps(record)})
+    values, lines = asking.restored(places, made)
+    assert values == [
+        *("a dog", str(run), None, str(run / "best"), 1.0, 0.5, 0.25, None),
+        *("7", "", "fog", "12", "2.5", "48", "64", "dpm++"),
+    ]
+    assert lines == [
+        "elsewhere/cat: not in the folders of this page; the rest is restored",
+        "rex/best: has been trained anew, or is another of that name",
+    ]
+    values[7] = asking.NOTHING
+    again, _ = asking.images(places, values)
+    sampling = again.sampling
+    assert (sampling.seeds, sampling.num_inference_steps, sampling.guidance_scale) == ("7", 12, 2.5)
+    assert (sampling.scheduler, sampling.width, sampling.height) == ("dpm++", 48, 64)
+    assert again.prompting.negative_prompt == "fog" and again.adapters.scale == (1.0, 0.25)
+    # where no adapter is left, the base model is named; the last part of a checkpoint's path alone says nothing
+    png.write(Image.new("RGB", (8, 8)), made, **{gallery.PNG_KEY: json.dumps({**record, "adapter": "x/cat/best"})})
+    values, lines = asking.restored(places, made)
+    assert values[1:4] == [None] * 3 and values[9] == "toyworld" and len(lines) == 1
 
 
 def test_equal_images_meet_in_a_folder_and_others_do_not(tmp_path: Path) -> None:
@@ -321,7 +382,7 @@ def test_equal_images_meet_in_a_folder_and_others_do_not(tmp_path: Path) -> None
 
 
 def test_the_generate_page_asks_for_two_sets(places: Places) -> None:
-    held = ["a dog", None, None, None, 1, 1, 1, asking.BASE, "0-1", "toyworld", "", "", "", ""]
+    held = ["a dog", None, None, None, 1, 1, 1, asking.BASE, "0-1", "toyworld", "", "", "", "", "", ""]
     one, other = asking.images(places, held)
     assert isinstance(one, GenerateSettings) and other is not None
     assert one.prompting.prompt == ("a dog",) and one.sampling.seeds == "0-1" and one.adapters.adapter == ()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from .. import formats, models, settings
+from .. import files, formats, models, settings
 from ..data.prompts import split_instance_prompt
 from ..errors import UserError
 from ..formats import forms
 from ..sampling import sources
 from ..sampling.settings import GenerateSettings
+from ..terminal import escaped
 from ..training import config_file, run_folder
 from ..training import recipe as recipes
 from ..training.recipe import Recipe
@@ -23,6 +25,8 @@ MAIN = ("pretrained_model_name_or_path", "method", "rank", "max_train_steps", "l
 OWN = (*MAIN, "instance_prompt", "identifier", "output_dir", "resume_from_checkpoint", "overwrite")
 SLOTS = 3
 """Adapters at once."""
+NUMBERS = ("num_inference_steps", "guidance_scale", "width", "height")
+"""Settings of the page that makes images which stand there as text; empty for the model's own."""
 NOTHING, BASE = "", "base"
 """What may stand beside the images instead of an adapter."""
 
@@ -101,20 +105,14 @@ def images(places: Places, held: Sequence[Any]) -> tuple[GenerateSettings, Gener
     """
     prompt, rest = held[0], held[1:]
     adapters, strengths = rest[:SLOTS], rest[SLOTS : 2 * SLOTS]
-    beside, seeds, base, negative, steps, guidance, sampler = rest[2 * SLOTS :]
+    beside, seeds, base, negative, *numbers, sampler = rest[2 * SLOTS :]
     used = [
         (places.inside(path, f"Adapter {n + 1}"), float(scale))
         for n, (path, scale) in enumerate(zip(adapters, strengths, strict=True))
         if path
     ]
-    numbers, lines = settings.typed(
-        GenerateSettings,
-        {
-            name: text.strip()
-            for name, text in (("num_inference_steps", steps or ""), ("guidance_scale", guidance or ""))
-            if text.strip()
-        },
-    )
+    texts = {name: (text or "").strip() for name, text in zip(NUMBERS, numbers, strict=True)}
+    typed, lines = settings.typed(GenerateSettings, {name: text for name, text in texts.items() if text})
     if lines:
         raise UserError(*lines)
     shared = {
@@ -122,7 +120,7 @@ def images(places: Places, held: Sequence[Any]) -> tuple[GenerateSettings, Gener
         "seeds": (seeds or "").strip(),
         "negative_prompt": negative,
         "scheduler": sampler,
-        **numbers,
+        **typed,
     }
     model = places.base(base) if (base or "").strip() else None
     one = _settings(places, shared, used, model)
@@ -131,6 +129,57 @@ def images(places: Places, held: Sequence[Any]) -> tuple[GenerateSettings, Gener
     if beside == BASE:
         return one, _settings(places, shared, [], model or _base_of(used))
     return one, _settings(places, shared, [(places.inside(beside, "Compare with"), 1.0)], model)
+
+
+def restored(places: Places, image: Path) -> tuple[list[Any], list[str]]:
+    """What is to stand in the fields to make an image once more, and a line for each thing that may differ.
+
+    Returns:
+        Values as `images` takes them, but for what the image is compared with: None.
+
+    Raises:
+        UserError: it does not say how it was made.
+    """
+    found = making.restored(image)
+    paths, lines = list[str | None](), list[str]()
+    hashes = [*found["adapter_sha256"], *[None] * len(found["adapter"])]
+    for named, sha256 in zip(found["adapter"], hashes, strict=False):
+        path = _known(places, named)
+        paths.append(None if path is None else str(path))
+        if path is None or len(paths) > SLOTS:
+            why = f"more than {SLOTS} adapters" if path else "not in the folders of this page"
+            lines.append(f"{escaped(named, 1000)}: {why}; the rest is restored")
+        elif sha256 is not None and files.sha256(making.file_of(path)) != sha256:
+            lines.append(f"{escaped(places.shown(path), 1000)}: has been trained anew, or is another of that name")
+    used = [*paths, *[None] * SLOTS][:SLOTS]
+    numbers = ["" if found[name] is None else f"{found[name]:g}" for name in NUMBERS]
+    values = [
+        found["prompt"],
+        *used,
+        *[*found["scale"], *[1.0] * SLOTS][:SLOTS],
+        None,
+        found["seeds"],
+        "" if any(used) else found["pretrained_model_name_or_path"] or "",
+        found["negative_prompt"],
+        *numbers,
+        found["scheduler"] or "",
+    ]
+    return values, lines
+
+
+def _known(places: Places, named: str) -> Path | None:
+    """The adapter in the page's folders that an image names: where it was, or else the youngest that is called so."""
+    wanted = Path(named).parts[: -1 if Path(named).name == run_folder.ADAPTER else None]
+
+    def alike(path: Path) -> int:
+        """Names from the end that are the same."""
+        pairs = zip(reversed(path.parts), reversed(wanted), strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+    best = max(places.adapter_files(), key=alike, default=None)
+    part_of_run = wanted[-1:] == (run_folder.BEST,) or run_folder.CHECKPOINT.fullmatch("".join(wanted[-1:]))
+    needed = 2 if part_of_run else 1  # whose best step it is, its own name does not say
+    return best if best is not None and alike(best) >= needed else None
 
 
 def _settings(

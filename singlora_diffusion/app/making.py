@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from ..models import Family
 
 
+SCHEDULERS = ("ddim", "dpm++", "euler")
+"""What the model's own may be replaced by; each family takes some of them."""
+
+
 class Maker:
     """Makes images, one call at a time."""
 
@@ -66,7 +70,7 @@ def wanted(folder: Path, given: Mapping[str, Any]) -> GenerateSettings:
 
 
 def restored(image: Path) -> dict[str, Any]:
-    """How an image was made, from the PNG itself, by the names of the flags of `generate`.
+    """How an image was made, from the PNG itself, by the names of the flags of `generate`; with the adapters' hashes.
 
     Raises:
         UserError: it does not say.
@@ -79,6 +83,7 @@ def restored(image: Path) -> dict[str, Any]:
         ) from None
     return {
         "adapter": _parts(record.get("adapter")),
+        "adapter_sha256": _parts(record.get("adapter_sha256")),
         "scale": tuple(float(one) for one in _parts(record.get("scale"))),
         "pretrained_model_name_or_path": record.get("base_model"),
         "prompt": record.get("prompt") or "",
@@ -86,6 +91,9 @@ def restored(image: Path) -> dict[str, Any]:
         "seeds": str(record.get("seed", 0)),
         "num_inference_steps": record.get("steps"),
         "guidance_scale": record.get("guidance_scale"),
+        "scheduler": record["scheduler"] if record.get("scheduler") in SCHEDULERS else None,  # else it names the class
+        "width": record.get("width"),
+        "height": record.get("height"),
     }
 
 
@@ -94,7 +102,12 @@ def _parts(value: Any) -> tuple[str, ...]:
     return tuple(str(value).split(" + ")) if value not in (None, "") else ()
 
 
+def file_of(adapter: Path) -> Path:
+    """An adapter's file: of a run, a best step or a checkpoint, the one in the folder."""
+    return adapter / run_folder.ADAPTER if adapter.is_dir() else adapter
+
+
 def _version(path: Path) -> str:
     """A run that was trained anew is another adapter."""
-    file = path / run_folder.ADAPTER if path.is_dir() else path
+    file = file_of(path)
     return str(file.stat().st_mtime_ns) if file.exists() else ""

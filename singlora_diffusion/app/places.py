@@ -7,12 +7,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..data.folders import has_images
 from ..errors import UserError
 from ..models.hub import PACKAGED
 from ..sampling.manifest import MANIFEST
 from ..terminal import escaped
 from ..training import run_folder
-from . import progress
 
 NAME = re.compile(r"[^\W_][\w .-]{0,60}")
 """What a run or a subject may be called."""
@@ -110,7 +110,7 @@ class Places:
         """Folders of images to train on, or to compare with."""
         found = [*_folders(self.subjects)]
         for other in self.others:
-            found += [one for one in (other, *_folders(other)) if _has(one, ("*.png", "*.jp*g", "*.webp", "*.PNG"))]
+            found += [one for one in (other, *_folders(other)) if has_images(one)]
         return found
 
     def models(self) -> list[str]:
@@ -120,7 +120,8 @@ class Places:
 
     def runs(self) -> list[Path]:
         """Run folders, the youngest first."""
-        return [run for folder in (self.root, *self.others) for run in progress.runs(folder)]
+        found = [path for folder in (self.root, *self.others) for path in _folders(folder)]
+        return _young_first(path for path in found if (path / run_folder.RECIPE).exists())
 
     def adapter_files(self) -> list[Path]:
         """Everything to generate with: finished runs, best steps, checkpoints, and files."""
@@ -149,10 +150,6 @@ def _folders(path: Path) -> list[Path]:
         return sorted(one for one in path.iterdir() if one.is_dir() and not one.name.startswith("."))
     except OSError:
         return []
-
-
-def _has(folder: Path, patterns: Iterable[str]) -> bool:
-    return any(next(folder.glob(pattern), None) is not None for pattern in patterns)
 
 
 def _young_first(paths: Iterable[Path]) -> list[Path]:

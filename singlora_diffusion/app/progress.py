@@ -111,9 +111,3 @@ def _left(rows: list[dict[str, Any]], total: int) -> float | None:
     while len(took) > 2 and took[-1] > sum(took[:-1]):  # longer than all others together: a pause
         took.pop()
     return max(0.0, sum(took) / len(took) * (total - rows[-1]["step"]))
-
-
-def runs(folder: Path) -> list[Path]:
-    """The run folders in a folder, the youngest first."""
-    found = [path for path in folder.iterdir() if (path / run_folder.RECIPE).exists()] if folder.is_dir() else []
-    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)

@@ -171,6 +171,16 @@ def read_instance_folder(folder: str | Path, read: Callable[[Path], FolderReport
     return FolderReport(folder, tuple(parts), **{kind: tuple(found) for kind, found in remarks.items()})
 
 
+def has_images(folder: str | Path) -> bool:
+    """Whether `read_instance_folder` finds an image in a folder. None is decoded, and the first one suffices."""
+    try:
+        entries = _entries(Path(folder))
+        named = [entry for entry in entries if REPEATED.fullmatch(entry.name) and os.path.isdir(entry)]
+        return any(map(_is_image, entries)) or any(any(map(_is_image, _entries(entry))) for entry in named)
+    except UserError:
+        return False
+
+
 def image_files(folder: str | Path) -> list[Path]:
     """The image files of a folder, none of them decoded.
 
@@ -264,6 +274,13 @@ def _reason_to_skip(entry: Path) -> str | None:
     if IMAGE_SUFFIX.fullmatch(entry.suffix):
         raise Unusable(why_no_image(entry))
     return "not an image"
+
+
+def _is_image(entry: Path) -> bool:
+    try:
+        return _reason_to_skip(entry) is None
+    except Unusable:
+        return False
 
 
 def _all_trouble(folder: Path, trouble: Sequence[Remark]) -> str:

@@ -14,7 +14,7 @@ from ..asking import BASE, NOTHING, SLOTS
 from ..places import Places
 from ..widgets import command, command_line, listed, told
 
-SAMPLERS = [("the model's own", ""), "ddim", "dpm++", "euler"]
+SAMPLERS = [("the model's own", ""), *making.SCHEDULERS]
 
 
 def build(places: Places, page: gr.Blocks, tab: gr.Tab, maker: making.Maker) -> None:
@@ -48,6 +48,8 @@ def build(places: Places, page: gr.Blocks, tab: gr.Tab, maker: making.Maker) -> 
                 negative = gr.Textbox("", label="Negative prompt", info="What the images are steered away from.")
                 steps = gr.Textbox("", label="Denoising steps", info="Empty: what suits the model.")
                 guidance = gr.Textbox("", label="Guidance", info="Strength of the prompt. Empty: what suits the model.")
+                width = gr.Textbox("", label="Width", info="In pixels. Empty: the model's own.")
+                height = gr.Textbox("", label="Height", info="In pixels. Empty: the model's own.")
                 sampler = gr.Dropdown(SAMPLERS, value="", label="Sampler")
             make = gr.Button("Generate", variant="primary", elem_id="make")
             drop = gr.File(elem_id="recipe", label="Drop an image made here: its settings come back", height=150)
@@ -63,7 +65,7 @@ def build(places: Places, page: gr.Blocks, tab: gr.Tab, maker: making.Maker) -> 
             )
             line = command_line()
     made = gr.State(([], []))
-    given = [prompt, *adapters, *strengths, beside, seeds, base, negative, steps, guidance, sampler]
+    given = [prompt, *adapters, *strengths, beside, seeds, base, negative, steps, guidance, width, height, sampler]
 
     @told
     def generate(*held: Any) -> Any:
@@ -88,30 +90,10 @@ def build(places: Places, page: gr.Blocks, tab: gr.Tab, maker: making.Maker) -> 
     def restore(upload: str | None) -> Any:
         if upload is None:
             return [gr.skip()] * len(given)
-        found = making.restored(Path(upload))
-        known = {str(path): str(path) for path in places.adapter_files()}
-        known |= {places.shown(path): str(path) for path in places.adapter_files()}
-        chosen = [known.get(name) for name in found["adapter"][:SLOTS]]
-        if missing := [name for name in found["adapter"] if name not in known]:
-            gr.Warning(
-                f"{saying.safe(', '.join(missing), 1000)}: not in the folders of this page; the rest is restored",
-                duration=None,
-                title="Another adapter",
-            )
-        scales = [*found["scale"], *[1.0] * SLOTS][:SLOTS]
-        model = "" if found["adapter"] else found["pretrained_model_name_or_path"]
-        return [
-            found["prompt"],
-            *[*chosen, *[None] * SLOTS][:SLOTS],
-            *scales,
-            gr.skip(),
-            found["seeds"],
-            model,
-            found["negative_prompt"],
-            str(found["num_inference_steps"] or ""),
-            "" if found["guidance_scale"] is None else f"{found['guidance_scale']:g}",
-            gr.skip(),
-        ]
+        values, lines = asking.restored(places, Path(upload))
+        for one in lines:
+            gr.Warning(saying.html.escape(one), duration=None, title="Another adapter")
+        return [gr.skip() if one is beside else value for one, value in zip(given, values, strict=True)]
 
     def refresh(*held: str | None) -> Any:
         """Lists of what there is by now; the youngest run is chosen where nothing was."""
