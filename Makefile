@@ -30,11 +30,11 @@ demo: $(READY)
 
 # An environment on top of the first one: what Gradio brings along would change what other libraries import.
 APP := $(VENV)/app
-$(APP)/.ready: $(READY)
+$(APP)/.ready: $(READY) Makefile
 	$(BIN)/python -m venv $(APP)
 	$(APP)/bin/python -c 'import site, sysconfig; open(sysconfig.get_path("purelib") + "/below.pth", "w").write( \
 	    "import site; site.addsitedir(\"" + "$(abspath $(VENV))/" + sysconfig.get_path("purelib").split("/app/")[-1] + "\")")'
-	$(APP)/bin/python -m pip install --disable-pip-version-check -q "gradio>=6" playwright
+	$(APP)/bin/python -m pip install --disable-pip-version-check -q "gradio>=6" playwright axe-playwright-python
 	@touch $@
 
 app: $(APP)/.ready
@@ -71,8 +71,10 @@ extras: $(EXTRAS)/.ready
 
 app-tests: export HF_HUB_OFFLINE := 1
 app-tests: export CUDA_VISIBLE_DEVICES :=
+app-tests: export OMP_NUM_THREADS := 1
 app-tests: $(APP)/.ready
-	$(APP)/bin/python -m pytest -q tests/test_app.py tests/test_app_handlers.py $(PYTEST_FLAGS)
+	$(APP)/bin/python -m pytest -q -n 2 --dist loadfile \
+	    tests/test_app.py tests/test_app_access.py tests/test_app_handlers.py $(PYTEST_FLAGS)
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -1,91 +1,30 @@
-"""The page in a real browser, Debian's chromium, driven by Playwright. Needs the extra [app] and a few more packages.
-
-With SCREENSHOTS=docs the images of docs/app.md are written.
-"""
+"""The page in a real browser: what a newcomer does, what outlives what, and what nobody gets."""
 
 from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
 from singlora_diffusion import formats
 from singlora_diffusion.app import jobs, progress
-from singlora_diffusion.toyworld import subjects
-from tests.browser import CHROMIUM, needed
-
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: make app-tests has it")
-pytest.importorskip("gradio", reason="needs Gradio, the extra [app]: make app-tests has it")
-pytestmark = needed
-expect = sync_api.expect
+from tests.app_page import PATIENCE, Server, drop, expect, opened, picture, tab, until
+from tests.browser import needed
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser
 
-ROOT = Path(__file__).parent.parent
-PATIENCE = 300.0
-"""Seconds for what takes a few on an idle machine."""
+pytestmark = needed
+pytest_plugins = ("tests.app_page",)
 NEWCOMER = 180.0
 """Seconds from dropped images to an exported file, where nobody else wants the processors."""
-expect.set_options(timeout=PATIENCE * 1000)
-PICTURES = os.environ.get("SCREENSHOTS")
-HIDDEN = ".command { display: none !important }"
-"""Command lines, which name folders of this run."""
-
-
-class Server:
-    """`singlora app` in a process of its own."""
-
-    def __init__(self, runs: Path, *words: str, port: int = 0) -> None:
-        self.runs = runs
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-        command = [sys.executable, "-m", "singlora_diffusion.cli", "app", "--output_dir", str(runs), "--no_browser"]
-        self.process = subprocess.Popen(
-            [*command, "--port", str(port), *words], stdout=subprocess.PIPE, text=True, env=environment
-        )
-        assert self.process.stdout is not None
-        self.said = []
-        for line in self.process.stdout:
-            self.said.append(line)
-            if found := re.match(r"(http://\S+?)/?: open it", line):
-                self.url = found[1]
-                return
-        raise AssertionError(f"it did not start: {self.said}")
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-    def end(self) -> None:
-        """The server, and the trainings that would outlive it."""
-        self.process.terminate()
-        self.process.wait(PATIENCE)
-        for job in jobs.jobs(self.runs / ".queue"):
-            jobs.stop(job)
-        until(lambda: not any(job.open for job in jobs.jobs(self.runs / ".queue")))
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return subjects.write_subject("dog-1", tmp_path_factory.mktemp("photos") / "dog", 5, False)
 
 
 @pytest.fixture(scope="module")
@@ -93,49 +32,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     one = Server(tmp_path_factory.mktemp("app") / "runs")
     yield one
     one.end()
-
-
-@contextmanager
-def opened(browser: Browser, url: str, **options: Any) -> Iterator[Page]:
-    """A page in a profile of its own. That it asks nobody else for anything, and has no errors, is found out."""
-    context = browser.new_context(viewport={"width": 1180, "height": 900}, **options)
-    context.set_default_timeout(PATIENCE * 1000)
-    asked: list[str] = []
-    errors: list[str] = []
-    context.on("request", lambda request: asked.append(request.url))
-    page = context.new_page()
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.goto(url)
-    page.locator("#folder input").wait_for()
-    yield page
-    context.close()
-    elsewhere = [one for one in asked if not one.startswith((url, "data:", f"blob:{url}"))]
-    assert asked and not elsewhere and not errors
-
-
-def tab(page: Page, name: str) -> None:
-    page.get_by_role("tab", name=name, exact=True).click()
-    page.get_by_role("tabpanel").filter(visible=True).first.wait_for()
-
-
-def drop(page: Page, photos: list[Path], name: str, noun: str = "dog") -> None:
-    page.locator("#name textarea, #name input").fill(name)
-    page.locator("#noun textarea, #noun input").fill(noun)
-    page.locator("#drop input[type=file]").set_input_files(photos)
-
-
-def until(true: Callable[[], object]) -> None:
-    began = time.monotonic()
-    while not true():
-        assert time.monotonic() - began < PATIENCE
-        time.sleep(0.1)
-
-
-def picture(page: Page, name: str) -> None:
-    """For docs/app.md."""
-    if PICTURES:
-        page.wait_for_timeout(1000)
-        page.screenshot(path=Path(PICTURES) / f"app-{name}.jpg", type="jpeg", quality=75, full_page=True, style=HIDDEN)
 
 
 def test_a_newcomer_s_path(browser: Browser, server: Server, photos: list[Path], tmp_path: Path) -> None:
@@ -251,3 +147,63 @@ def test_nothing_else_is_served(server: Server, tmp_path: Path) -> None:
     assert status(urllib.request.Request(server.url, headers={"Host": "elsewhere.example"})) == 400
     with urllib.request.urlopen(server.url) as answer:
         assert "connect-src 'self'" in answer.headers["content-security-policy"]
+
+
+def test_two_pages_cannot_spoil_a_run(browser: Browser, photos: list[Path], tmp_path: Path) -> None:
+    """One of two that begin the same run is told so; each sees what the other has put into the queue."""
+    server = Server(tmp_path / "runs")
+    queue = tmp_path / "runs" / ".queue"
+    try:
+        with opened(browser, server.url) as one, opened(browser, server.url) as other:
+            for page in (one, other):
+                drop(page, photos, "rex")
+                page.get_by_text("5 images, cropped").wait_for()
+                tab(page, "Train")
+                page.locator("#steps input").fill("100000")
+            for page in (one, other):
+                page.locator("#start").click(no_wait_after=True)
+            refused = [page.get_by_text("a training waits or runs there already") for page in (one, other)]
+            until(lambda: sum(each.count() for each in refused))
+            assert [job.run.name for job in jobs.jobs(queue) if job.open] == ["rex"]
+
+            other.locator("#run-name textarea, #run-name input").fill("rex again")
+            other.locator("#start").click()
+            for page in (one, other):
+                page.locator("#queue").get_by_text("rex again: waits for its turn").wait_for()
+            other.locator("#status").get_by_text("rex again: waits for its turn").wait_for()
+            other.locator("#stop").click()
+            expect(one.locator("#queue")).not_to_contain_text("rex again")
+            until(lambda: progress.read(tmp_path / "runs" / "rex").step > 2)
+            tab(one, "Train")
+            for page in (one, other):
+                page.reload()
+                tab(page, "Train")
+                page.locator("#stop:not([disabled])").wait_for()
+            for page in (one, other):  # both stop it
+                page.locator("#stop").click(no_wait_after=True)
+            one.locator("#status").get_by_text("rex: stopped").wait_for()
+        assert [job.state for job in jobs.jobs(queue) if job.state != "withdrawn"] == ["stopped"]
+        run = progress.read(tmp_path / "runs" / "rex")
+        assert [row["step"] for row in run.rows] == [*range(1, run.step + 1)] and run.checkpoints[-1] == run.step
+    finally:
+        server.end()
+
+
+def test_others_need_the_password(browser: Browser, tmp_path: Path) -> None:
+    """On an address that others reach; without the password neither the page nor a file is given away."""
+    server = Server(tmp_path / "runs", "--host", "0.0.0.0", SINGLORA_APP_PASSWORD="correct horse")
+    try:
+        url = server.url.replace("0.0.0.0", "127.0.0.1")
+        (server.runs / "fine.txt").write_text("x")
+        assert status(f"{url}/config") == status(f"{url}/gradio_api/file={server.runs / 'fine.txt'}") == 401
+        with opened(browser, url) as page:
+            for password in ("wrong", "correct horse"):
+                page.get_by_label("username").fill("anybody")
+                page.get_by_label("password").fill(password)
+                page.get_by_role("button", name="Login").click()
+                if password == "wrong":
+                    page.get_by_text("Incorrect").wait_for()
+            page.locator("#folder input").wait_for()
+        assert "correct horse" not in "".join(server.said)
+    finally:
+        server.end()

@@ -202,6 +202,30 @@ def test_many_add_at_once(queue: Path, tmp_path: Path, asleep: None) -> None:
     assert {job.words[1] for job in jobs.jobs(queue)} == {str(n) for n in range(20)}
 
 
+def test_of_many_that_begin_one_run_at_once_one_does(queue: Path, tmp_path: Path, asleep: None) -> None:
+    """Nobody waits for the others before looking whether there are any."""
+    refused: list[str] = []
+    ready = threading.Barrier(12)
+
+    def begin() -> None:
+        ready.wait()
+        try:
+            jobs.add(queue, ["check", "."], tmp_path / "run")
+        except UserError as error:
+            refused.append(str(error))
+
+    threads = [threading.Thread(target=begin) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(refused) == 11 and all("waits or runs there already" in one for one in refused)
+    there = jobs.jobs(queue)
+    assert sorted(job.state for job in there) == ["waiting", *["withdrawn"] * 11]
+    found = jobs.of(there, tmp_path / "run")
+    assert found is not None and found.open
+
+
 def test_a_process_with_a_recycled_number_is_another_one() -> None:
     own = psutil.Process()
     assert jobs.process({"pid": own.pid, "created": own.create_time()}) is not None

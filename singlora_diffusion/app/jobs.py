@@ -8,9 +8,11 @@ processes suspended for as long as the file is there.
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,12 +62,12 @@ def add(queue: Path, words: Sequence[str], run: Path) -> Job:
         UserError: a job that has not ended writes to that folder, or the queue cannot be written to.
     """
     run = run.absolute()
-    if any(job.open and job.run == run for job in jobs(queue)):
+    begun = _claimed(queue, {"words": list(words), "run": str(run), "cwd": os.getcwd()})
+    if any(one.open and one.run == run for one in jobs(queue) if one.folder < begun):
+        (begun / STOP).touch()
         raise UserError(f"{run}: a training waits or runs there already; wait for it, or choose another name")
-    folder = _claimed(queue)
-    files.write_json(folder / JOB, {"words": list(words), "run": str(run), "cwd": os.getcwd()})
     start_worker(queue)
-    return job(folder)
+    return job(begun)
 
 
 def jobs(queue: Path) -> list[Job]:
@@ -75,8 +77,13 @@ def jobs(queue: Path) -> list[Job]:
 
 
 def latest(queue: Path, run: Path) -> Job | None:
-    """The youngest job of a run folder."""
-    return next((one for one in reversed(jobs(queue)) if one.run == run.absolute()), None)
+    return of(jobs(queue), run)
+
+
+def of(there: Sequence[Job], run: Path) -> Job | None:
+    """The job of a run folder: the one that has not ended, else the youngest that was not left out, else that."""
+    found = [one for one in there if one.run == run.absolute()]
+    return max(found, key=lambda one: (one.open, one.state != "withdrawn", one.folder), default=None)
 
 
 def job(folder: Path) -> Job:
@@ -171,18 +178,21 @@ def suspended(process: psutil.Process) -> bool:
         return False
 
 
-def _claimed(queue: Path) -> Path:
-    """A new folder with the next number; of two that ask at once, each gets its own."""
+def _claimed(queue: Path, said: dict[str, Any]) -> Path:
+    """A new folder with the next number. It is there with its file or not at all, and after all with lower numbers, so
+    of two that ask at once each gets its own, and the second sees the first."""
     try:
         queue.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(prefix=".new-", dir=queue))
+        files.write_json(made / JOB, said)
         number = max((int(path.name) for path in queue.glob("[0-9]*") if path.name.isdecimal()), default=0)
         while True:
             number += 1
             try:
-                (queue / f"{number:06d}").mkdir()
-            except FileExistsError:
-                continue
-            return queue / f"{number:06d}"
+                return made.rename(queue / f"{number:06d}")
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                    raise
     except OSError as error:
         raise UserError(f"{queue}: cannot be written to: {files.reason(error)}") from error
 

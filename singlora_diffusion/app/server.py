@@ -147,7 +147,8 @@ def launch(page: gr.Blocks, settings: AppSettings, places: Places) -> str:
             allowed_paths=[str(places.root), *map(str, places.others)],
             footer_links=[],
             theme=theme,
-            css_paths=[Path(__file__).with_name("page.css")],
+            # not `css`, which puts its own selectors before ours, so that those for phones no longer match
+            head=f"<style>{Path(__file__).with_name('page.css').read_text(encoding='utf-8')}</style>",
             app_kwargs={
                 "middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=hosts), Middleware(Policy)],
                 "docs_url": None,

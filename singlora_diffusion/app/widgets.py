@@ -31,6 +31,12 @@ def told(work: Callable[..., Any]) -> Callable[..., Any]:
     return handler
 
 
+def dropped(drop: gr.File, work: Callable[..., Any], inputs: Any, outputs: Any) -> None:
+    """Do this with what is dropped. The field is empty again then, also after an error, for the next file."""
+    drop.upload(work, inputs, outputs)
+    drop.upload(lambda: None, None, drop, show_progress="hidden")
+
+
 def command_line() -> gr.Textbox:
     """Where the command stands that does the same."""
     return gr.Textbox(

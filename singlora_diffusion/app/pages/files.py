@@ -14,7 +14,7 @@ from ...formats import commands, file_kinds, forms
 from ...formats.settings import AddSettings, ExportSettings, ImportSettings, InspectSettings
 from .. import asking, saying
 from ..places import Places
-from ..widgets import chosen, command, command_line, listed, told
+from ..widgets import chosen, command, command_line, dropped, listed, told
 
 PRECISIONS = [("32 bits, exact", "float32"), ("16 bits, half the file", "fp16"), ("bfloat16", "bf16")]
 TOOLS = sorted(
@@ -57,7 +57,7 @@ def build(places: Places, page: gr.Blocks, tab: gr.Tab) -> None:
             raise file_kinds.refuse(file_kinds.recognise(source))
         target = _new(places, source.stem)
         written.write_bytes(target, source.read_bytes())
-        return gr.update(choices=listed(places, places.adapter_files()), value=str(target)), None
+        return gr.update(choices=listed(places, places.adapter_files()), value=str(target))
 
     @told
     def inspect(path: str | None) -> Any:
@@ -113,7 +113,7 @@ def build(places: Places, page: gr.Blocks, tab: gr.Tab) -> None:
         return chosen(choices, one), gr.update(choices=choices)
 
     told_by = [said, line, download]
-    drop.upload(receive, drop, [adapter, drop])
+    dropped(drop, receive, drop, adapter)
     alone: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
     look.click(inspect, adapter, told_by, **alone)
     export.click(hand_on, [adapter, tool, precision], told_by, **alone)

@@ -12,7 +12,7 @@ from ... import settings
 from .. import asking, making, saying
 from ..asking import BASE, NOTHING, SLOTS
 from ..places import Places
-from ..widgets import command, command_line, listed, told
+from ..widgets import command, command_line, dropped, listed, told
 
 SAMPLERS = [("the model's own", ""), *making.SCHEDULERS]
 
@@ -109,7 +109,7 @@ def build(places: Places, page: gr.Blocks, tab: gr.Tab, maker: making.Maker) -> 
     make.click(generate, given, [over, first, second, line, made], concurrency_limit=1, concurrency_id="model")
     first.select(choose, made, over, show_progress="hidden")
     second.select(choose, made, over, show_progress="hidden")
-    drop.upload(restore, drop, given)
+    dropped(drop, restore, drop, given)
     gr.on([page.load, tab.select], refresh, adapters, [*adapters, beside], show_progress="hidden")
 
 

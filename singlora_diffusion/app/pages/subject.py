@@ -13,7 +13,7 @@ from ...data.check_command import CheckSettings
 from ...data.checking import Finding
 from .. import saying, subjects
 from ..places import Places
-from ..widgets import command, command_line, listed, told
+from ..widgets import command, command_line, dropped, listed, told
 
 MOST = 60
 """Images that are shown."""
@@ -72,7 +72,7 @@ def build(places: Places) -> SubjectFields:
             gr.Warning(saying.html.escape(one), duration=None, title="Left out")
         found = places.image_folders()
         there = str(target) if target in found else None
-        return gr.update(choices=listed(places, found), value=there), None, named or target.name
+        return gr.update(choices=listed(places, found), value=there), named or target.name
 
     @told
     def look(named: str | None) -> Any:
@@ -82,7 +82,7 @@ def build(places: Places) -> SubjectFields:
         checked = CheckSettings(found.folder)
         return _summary(found), found, command(settings.command_line("check", checked))
 
-    drop.upload(take, [name, drop], [folder, drop, name])
+    dropped(drop, take, [name, drop], [folder, name])
     folder.change(look, folder, [summary, shown, line])
     return fields
 

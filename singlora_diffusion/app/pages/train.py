@@ -232,7 +232,10 @@ def _sizes(base: str, method: str, rank: int) -> str:
     head = (
         '<th scope="col">method</th><th scope="col">rank</th><th scope="col">parameters</th><th scope="col">file</th>'
     )
-    return f'<table class="sizes"><caption>About the same size in each method</caption><tr>{head}</tr>{rows}</table>'
+    return (
+        f'<div class="scroll" tabindex="0"><table class="sizes"><caption>About the same size in each method</caption>'
+        f"<tr>{head}</tr>{rows}</table></div>"
+    )
 
 
 def _plan(wanted: Recipe) -> str:
@@ -269,7 +272,7 @@ def _look(places: Places, shown: str | None) -> dict[str, Any]:
     if not shown:
         return found
     run = places.inside(shown, "Run")
-    job = next((one for one in reversed(there) if one.run == run), None)
+    job = jobs.of(there, run)
     log = _LOGS.setdefault(run, progress.Log(run / run_folder.log_file.NAME))
     now = progress.read(run, log)
     finished = now.adapter is not None and now.step >= now.total
