@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from PIL import Image
 
 from singlora_diffusion import formats
 from singlora_diffusion.app import jobs, progress
@@ -111,6 +112,13 @@ def test_a_reload_and_a_killed_server_lose_nothing(browser: Browser, photos: lis
         with opened(browser, second.url) as page:
             tab(page, "Train")
             page.locator("#status").get_by_text("rex: training").wait_for()
+            page.locator("#pause:not([disabled])").click()
+            page.locator("#status").get_by_text("rex: paused").wait_for()
+            paused = progress.read(run).step
+            page.wait_for_timeout(3000)
+            assert progress.read(run).step == paused
+            page.locator("#go-on:not([disabled])").click()
+            until(lambda: progress.read(run).step > paused)
             page.locator("#stop:not([disabled])").click()
             page.locator("#go-on:not([disabled])").wait_for()
             stopped = progress.read(run)
@@ -124,6 +132,27 @@ def test_a_reload_and_a_killed_server_lose_nothing(browser: Browser, photos: lis
         assert [row["step"] for row in progress.read(run).rows] == [*range(1, progress.read(run).step + 1)]
     finally:
         second.end()
+
+
+def test_masks_and_presets(browser: Browser, server: Server, photos: list[Path], tmp_path: Path) -> None:
+    """A mask is taken with its image and seen; a preset fills in what it says, and the command has it."""
+    left = Image.new("L", Image.open(photos[0]).size)
+    left.paste(255, (0, 0, left.width // 2, left.height))
+    left.save(tmp_path / f"{photos[0].stem}.mask.png")
+    with opened(browser, server.url) as page:
+        drop(page, [*photos[:3], tmp_path / f"{photos[0].stem}.mask.png"], "masked")
+        page.get_by_text("3 images, cropped").wait_for()
+        page.get_by_text("1 has a mask").wait_for()
+        expect(page.locator("figcaption", has_text="mask")).to_have_count(1)
+
+        tab(page, "Train")
+        page.locator("#preset input").click()
+        page.get_by_role("option", name="SingLoRA, the default recipe").click()
+        page.locator("#source").get_by_text("Measured here on six subjects").wait_for()
+        page.locator("#plan").click()
+        command = page.locator(".command textarea").filter(visible=True).first
+        command.wait_for()
+        assert "--learning_rate 0.001" in command.input_value()
 
 
 def status(request: urllib.request.Request | str) -> int:

@@ -23,7 +23,7 @@ from ..places import Places
 from ..widgets import command, command_line, grouped, listed, told
 from .subject import SubjectFields
 
-LOOK = 2.0
+LOOK = 5.0
 """Seconds between two looks at what runs."""
 NO_PRESET = ("none", "")
 LABELS = {
