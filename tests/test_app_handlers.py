@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from singlora_diffusion.app import presets
 from singlora_diffusion.app.places import Places
@@ -56,6 +58,17 @@ def test_a_dropped_image_brings_its_settings_back(page: gr.Blocks, tmp_path: Pat
         **{"Prompt": "a dog", "Seeds": "7", "Base model": "toyworld", "Negative prompt": "fog"},
         **{"Denoising steps": "12", "Guidance": "2.5", "Sampler": "ddim", "Width": "48", "Height": "64"},
     }
+
+
+@pytest.mark.parametrize(
+    ("dropped", "kept"), [("rex (1)", "rex -1-"), ("_rex", "rex"), ("[x]", "x-"), ("(", "adapter")]
+)
+def test_an_adapter_of_any_name_is_taken(page: gr.Blocks, tmp_path: Path, dropped: str, kept: str) -> None:
+    lora = {"unet.a.lora_A.weight": torch.ones(2, 4), "unet.a.lora_B.weight": torch.ones(4, 2)}
+    save_file(lora, tmp_path / f"{dropped}.safetensors")
+    (receive,) = (one for one in page.fns.values() if one.name == "receive")
+    receive.fn(str(tmp_path / f"{dropped}.safetensors"))
+    assert [one.stem for one in (tmp_path / "runs" / "adapters").iterdir()] == [kept]
 
 
 def test_another_base_model_has_other_presets(page: gr.Blocks) -> None:

@@ -84,7 +84,7 @@ def test_a_field_that_cannot_be_read_is_named(name: str, text: str, said: str) -
 
 def test_the_training_page_asks_for_a_recipe(places: Places) -> None:
     folder = noise(places.subjects / "rex" / "1.png").parent
-    main = ["", "toyworld", "lora", 8, 120, ""]
+    main = ["", "toyworld", "lora", 8, 1_000_000, ""]
     recipe = asking.training(places, ADVANCED, [str(folder), "sks", "dog", *main, *DEFAULTS])
     assert settings.changed(recipe) == {
         "instance_data_dir": folder,
@@ -92,7 +92,7 @@ def test_the_training_page_asks_for_a_recipe(places: Places) -> None:
         "output_dir": places.root / "rex",
         "method": "lora",
         "rank": 8,
-        "max_train_steps": 120,
+        "max_train_steps": 1_000_000,
     }
     unusual = asking.training(places, ADVANCED, [str(folder), "qqq", "dog", *main, *DEFAULTS])
     assert unusual.data.identifier == "qqq"
@@ -105,7 +105,7 @@ def test_the_training_page_asks_for_a_recipe(places: Places) -> None:
         (0, "", "name one"),
         (1, " ", "write the rare word"),
         (3, "../../x", "take a name of letters"),
-        (3, "images", "take a name of letters"),
+        (3, "images", "take another name"),
         (4, "/etc", "lies outside of the folders"),
         (7, 0, "--max_train_steps 0: must be at least 1"),
     ],
@@ -118,11 +118,12 @@ def test_what_the_training_page_refuses(places: Places, place: int, value: objec
         asking.training(places, ADVANCED, given)
 
 
-def test_paths_among_the_advanced_settings_stay_inside(places: Places) -> None:
+@pytest.mark.parametrize("name", ["held_out_data_dir", "pretrained_vae_model_name_or_path"])
+def test_paths_among_the_advanced_settings_stay_inside(places: Places, name: str) -> None:
     folder = noise(places.subjects / "rex" / "1.png").parent
-    held = dict(zip(ADVANCED, DEFAULTS, strict=True)) | {"held_out_data_dir": "/etc"}
+    held = dict(zip(ADVANCED, DEFAULTS, strict=True)) | {name: "/etc"}
     given = [str(folder), "sks", "dog", "", "toyworld", "singlora", 8, 120, "", *held.values()]
-    with pytest.raises(UserError, match="--held_out_data_dir /etc: lies outside"):
+    with pytest.raises(UserError, match=f"--{name} /etc: lies outside"):
         asking.training(places, list(held), given)
 
 
@@ -197,6 +198,14 @@ def test_a_preset_is_the_example_that_it_names(preset: presets.Preset) -> None:
     own = {"instance_data_dir", "instance_prompt", "output_dir", "pretrained_model_name_or_path"}
     given = {name: value for name, value in settings.changed(recipe).items() if name not in own}
     assert given | {"method": "singlora"} == preset.values
+
+
+def test_a_packaged_model_is_known_beside_a_folder_of_its_name(
+    places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "toyworld").mkdir()
+    assert places.base("toyworld") == "toyworld"
 
 
 def test_a_link_out_of_the_folders_is_outside(places: Places, tmp_path: Path) -> None:

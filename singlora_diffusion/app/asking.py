@@ -62,8 +62,8 @@ def training(places: Places, advanced: Sequence[str], given: Sequence[Any]) -> R
             **dict(zip(advanced, given[9:], strict=True)),
             "pretrained_model_name_or_path": places.base(base),
             "method": method,
-            "rank": f"{rank:g}",
-            "max_train_steps": f"{steps or 0:g}",
+            "rank": str(int(rank or 0)),
+            "max_train_steps": str(int(steps or 0)),
             "learning_rate": rate,
             "identifier": _unusual(identifier, class_noun),
         },
@@ -72,6 +72,8 @@ def training(places: Places, advanced: Sequence[str], given: Sequence[Any]) -> R
     for setting, value in settings.changed(wanted).items():
         if isinstance(value, Path):
             places.inside(value, f"--{setting}")
+    if wanted.model.pretrained_vae_model_name_or_path is not None:
+        places.base(wanted.model.pretrained_vae_model_name_or_path, "--pretrained_vae_model_name_or_path")
     recipes.check(wanted)
     return wanted
 
@@ -107,7 +109,7 @@ def images(places: Places, held: Sequence[Any]) -> tuple[GenerateSettings, Gener
     adapters, strengths = rest[:SLOTS], rest[SLOTS : 2 * SLOTS]
     beside, seeds, base, negative, *numbers, sampler = rest[2 * SLOTS :]
     used = [
-        (places.inside(path, f"Adapter {n + 1}"), float(scale))
+        (places.inside(path, f"Adapter {n + 1}"), 1.0 if scale is None else float(scale))
         for n, (path, scale) in enumerate(zip(adapters, strengths, strict=True))
         if path
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -68,26 +69,30 @@ class Places:
             )
         return path
 
-    def base(self, named: str | None) -> str:
-        """A base model: a name is left as it is, a folder must be one that the page may use.
+    def base(self, named: str | None, what: str = "the base model") -> str:
+        """A model: a name is left as it is, a folder must be one that the page may use.
 
         Raises:
             UserError: nothing is named, or a folder elsewhere.
         """
         named = (named or "").strip()
         if not named:
-            raise UserError("the base model: name one, such as toyworld")
+            raise UserError(f"{what}: name one, such as toyworld")
+        if named in PACKAGED:  # also where a folder of that name lies, as for the commands
+            return named
         is_path = named.startswith(("/", ".", "~")) or Path(named).exists()
-        return str(self.inside(named, "the base model")) if is_path else named
+        return str(self.inside(named, what)) if is_path else named
 
     def new(self, parent: Path, name: str | None, what: str) -> Path:
         """The path of a file or folder that is to be made.
 
         Raises:
-            UserError: the name has more in it than letters, digits, spaces, dots and dashes.
+            UserError: the name has more in it than letters, digits, spaces, dots and dashes, or is the page's own.
         """
         name = (name or "").strip()
-        if NAME.fullmatch(name) is None or name in (SUBJECTS, GALLERIES, ADAPTERS):
+        if parent == self.root and name.lower() in (SUBJECTS, GALLERIES, ADAPTERS):
+            raise UserError(f"{what} {name}: the page keeps other files in a folder of this name; take another name")
+        if NAME.fullmatch(name) is None:
             raise UserError(
                 f'{what} "{escaped(name)}": take a name of letters, digits, spaces, dots and dashes, which begins with '
                 f"a letter or a digit"
@@ -97,14 +102,6 @@ class Places:
     def shown(self, path: Path) -> str:
         """A path as lists on the page have it: below OUTPUT_DIR without that."""
         return str(path.relative_to(self.root)) if path.is_relative_to(self.root) else str(path)
-
-    def named(self, shown: str) -> Path:
-        """The path that `shown` stands for.
-
-        Raises:
-            UserError: it lies elsewhere.
-        """
-        return self.inside(self.root / shown if shown else "")
 
     def image_folders(self) -> list[Path]:
         """Folders of images to train on, or to compare with."""
@@ -146,10 +143,12 @@ class Places:
 
 
 def _folders(path: Path) -> list[Path]:
+    """The folders in a folder that can be looked into: not lost+found, which is the superuser's alone."""
     try:
-        return sorted(one for one in path.iterdir() if one.is_dir() and not one.name.startswith("."))
+        there = [one for one in path.iterdir() if not one.name.startswith(".")]
     except OSError:
         return []
+    return sorted(one for one in there if os.path.isdir(one) and os.access(one, os.R_OK | os.X_OK))
 
 
 def _young_first(paths: Iterable[Path]) -> list[Path]:

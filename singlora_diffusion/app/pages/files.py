@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from ... import settings
 from ...errors import UserError
 from ...formats import commands, file_kinds, forms
 from ...formats.settings import AddSettings, ExportSettings, ImportSettings, InspectSettings
+from ...training import run_folder
 from .. import asking, saying
 from ..places import Places
 from ..widgets import chosen, command, command_line, dropped, listed, told
@@ -129,13 +131,14 @@ def _done(said: str, name: str, wanted: Any, output: str | None) -> Any:
 
 def _name(source: Path) -> str:
     """What a file is called for: a run by its folder, a checkpoint by the run too."""
-    inner = source.name.startswith("checkpoint-") or source.name == "best"
+    inner = source.name == run_folder.BEST or run_folder.CHECKPOINT.fullmatch(source.name)
     return f"{source.parent.name}-{source.name}" if inner else source.stem if source.is_file() else source.name
 
 
 def _new(places: Places, name: str) -> Path:
     """A file for an adapter; nothing that is there is replaced."""
-    return _free(places.new(places.adapters, f"{name[:50]}.safetensors", "Adapter"))
+    plain = re.sub(r"[^\w .-]+", "-", name).lstrip("_ .-")[:50]  # a file may be called "rex (1)"
+    return _free(places.new(places.adapters, f"{plain or 'adapter'}.safetensors", "Adapter"))
 
 
 def _free(path: Path) -> Path:
