@@ -68,9 +68,11 @@ def main(chosen: Settings) -> None:
             for _ in range(chosen.pairs):
                 for process in costs:
                     process.suspend()
-                alone.append(_pace(run, chosen.seconds, time.sleep))
-                for process in costs:
-                    process.resume()
+                try:
+                    alone.append(_pace(run, chosen.seconds, time.sleep))
+                finally:  # suspended, they could not be ended
+                    for process in costs:
+                        process.resume()
                 watched.append(_pace(run, chosen.seconds, lambda seconds: page.wait_for_timeout(1000 * seconds)))
             browser.close()
     ratios = [math.log(beside / by_itself) for beside, by_itself in zip(watched, alone, strict=True)]

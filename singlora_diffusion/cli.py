@@ -70,7 +70,7 @@ COMMANDS = {
     "app": Command(
         "singlora_diffusion.app.settings:AppSettings",
         "singlora_diffusion.app.server:run",
-        "all of it as pages in a browser, on this machine",
+        "subject, training, images, scores and files as pages in a browser",
     ),
     "budget": Command(
         "singlora_diffusion.adapters.budget:BudgetSettings",

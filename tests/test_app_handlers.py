@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from singlora_diffusion.app import presets
+from singlora_diffusion.adapters import budget
+from singlora_diffusion.app import jobs, presets
 from singlora_diffusion.app.places import Places
 from singlora_diffusion.data import png
 from singlora_diffusion.sampling import gallery
@@ -46,6 +48,26 @@ def test_a_preset_fills_the_fields_and_says_where_it_comes_from(page: gr.Blocks)
     assert (filled["Learning rate"], filled["train_batch_size"], filled["resolution"]) == ("0.001", "4", "")
     none = handler(page, "fill")("toyworld", "")
     assert none == {**filled, "source": "", "Learning rate": ""}
+
+
+def test_the_sizes_are_those_of_the_chosen_layers(page: gr.Blocks) -> None:
+    (show,) = {one.fn for one in page.fns.values() if one.name == "show_sizes"}
+    for text, targets in (("", None), ("to_q to_k", ["to_q", "to_k"])):
+        parameters = budget.count("singlora", 16, budget.shapes("toyworld", targets))
+        assert f"<td>16</td><td>{parameters:,}</td>" in show("toyworld", "singlora", 16, text)
+
+
+def test_a_run_that_failed_at_once_is_shown_after_a_reload(page: gr.Blocks, tmp_path: Path) -> None:
+    """It has written no recipe."""
+    run = tmp_path / "runs" / "rex"
+    jobs.add(tmp_path / "runs" / ".queue", ["train", "--no_such_flag"], run)
+    began = time.monotonic()
+    while jobs.jobs(tmp_path / "runs" / ".queue")[0].open:
+        assert time.monotonic() - began < 300
+        time.sleep(0.1)
+    (find,) = (one for one in page.fns.values() if one.name == "find")
+    found = find.fn()
+    assert found["value"] == str(run) in [value for _, value in found["choices"]]
 
 
 def test_a_dropped_image_brings_its_settings_back(page: gr.Blocks, tmp_path: Path) -> None:

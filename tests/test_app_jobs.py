@@ -91,7 +91,7 @@ def test_a_training_outlives_its_worker_is_stopped_and_goes_on(
         third.wait(PATIENCE)
     assert not psutil.pid_exists(trainer.pid) or trainer.status() == psutil.STATUS_ZOMBIE
     # that it was stopped, not lost, only its own parent could see; its folder says how to go on
-    assert [one.state for one in jobs.jobs(queue)] == ["lost", "withdrawn"]
+    assert [one.state for one in jobs.jobs(queue)] == ["lost", "withdrawn", "withdrawn"]  # the last is the refused one
     assert "to go on: singlora train" in jobs.job(job.folder).output
     assert not (tmp_path / "dog").exists()
     stopped = progress.read(run)

@@ -27,7 +27,7 @@ class Places:
 
     Attributes:
         root: absolute; what is made goes there.
-        others: absolute; they are only read.
+        others: absolute; what is written there are captions, scores, and a run that goes on.
     """
 
     root: Path

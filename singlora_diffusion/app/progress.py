@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -25,9 +26,15 @@ class Log:
     """Bytes."""
     file: int = 0
     """Which file it was, by the number that its file system gives it."""
+    alone: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+    """Several pages may look at once; a line that two of them read would count twice."""
 
     def update(self) -> list[dict[str, Any]]:
         """All rows. Where a run has gone on from an earlier step, the file is read anew."""
+        with self.alone:
+            return self._update()
+
+    def _update(self) -> list[dict[str, Any]]:
         found = self.path.stat() if self.path.exists() else None
         size, number = (found.st_size, found.st_ino) if found else (0, 0)
         if size < self.read or number != self.file:
@@ -40,7 +47,7 @@ class Log:
             rows = [row for line in whole.splitlines(keepends=True) if (row := log_file.parsed(line)) is not None]
             if self.read and rows and self.rows and rows[0]["step"] != self.rows[-1]["step"] + 1:
                 self.rows, self.read = [], 0
-                return self.update()
+                return self._update()
             self.rows, self.read = [*self.rows, *rows], self.read + len(whole)
         return self.rows
 

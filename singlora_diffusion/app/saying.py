@@ -39,6 +39,11 @@ def safe(text: object, limit: int = 300) -> str:
     return html.escape(escaped(text, limit))
 
 
+def safe_lines(text: str) -> str:
+    """Several lines, as `safe` has one."""
+    return "\n".join(safe(one, 500) for one in text.splitlines())
+
+
 def clock(seconds: float) -> str:
     """1:02:03, or 2:03."""
     minutes, rest = divmod(round(seconds), 60)

@@ -7,6 +7,7 @@ import os
 import secrets
 import tempfile
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +68,8 @@ def serve(settings: AppSettings, places: Places) -> None:
             url = launch(page, settings, places)
             print(f"{url}: open it in a browser; Ctrl-C ends the page, trainings go on", flush=True)
             threading.Thread(target=_warm, daemon=True).start()
-            threading.Event().wait()
+            while True:
+                time.sleep(3600)  # which Ctrl-C ends on Windows too, unlike a lock without a timeout
         finally:
             page.close(verbose=False)
 

@@ -16,7 +16,7 @@ PASSWORD = "SINGLORA_APP_PASSWORD"
 
 @dataclass(frozen=True)
 class AppSettings:
-    """All commands as pages in a browser. What is made lies in OUTPUT_DIR, as the commands leave it."""
+    """Subject, training, images, scores and files as pages in a browser. What is made lies in OUTPUT_DIR."""
 
     output_dir: Path = Path("runs")
     """Folder for all that is made: runs, images, adapter files, and the subjects that are dropped into the page."""

@@ -26,7 +26,7 @@ def told(work: Callable[..., Any]) -> Callable[..., Any]:
             said = saying.line(error)
             if said is None:
                 raise
-            raise gr.Error(html.escape(said), duration=None, title="Not yet", print_exception=False) from error
+            raise gr.Error(html.escape(said), duration=None, title="Did not work", print_exception=False) from error
 
     return handler
 

@@ -6,7 +6,6 @@ Each job is a session of its own as well, so that it survives this process; the 
 from __future__ import annotations
 
 import contextlib
-import json
 import signal
 import subprocess
 import sys
@@ -52,7 +51,8 @@ def _run(folder: Path) -> None:
             stop = (folder / jobs.STOP).exists()
             suspend(running, not stop and (folder / jobs.PAUSE).exists())
             if stop and "asked" not in said:
-                running.send_signal(signal.SIGINT)
+                with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+                    running.send_signal(signal.SIGINT)
                 said["asked"] = True  # a second signal, of a later worker, would end it without a checkpoint
                 files.write_json(path, said)
     files.write_json(path, {**said, "exit": None if code is None else int(code)})
@@ -77,7 +77,7 @@ def suspend(process: psutil.Process, wanted: bool) -> None:
 
 
 def _start(folder: Path) -> None:
-    job = json.loads((folder / jobs.JOB).read_text())
+    job = files.read_json(folder / jobs.JOB)
     with (folder / jobs.OUTPUT).open("wb") as output:
         started = subprocess.Popen(
             [sys.executable, "-m", "singlora_diffusion.cli", *job["words"]],

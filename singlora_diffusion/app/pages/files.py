@@ -110,6 +110,7 @@ def build(places: Places, page: gr.Blocks, tab: gr.Tab) -> None:
             gr.update(visible=False),
         )
 
+    @told
     def refresh(one: str | None) -> Any:
         choices = listed(places, places.adapter_files())
         return chosen(choices, one), gr.update(choices=choices)

@@ -20,7 +20,7 @@ SAMPLERS = [("the model's own", ""), *making.SCHEDULERS]
 def build(places: Places, page: gr.Blocks, tab: gr.Tab, maker: making.Maker) -> None:
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
-            gr.HTML("<h2>What shall it show?</h2>")
+            gr.HTML("<h2>What should the images show?</h2>")
             prompt = gr.Textbox(elem_id="prompt", label="Prompt", placeholder="a photo of sks dog in the snow", lines=2)
             adapters, strengths = [], []
             for number in range(SLOTS):
@@ -92,9 +92,10 @@ def build(places: Places, page: gr.Blocks, tab: gr.Tab, maker: making.Maker) -> 
             return [gr.skip()] * len(given)
         values, lines = asking.restored(places, Path(upload))
         for one in lines:
-            gr.Warning(saying.html.escape(one), duration=None, title="Another adapter")
+            gr.Warning(saying.safe(one, 2000), duration=None, title="The adapter may differ")
         return [gr.skip() if one is beside else value for one, value in zip(given, values, strict=True)]
 
+    @told
     def refresh(*held: str | None) -> Any:
         """Lists of what there is by now; the youngest run is chosen where nothing was."""
         choices = listed(places, places.adapter_files())
@@ -119,7 +120,8 @@ def _pair(images: Sequence[Path], others: Sequence[Path], number: int) -> Any:
         return gr.update(value=None, visible=False)
     seed = images[number].stem.partition("-")[2]
     value = (str(others[number]), str(images[number]))
-    return gr.update(value=value, visible=True, label=f"Seed {seed}: without on the left, with on the right")
+    label = f"Seed {seed}: the image on the right, what it is compared with on the left"
+    return gr.update(value=value, visible=True, label=label)
 
 
 def _captioned(images: Sequence[Path]) -> list[tuple[str, str]]:

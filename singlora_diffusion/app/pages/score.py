@@ -61,6 +61,7 @@ def build(places: Places, page: gr.Blocks, tab: gr.Tab) -> None:
     def show(path: str | None) -> str:
         return _framed(places.inside(path, "Pages")) if path else ""
 
+    @told
     def refresh(one: str | None, other: str | None) -> Any:
         sets = listed(places, places.generated())
         return (

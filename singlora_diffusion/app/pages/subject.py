@@ -65,14 +65,15 @@ def build(places: Places) -> SubjectFields:
     fields = SubjectFields(folder, identifier, class_noun)
 
     @told
-    def take(named: str, uploads: list[str] | None) -> Any:
+    def take(named: str, uploads: list[str] | None, before: str | None, count: int) -> Any:
         target = places.new(places.subjects, named or _free(places), "Name")
         refused = subjects.take(target, [Path(upload) for upload in uploads or []])
         for one in refused:
-            gr.Warning(saying.html.escape(one), duration=None, title="Left out")
+            gr.Warning(saying.safe(one, 1000), duration=None, title="Left out")
         found = places.image_folders()
         there = str(target) if target in found else None
-        return gr.update(choices=listed(places, found), value=there), named or target.name
+        again = count + (there == before)  # else the list changes, which is a reason to look
+        return gr.update(choices=listed(places, found), value=there), named or target.name, again
 
     @told
     def look(named: str | None) -> Any:
@@ -82,8 +83,9 @@ def build(places: Places) -> SubjectFields:
         checked = CheckSettings(found.folder)
         return _summary(found), found, command(settings.command_line("check", checked))
 
-    dropped(drop, take, [name, drop], [folder, name])
-    folder.change(look, folder, [summary, shown, line])
+    into_the_same = gr.State(0)
+    dropped(drop, take, [name, drop, folder, into_the_same], [folder, name, into_the_same])
+    gr.on([folder.change, into_the_same.change], look, folder, [summary, shown, line])
     return fields
 
 

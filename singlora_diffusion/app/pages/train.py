@@ -13,10 +13,10 @@ from typing import Any
 import gradio as gr
 
 from ... import settings
-from ...adapters import budget
+from ...adapters import AdapterConfig, budget
 from ...adapters.methods import METHODS
 from ...errors import UserError
-from ...training import run_folder
+from ...training import log_file, run_folder
 from ...training.recipe import Recipe
 from .. import asking, drawing, fields, jobs, presets, progress, saying
 from ..places import Places
@@ -96,6 +96,8 @@ def build(places: Places, subject: SubjectFields, page: gr.Blocks) -> gr.Dropdow
             queue = gr.HTML(elem_id="queue")
     named = {"method": method, "rank": rank, "max_train_steps": steps, "learning_rate": rate, **advanced}
     filled = [named[one] for one in presets.TOUCHED]
+    targets = advanced["targets"]
+    assert isinstance(targets, gr.Textbox)
     main = [name, base, method, rank, steps, rate]
     form = [*subject.all, *main, *advanced.values()]
 
@@ -103,8 +105,9 @@ def build(places: Places, subject: SubjectFields, page: gr.Blocks) -> gr.Dropdow
         return asking.training(places, list(advanced), given)
 
     @told
-    def show_sizes(model: str, chosen: str, size: float) -> str:
-        return _sizes(places.base(model), chosen, int(size))
+    def show_sizes(model: str, chosen: str, size: float | None, targets: str) -> str:
+        layers = fields.read(AdapterConfig, {"targets": targets}, {}).targets
+        return _sizes(places.base(model), chosen, int(size or 1), layers)
 
     @told
     def offer(model: str, key: str) -> Any:
@@ -170,26 +173,34 @@ def build(places: Places, subject: SubjectFields, page: gr.Blocks) -> gr.Dropdow
         changes = [gr.skip() if before.get(key) == now[key] else _update(key, now[key]) for key in keys]
         return [*changes, now if now != before else gr.skip()]
 
+    @told
     def find() -> Any:
-        """The run that goes on, or else the last one: what a reload shows."""
+        """The run that goes on, or else the last one of the queue, or the youngest: what a reload shows."""
         there = jobs.jobs(places.queue)
         begun = (one for one in there if one.open and one.state != "waiting")
         going = next(begun, there[-1] if there else None)
-        return gr.update(choices=_runs(places), value=str(going.run) if going else None)
+        choices = _runs(places)
+        youngest = choices[0][1] if choices else None
+        return gr.update(choices=choices, value=str(going.run) if going else youngest)
 
-    base.change(offer, [base, preset], [preset, source, *filled], show_progress="hidden")
-    preset.input(fill, [base, preset], [source, *filled], show_progress="hidden")
-    gr.on([base.change, method.change, rank.change], show_sizes, [base, method, rank], sizes, show_progress="hidden")
+    offered = base.change(offer, [base, preset], [preset, source, *filled], show_progress="hidden")
+    preset_filled = preset.input(fill, [base, preset], [source, *filled], show_progress="hidden")
+    sized_by = [base, method, rank, targets]
+    gr.on(
+        [method.change, rank.change, targets.blur, targets.submit], show_sizes, sized_by, sizes, show_progress="hidden"
+    )
+    for changed in (offered, preset_filled):
+        changed.then(show_sizes, sized_by, sizes, show_progress="hidden")
     plan.click(show_plan, form, [planned, line])
     start.click(begin, form, [line, run])
-    pause.click(hold, run, None)
-    stop.click(end, run, None)
-    go_on.click(continue_, run, line)
+    begun = [pause.click(hold, run, None), stop.click(end, run, None), go_on.click(continue_, run, line)]
     watched = [status, pause, stop, go_on, preview, queue, seen]
     gr.Timer(LOOK).tick(look, [run, seen], watched, show_progress="hidden", queue=False)
     run.change(look, [run, seen], watched, show_progress="hidden")
+    for asked in begun:
+        asked.then(look, [run, seen], watched, show_progress="hidden")
     page.load(find, None, run, show_progress="hidden")
-    page.load(show_sizes, [base, method, rank], sizes, show_progress="hidden")
+    page.load(show_sizes, sized_by, sizes, show_progress="hidden")
     return run
 
 
@@ -209,31 +220,32 @@ def _filled(chosen: presets.Preset | None) -> list[Any]:
 
 
 @lru_cache(maxsize=8)
-def _shapes(base: str) -> tuple[budget.Shape, ...]:
-    return tuple(budget.shapes(base, None))
+def _shapes(base: str, targets: tuple[str, ...] | None) -> tuple[budget.Shape, ...]:
+    return tuple(budget.shapes(base, targets))
 
 
 @lru_cache(maxsize=256)
-def _matches(base: str, method: str, rank: int) -> dict[str, budget.Match]:
-    layers = _shapes(base)
+def _matches(base: str, method: str, rank: int, targets: tuple[str, ...] | None) -> dict[str, budget.Match]:
+    layers = _shapes(base, targets)
     goal = budget.count(method, rank, layers)
     return {row: budget.match(goal, row, layers) for row in METHODS}
 
 
-def _sizes(base: str, method: str, rank: int) -> str:
-    """Exact numbers of trained parameters and sizes of files: of what is chosen, and of the others of its size."""
-    goal = budget.count(method, rank, _shapes(base))
+def _sizes(base: str, method: str, rank: int, targets: tuple[str, ...] | None) -> str:
+    """Exact numbers of trained parameters in the denoiser and sizes of files: of what is chosen, and of the others."""
+    goal = budget.count(method, rank, _shapes(base, targets))
     rows = "".join(
         f'<tr{" class=chosen" * (row == method)}><th scope="row">{METHODS[row].label}</th>'
         f"<td>{rank if row == method else one.rank}</td><td>{goal if row == method else one.parameters:,}</td>"
         f"<td>{4 * (goal if row == method else one.parameters) / 1e6:.2f} MB</td></tr>"
-        for row, one in _matches(base, method, rank).items()
+        for row, one in _matches(base, method, rank, targets).items()
     )
+    caption = "About the same size in each method, without text encoders"
     head = (
         '<th scope="col">method</th><th scope="col">rank</th><th scope="col">parameters</th><th scope="col">file</th>'
     )
     return (
-        f'<div class="scroll" tabindex="0"><table class="sizes"><caption>About the same size in each method</caption>'
+        f'<div class="scroll" tabindex="0"><table class="sizes"><caption>{caption}</caption>'
         f"<tr>{head}</tr>{rows}</table></div>"
     )
 
@@ -252,8 +264,10 @@ def _plan(wanted: Recipe) -> str:
 
 
 def _runs(places: Places) -> list[tuple[str, str]]:
-    waiting = [one.run for one in jobs.jobs(places.queue) if one.open]
-    return listed(places, list(dict.fromkeys([*reversed(waiting), *places.runs()])))
+    """Choices: those of the queue, its last one also where it failed before it wrote anything; then those on disk."""
+    there = jobs.jobs(places.queue)
+    queued = [one.run for one in there if one.open or one is there[-1]]
+    return listed(places, list(dict.fromkeys([*reversed(queued), *places.runs()])))
 
 
 _LOGS: dict[Path, progress.Log] = {}
@@ -273,7 +287,7 @@ def _look(places: Places, shown: str | None) -> dict[str, Any]:
         return found
     run = places.inside(shown, "Run")
     job = jobs.of(there, run)
-    log = _LOGS.setdefault(run, progress.Log(run / run_folder.log_file.NAME))
+    log = _LOGS.setdefault(run, progress.Log(run / log_file.NAME))
     now = progress.read(run, log)
     finished = now.adapter is not None and now.step >= now.total
     found["status"] = _status(places, run, job, now, finished)
@@ -311,12 +325,8 @@ def _status(places: Places, run: Path, job: jobs.Job | None, now: progress.Progr
     if now.checkpoints:
         lines.append(f"<p>Checkpoints: {', '.join(map(str, now.checkpoints))}.</p>")
     if job is not None and job.state in ("failed", "lost") and not finished:
-        end = "\n".join(one for one in job.output.strip().splitlines()[-6:])
-        lines.append(f'<pre role="alert">{saying.html.escape(_printable(end))}</pre>')
+        end = "\n".join(job.output.strip().splitlines()[-6:])
+        lines.append(f'<pre role="alert">{saying.safe_lines(end)}</pre>')
     if finished:
         lines.append("<p>The adapter is ready: go to <b>Generate</b>, or hand it on under <b>Files</b>.</p>")
     return "".join(lines)
-
-
-def _printable(text: str) -> str:
-    return "\n".join(saying.escaped(one, 500) for one in text.splitlines())
