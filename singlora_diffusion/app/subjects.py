@@ -55,9 +55,9 @@ class Subject:
     findings: tuple[Finding, ...]
 
 
-def look(folder: Path, prompt: str | None = None) -> Subject:
+def look(folder: Path) -> Subject:
     """What `singlora check` finds, image by image, each in the trainer's crop."""
-    found = check_folder(folder, instance_prompt=prompt)
+    found = check_folder(folder)
     try:
         texts = captions.of_report(read_folder(folder, decode=False)).texts
     except UserError:  # which is among the findings

@@ -15,6 +15,8 @@ from ..places import Places
 from ..widgets import command, command_line, dropped, listed, told
 
 SAMPLERS = [("the model's own", ""), *making.SCHEDULERS]
+NO_ADAPTER = [("nothing", NOTHING), ("the base model alone", BASE)]
+"""What images are compared with besides an adapter."""
 
 
 def build(places: Places, page: gr.Blocks, tab: gr.Tab, maker: making.Maker) -> None:
@@ -37,7 +39,7 @@ def build(places: Places, page: gr.Blocks, tab: gr.Tab, maker: making.Maker) -> 
                         gr.Slider(0, 2, value=1, step=0.05, label=f"Strength {number + 1}", info="1 as it was trained.")
                     )
             beside = gr.Dropdown(
-                [("nothing", NOTHING), ("the base model alone", BASE)],
+                NO_ADAPTER,
                 value=BASE,
                 label="Compare with",
                 info="The same prompt and seeds once more, with another adapter or with none.",
@@ -105,7 +107,7 @@ def build(places: Places, page: gr.Blocks, tab: gr.Tab, maker: making.Maker) -> 
             gr.update(choices=choices, value=one if one in there else newest if number == 0 else None)
             for number, one in enumerate(held)
         ]
-        return [*lists, gr.update(choices=[("nothing", NOTHING), ("the base model alone", BASE), *choices])]
+        return [*lists, gr.update(choices=[*NO_ADAPTER, *choices])]
 
     make.click(generate, given, [over, first, second, line, made], concurrency_limit=1, concurrency_id="model")
     first.select(choose, made, over, show_progress="hidden")
