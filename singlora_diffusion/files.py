@@ -128,6 +128,19 @@ def locked(folder: Path, what: str) -> Iterator[None]:
         lock.release()
 
 
+def is_locked(folder: Path) -> bool:
+    """Whether a process holds a folder, as `locked` does; nothing is made."""
+    from filelock import FileLock, Timeout
+
+    if not (folder / ".lock").exists():
+        return False
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            return False
+    except (Timeout, OSError):
+        return True
+
+
 def check_writable(folder: Path, what: str) -> None:
     """Find out before the work, not after it, whether a folder can be written to or made; nothing is made here.
 

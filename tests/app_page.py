@@ -33,8 +33,8 @@ PATIENCE = 300.0
 """Seconds for what takes a few on an idle machine."""
 PAGES = ("Subject", "Train", "Generate", "Score", "Files")
 PICTURES = os.environ.get("SCREENSHOTS")
-HIDDEN = ".command { display: none !important }"
-"""Command lines, which name folders of this run."""
+HIDDEN = ".command, #said { display: none !important }"
+"""What names folders of this run."""
 expect.set_options(timeout=PATIENCE * 1000)
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from singlora_diffusion import formats
 from singlora_diffusion.app import jobs, progress
-from tests.app_page import PATIENCE, Server, drop, expect, opened, picture, tab, until
+from tests.app_page import PATIENCE, PICTURES, Server, drop, expect, opened, picture, tab, until
 from tests.browser import needed
 
 if TYPE_CHECKING:
@@ -52,6 +52,8 @@ def test_a_newcomer_s_path(browser: Browser, server: Server, photos: list[Path],
         page.get_by_text("103,936").first.wait_for()  # parameters of rank 16, as `singlora budget` has them
         page.locator("#start").click()
         page.get_by_text("The adapter is ready").wait_for()
+        if PICTURES:
+            page.locator("#status").get_by_text("rex: done").wait_for()
         picture(page, "train")
 
         tab(page, "Generate")

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from singlora_diffusion.sampling import gallery
-from tests.app_page import PAGES, Server, drop, opened, tab, until
+from tests.app_page import PAGES, Server, drop, opened, picture, tab, until
 from tests.browser import needed
 
 if TYPE_CHECKING:
@@ -93,6 +93,8 @@ def test_a_phone_shows_all_of_it(browser: Browser, trained: Server, scheme: Any)
     with opened(browser, trained.url, **options, is_mobile=True, has_touch=True) as page:
         for name in shown(page):
             assert page.evaluate("[innerWidth, document.documentElement.scrollWidth]") == [390, 390], name
+            if name == "Generate" and scheme == "dark":
+                picture(page, "phone")
             assert page.evaluate(CUT) == [], name
             assert serious(page) == [], name
 

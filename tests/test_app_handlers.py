@@ -13,11 +13,13 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from singlora_diffusion import files
 from singlora_diffusion.adapters import budget
 from singlora_diffusion.app import jobs, presets
 from singlora_diffusion.app.places import Places
 from singlora_diffusion.data import png
 from singlora_diffusion.sampling import gallery
+from singlora_diffusion.training import run_folder
 
 pytest.importorskip("gradio", reason="needs Gradio, the extra [app]: make app-tests has it")
 
@@ -68,6 +70,20 @@ def test_a_run_that_failed_at_once_is_shown_after_a_reload(page: gr.Blocks, tmp_
     (find,) = (one for one in page.fns.values() if one.name == "find")
     found = find.fn()
     assert found["value"] == str(run) in [value for _, value in found["choices"]]
+
+
+def test_a_training_in_a_terminal_is_seen(page: gr.Blocks, tmp_path: Path) -> None:
+    """It is not offered to go on with; it is, once whoever trained is gone."""
+    from singlora_diffusion.app.pages import train
+
+    places, run = Places(tmp_path / "runs"), tmp_path / "runs" / "dog"
+    run.mkdir()
+    files.write_json(run / run_folder.RECIPE, {"max_train_steps": 9})
+    with files.locked(run, "a training"):
+        seen = train._look(places, str(run))
+    assert "begun in a terminal" in seen["status"] and not seen["go_on"]
+    seen = train._look(places, str(run))
+    assert "not finished" in seen["status"] and seen["go_on"]
 
 
 def test_a_dropped_image_brings_its_settings_back(page: gr.Blocks, tmp_path: Path) -> None:

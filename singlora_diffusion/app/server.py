@@ -83,7 +83,7 @@ def build(places: Places) -> gr.Blocks:
     from .pages import generate, score, subject, train
 
     with gr.Blocks(title="SingLoRA", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as page:
-        gr.HTML("<h1>SingLoRA</h1><p>Teach an image model one subject. All of it stays on this machine.</p>")
+        gr.HTML("<h1>SingLoRA</h1><p>Teach an image model one subject. Nothing leaves this machine unasked.</p>")
         with gr.Tab("Subject"):
             of_subject = subject.build(places)
         with gr.Tab("Train"):

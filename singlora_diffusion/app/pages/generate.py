@@ -54,7 +54,7 @@ def build(places: Places, page: gr.Blocks, tab: gr.Tab, maker: making.Maker) -> 
                 height = gr.Textbox("", label="Height", info="In pixels. Empty: the model's own.")
                 sampler = gr.Dropdown(SAMPLERS, value="", label="Sampler")
             make = gr.Button("Generate", variant="primary", elem_id="make")
-            drop = gr.File(elem_id="recipe", label="Drop an image made here: its settings come back", height=150)
+            drop = gr.File(elem_id="recipe", label="Settings of an image made here", height=150)
         with gr.Column(scale=3, min_width=300):
             over = gr.ImageSlider(
                 label="Drag the line", visible=False, interactive=False, elem_id="over", max_height=560

@@ -12,7 +12,7 @@ from typing import Any
 
 import gradio as gr
 
-from ... import settings
+from ... import files, settings
 from ...adapters import AdapterConfig, budget
 from ...adapters.methods import METHODS
 from ...errors import UserError
@@ -290,11 +290,14 @@ def _look(places: Places, shown: str | None) -> dict[str, Any]:
     log = _LOGS.setdefault(run, progress.Log(run / log_file.NAME))
     now = progress.read(run, log)
     finished = now.adapter is not None and now.step >= now.total
-    found["status"] = _status(places, run, job, now, finished)
+    elsewhere = (job is None or not job.open) and files.is_locked(run)
+    found["status"] = _status(places, run, job, now, finished, elsewhere)
     state = job.state if job is not None else None
     found["pause"] = state == "running"
     found["stop"] = state in ("waiting", "running", "paused")
-    found["go_on"] = state == "paused" or (bool(now.recipe) and state not in jobs.OPEN and not finished)
+    found["go_on"] = state == "paused" or (
+        bool(now.recipe) and state not in jobs.OPEN and not finished and not elsewhere
+    )
     found["preview"] = str(now.previews[-1]) if now.previews else None
     return found
 
@@ -306,12 +309,16 @@ def _update(key: str, value: Any) -> Any:
     return gr.update(interactive=value) if isinstance(value, bool) else value
 
 
-def _status(places: Places, run: Path, job: jobs.Job | None, now: progress.Progress, finished: bool) -> str:
+def _status(
+    places: Places, run: Path, job: jobs.Job | None, now: progress.Progress, finished: bool, elsewhere: bool
+) -> str:
     state = LABELS[job.state] if job is not None else "done" if finished else "not finished"
+    if elsewhere:
+        state = "training, begun in a terminal: stop it there with Ctrl-C"
     if job is not None and job.state == "running" and not now.rows:
         state = "loading"
     step = f"step {now.step} of {now.total}" if now.total else ""
-    left = f"{saying.clock(now.left)} left" if now.left and job is not None and job.open else ""
+    left = f"{saying.clock(now.left)} left" if now.left and (elsewhere or (job is not None and job.open)) else ""
     took = f"{saying.clock(now.seconds)} so far" if now.rows and not finished else ""
     lines = [f"<h2>{saying.safe(places.shown(run))}: {state}</h2>"]
     if now.total:
