@@ -122,6 +122,7 @@ def test_a_reload_and_a_killed_server_lose_nothing(browser: Browser, photos: lis
             page.locator("#go-on:not([disabled])").click()
             until(lambda: progress.read(run).step > paused)
             page.locator("#stop:not([disabled])").click()
+            page.locator("#status").get_by_text("rex: stopped").wait_for()
             page.locator("#go-on:not([disabled])").wait_for()
             stopped = progress.read(run)
             assert stopped.checkpoints[-1] == stopped.step and stopped.adapter is None
