@@ -130,14 +130,12 @@ def locked(folder: Path, what: str) -> Iterator[None]:
 
 def is_locked(folder: Path) -> bool:
     """Whether a process holds a folder, as `locked` does; nothing is made."""
-    from filelock import FileLock, Timeout
-
     if not (folder / ".lock").exists():
         return False
     try:
-        with FileLock(folder / ".lock", timeout=0):
+        with locked(folder, "a look"):
             return False
-    except (Timeout, OSError):
+    except UserError:
         return True
 
 

@@ -290,9 +290,9 @@ def _look(places: Places, shown: str | None) -> dict[str, Any]:
     log = _LOGS.setdefault(run, progress.Log(run / log_file.NAME))
     now = progress.read(run, log)
     finished = now.adapter is not None and now.step >= now.total
-    elsewhere = (job is None or not job.open) and files.is_locked(run)
-    found["status"] = _status(places, run, job, now, finished, elsewhere)
     state = job.state if job is not None else None
+    elsewhere = state not in jobs.OPEN and files.is_locked(run)
+    found["status"] = _status(places, run, job, now, finished, elsewhere)
     found["pause"] = state == "running"
     found["stop"] = state in ("waiting", "running", "paused")
     found["go_on"] = state == "paused" or (
